@@ -1,0 +1,51 @@
+"""Means with error bars: every comparison of the book goes through here."""
+
+import xarray as xr
+from scipy.stats import t as student
+
+__all__ = ["mean_interval"]
+
+
+def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dataset:
+    r"""The mean over ``dim`` and its Student-t confidence interval.
+
+    .. math:: \bar v \pm t_{(1+c)/2,\,n-1}\; s/\sqrt n
+
+    For a comparison, pass the *difference* of two paired quantities: runs that share a seed share
+    weights and batches, and what they share cancels.
+
+    Parameters
+    ----------
+    values : DataArray
+        With a dimension ``dim`` of length :math:`n \ge 2`.
+    dim : str
+        What varies between repetitions.
+    confidence : float
+        The coverage :math:`c` in (0, 1) for normally distributed values.
+
+    Returns
+    -------
+    Dataset
+        ``mean``, ``low``, ``high`` and ``half`` (half the width), without ``dim``.  One NaN among
+        the values makes all four NaN: a run that diverged is not averaged away.
+
+    Examples
+    --------
+    >>> v = xr.DataArray([1.0, 2.0, 3.0], dims="seed")
+    >>> m = mean_interval(v)
+    >>> round(float(m["mean"]), 3), round(float(m["low"]), 3), round(float(m["high"]), 3)
+    (2.0, -0.484, 4.484)
+    """
+    if not isinstance(values, xr.DataArray):
+        raise TypeError(f"values must be a DataArray, got {type(values).__name__}")
+    if dim not in values.dims:
+        raise ValueError(f"dim must be one of {list(values.dims)}, got {dim!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
+    n = values.sizes[dim]
+    if n < 2:
+        raise ValueError(f"values must be at least 2 along {dim!r} for an interval, got {n}")
+    values = values.astype("float64")
+    mean = values.mean(dim, skipna=False)
+    half = values.std(dim, ddof=1, skipna=False) * student.ppf((1 + confidence) / 2, n - 1) / n**0.5
+    return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half, "half": half})
