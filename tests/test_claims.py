@@ -1,0 +1,131 @@
+"""Claims: one line that is the same everywhere, or an error."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from flatmin import claims
+from flatmin.claims import claim, first_seed, report_divergence, seeds
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(claims, "_said", {})
+    monkeypatch.setattr(claims, "_diverged", [])
+
+
+TRUE = [True, np.True_, np.array(True), torch.tensor(True), torch.tensor([True]), xr.DataArray(True)]
+FALSE = [False, np.False_, torch.tensor(False), xr.DataArray(False)]
+
+
+@pytest.mark.parametrize("condition", TRUE, ids=lambda c: type(c).__name__)
+def test_a_true_claim_prints_one_line(condition, capsys):
+    assert claim("some-id-2", "the statement, as it stands", condition) is None
+    out, err = capsys.readouterr()
+    assert out == "✓ some-id-2: the statement, as it stands\n"
+    assert err == ""
+
+
+@pytest.mark.parametrize("condition", FALSE, ids=lambda c: type(c).__name__)
+def test_a_false_claim_raises(condition, capsys):
+    with pytest.raises(AssertionError, match="claim 'some-id' does not hold: the statement"):
+        claim("some-id", "the statement", condition)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [1, 0, None, "yes", 0.3, np.array([True, True]), torch.tensor([True, False]), torch.tensor(1),
+     xr.DataArray([True, True]), [], np.array([], dtype=bool)],
+    ids=repr,
+)  # fmt: skip
+def test_a_condition_is_one_truth_value(condition):
+    with pytest.raises(TypeError, match="condition must be one truth value, got "):
+        claim("some-id", "the statement", condition)
+
+
+class OnDevice:
+    """Like a tensor on a GPU: NumPy cannot have it before it is on the CPU."""
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return torch.tensor(True)
+
+
+def test_a_condition_on_a_device(capsys):
+    claim("on-device", "the statement", OnDevice())
+    assert capsys.readouterr().out == "✓ on-device: the statement\n"
+
+
+@pytest.mark.parametrize("id", ["", "Upper", "two words", "under_score", "-a", "a-", "a--b", "ü", "a\n"])
+def test_ids_are_words_joined_by_hyphens(id):
+    with pytest.raises(ValueError, match="id must be lower-case words joined by hyphens, got ") as e:
+        claim(id, "the statement", True)
+    assert repr(id) in str(e.value)
+
+
+def test_an_id_says_one_thing(capsys):
+    claim("twice", "the statement", True)
+    claim("twice", "the statement", True)  # a cell may be run again
+    with pytest.raises(ValueError, match="id must be unique, but 'twice' already says: the statement"):
+        claim("twice", "another statement", True)
+    assert capsys.readouterr().out == "✓ twice: the statement\n" * 2
+
+
+def test_no_claim_rests_on_diverged_runs(capsys):
+    report_divergence(["lr=9, seed=1 at step 3", "lr=9, seed=2 at step 4"])
+    with pytest.raises(AssertionError) as raised:
+        claim("some-id", "the statement", True)
+    for part in ("'some-id'", "lr=9, seed=1 at step 3", "seed=2 at step 4", "expect_divergence=True"):
+        assert part in str(raised.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "log.jsonl"
+    monkeypatch.setenv("FLATMIN_CLAIMS_LOG", str(log))
+    claim("one", "größer als 0", True)
+    claim("two", "the second", False)
+    report_divergence(["seed=1 at step 3"])
+    claim("three", "the third", True)
+    assert [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] == [
+        {"id": "one", "text": "größer als 0", "holds": True},
+        {"id": "two", "text": "the second", "holds": False},
+        {"id": "three", "text": "the third", "holds": False},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ one: größer als 0", "✗ two: the second", "✗ three: the third",
+    ]  # fmt: skip
+    with pytest.raises(TypeError):  # a mistake is a mistake
+        claim("four", "the fourth", 1)
+
+
+def test_seeds(monkeypatch):
+    assert first_seed() == 0
+    assert seeds(3) == [0, 1, 2]
+    monkeypatch.setenv("FLATMIN_SEED", "7")
+    assert first_seed() == 7000
+    assert seeds(2) == [7000, 7001]
+    assert seeds(np.int64(1)) == [7000]
+    assert all(type(seed) is int for seed in seeds(np.int64(3)))
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "one", "²"])
+def test_bad_base_seed(monkeypatch, value):
+    monkeypatch.setenv("FLATMIN_SEED", value)
+    with pytest.raises(ValueError, match="FLATMIN_SEED must be a whole number >= 0, got ") as raised:
+        first_seed()
+    assert repr(value) in str(raised.value)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, "5", None, True])
+def test_bad_number_of_seeds(n):
+    with pytest.raises(ValueError, match=f"n must be a whole number >= 1, got {n!r}"):
+        seeds(n)
