@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import claims
 from .data import Data
@@ -281,8 +281,8 @@ def fit(
     Dataset, or (Dataset, Networks)
         Variables ``{split}_loss`` (mean, in nats), ``{split}_error`` (fraction) and one an
         instrument, with dimensions (grid's names, ``seed``, ``step``), all in evaluation mode; and
-        ``diverged_at``, the first step whose loss or new weights were not finite (-1: none).  From
-        that step on, a run's values are NaN.
+        ``diverged_at``, the first step whose loss was not finite, or after which an evaluation
+        found weights that are not (-1: none).  From that step on, a run's values are NaN.
 
     Raises
     ------
@@ -540,7 +540,7 @@ def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
     batches = _batches(plan, seed_of_run, t)
     while True:
         if t in plan.evaluate_at and not resumed:  # a saved state has been evaluated already
-            values = evaluate(state, seed_of_run)
+            values = evaluate(state, seed_of_run, t)
             if plan.networks == "best":
                 state["best"] = _better(state, values[plan.select_by])
             records.append(values)
@@ -588,8 +588,7 @@ def _step(plan: _Plan) -> Callable:
 
         gradient, loss, buffers = recipe.gradient(objective, params, buffers)
         params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
-        zero = sum((0 * w).sum() for w in params.values())  # NaN where a weight is not finite
-        return params, buffers, optimizer, loss + zero
+        return params, buffers, optimizer, loss
 
     def step(state, hyper, x, y, t, factor):
         plan.template.train()
@@ -619,8 +618,12 @@ def _evaluate(plan: _Plan) -> Callable:
         return plan.recipe.criterion(logits, y).sum(), (logits.argmax(-1) != y).sum()
 
     @torch.no_grad()
-    def evaluate(state, seed_of_run):
+    def evaluate(state, seed_of_run, t):
         plan.template.eval()
+        # The last step may have spoiled the weights without a loss that shows it yet.
+        finite = [w.flatten(1).isfinite().all(1) for w in state["params"].values()]
+        broken = ~torch.stack(finite).all(0) & (state["diverged_at"] < 0)
+        state["diverged_at"] = torch.where(broken, t, state["diverged_at"])
         values = {}
         for split in plan.splits:
             x, y, per_run = plan.tensors[split]

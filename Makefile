@@ -1,0 +1,69 @@
+# Flat Minima. `make help` lists what there is.
+# Everything runs in .venv, made when missing; another environment: make VENV=path book (conda: VENV=$CONDA_PREFIX).
+VENV   ?= .venv
+PYTHON ?= python3
+# chapters for `make notebooks`, e.g. N=02_flooding
+N      ?=
+
+BIN   := $(VENV)/bin
+READY := $(VENV)/.flatmin-ready
+CHAPTERS = $(wildcard book/[0-9]*.ipynb)
+
+# Tests and comparisons use one thread a process, two processes, and no seed but the book's own.
+ONE := OMP_NUM_THREADS=1 TQDM_DISABLE=1 FLATMIN_SEED=0
+RENDER = $(BIN)/jupyter-book build -W --keep-going -n --quiet
+CHECKED := _build/check/_build/html
+
+.DEFAULT_GOAL := help
+.PHONY: help book test test-fast test-units test-notebooks test-book test-web notebooks claims lab clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setup: installing flatmin and its tools into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,test]'
+	@touch $@
+
+book: $(READY)  ## execute what changed since the last time, on this machine, and render the book
+	$(BIN)/python tools/notebooks.py book
+	$(RENDER) _build/source/book --path-output .
+	@echo "book: _build/html/index.html"
+
+test: test-units test-notebooks test-book  ## everything but the browser
+	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning)"
+
+test-fast: test-units  ## unit tests and doctests, under 3 minutes
+	@echo "test-fast: passed (notebooks, book and browser not run: make test test-web)"
+
+test-units: $(READY)
+	@echo "test: unit tests and doctests"
+	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web" --junitxml=_build/reports/units.xml
+
+test-notebooks: $(READY)
+	@echo "test: every notebook, re-executed and compared with what it stores"
+	$(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 600 --junitxml=_build/reports/notebooks.xml $(CHAPTERS)
+
+# The committed notebooks, as Colab and GitHub show them; test-notebooks holds their outputs true.
+test-book: $(READY)
+	@echo "test: the book from the committed notebooks, warnings are errors"
+	$(RENDER) book --path-output _build/check
+
+test-web: $(READY)  ## the rendered book in headless Chromium, after make test
+	@echo "test: every page in Chromium, wide and narrow, light and dark"
+	FLATMIN_HTML=$${FLATMIN_HTML:-$(CHECKED)} $(BIN)/python -m pytest -q -n 2 -m web tests/book --junitxml=_build/reports/web.xml
+
+notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (one: N=02_flooding)
+	$(BIN)/python tools/links.py
+	$(BIN)/python tools/notebooks.py run $(N)
+
+claims: $(READY)  ## authors: do all claims hold for five other seeds?
+	$(BIN)/python tools/claims.py $(N)
+
+lab: $(READY)  ## read and run the chapters in JupyterLab
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/book
+
+clean:  ## remove what was built (not .venv)
+	rm -rf _build .pytest_cache .hypothesis

@@ -1,0 +1,55 @@
+"""Do all claims hold for other seeds? Executes the chapters with FLATMIN_SEED=1..5 and prints claim × seed.
+
+    python tools/claims.py [NAME ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from notebooks import BOOK, chapters, execute_all, read_text, sync
+
+sys.path.insert(0, str(BOOK / "_ext"))
+from flatmin_book import claims_in  # noqa: E402  (the directive that lists them reads them the same way)
+
+SEEDS = range(1, 6)
+MARKS = {True: "✓", False: "✗", None: "–"}
+
+
+def holds(log):
+    """{claim: whether it held each time} from the lines that `flatmin.claims.claim` wrote."""
+    found = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        entry = json.loads(line)
+        found[entry["id"]] = found.get(entry["id"], True) and entry["holds"]
+    return found
+
+
+def main(names):
+    paths = chapters(names)
+    for path in paths:
+        sync(path)
+    with TemporaryDirectory() as folder:
+        logs = {(path.stem, seed): Path(folder, f"{path.stem}-{seed}.jsonl") for path in paths for seed in SEEDS}
+        crashed = execute_all([
+            (f"{path.stem}, seed {seed}", read_text(path),
+             {"FLATMIN_SEED": str(seed), "FLATMIN_CLAIMS_LOG": str(logs[path.stem, seed])})
+            for path in paths for seed in SEEDS
+        ])
+        verdicts = {key: holds(log) for key, log in logs.items()}
+
+    good = total = 0
+    for path in paths:
+        ids = [name for name, _ in claims_in(path.with_suffix(".ipynb"))]
+        print(f"\n{path.stem:<50} seed {'  '.join(map(str, SEEDS))}")
+        for name in ids:
+            row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]  # None: the chapter never got there
+            print(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
+            good, total = good + sum(held is True for held in row), total + len(row)
+    print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")
+    return 0 if good == total and not crashed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
