@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import xarray as xr
@@ -43,8 +44,13 @@ def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / f"{name}.nc", folder / f"{name}.nc.part"
-    machine = {"python": platform.python_version(), "machine": platform.machine()}
-    dataset.attrs |= machine | {"cores": os.cpu_count() or 0, "experiment": name}
+    dataset.attrs |= {
+        "experiment": name,
+        "flatmin": version("flatmin"),
+        "numpy": version("numpy"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
     dataset.attrs = {
         k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in dataset.attrs.items()
     }
