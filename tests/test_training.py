@@ -534,13 +534,29 @@ def test_claims_refuse_after_a_divergence_unless_it_was_expected():
         claims.claim("refused", "whatever", True)
 
 
+def test_selected_networks_are_those_asked_for():
+    grid = {"lr": [0.01, 0.02, 0.05], "momentum": [0.0, 0.5]}
+    _, networks = fit(
+        LINEAR, DATA, Recipe(optimizer=SGD()), steps=3, batch_size=10, seeds=2, grid=grid,
+        networks="last", device="cpu",
+    )  # fmt: skip
+    few = networks.select(momentum=0.5, lr=[0.05, 0.01])
+    assert few.coords == {"lr": [0.05, 0.01], "momentum": [0.5], "seed": networks.coords["seed"]}
+    error = lambda network, params, x, y: cross_entropy(network(params, x), y)
+    expected = networks.measure(error, DATA).sel(lr=[0.05, 0.01], momentum=[0.5])
+    xr.testing.assert_allclose(few.measure(error, DATA), expected)
+    for bad in ({"lr": 0.03}, {"flood_level": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            networks.select(**bad)
+
+
 def test_the_last_step_may_diverge():
     """The loss of the last step is finite, the weights after it are not: no result from them."""
     for steps in (1, 2):
-        schedule = lambda done, n=steps: 1e38 if done > (n - 1.5) / n else 1e-3
+        schedule = lambda done, n=steps: 1e38 if done > (n - 1.5) / n else 1e-9
         with pytest.warns(UserWarning, match=f"seed=0 at step {steps}"):
             runs = fit(
-                LINEAR, DATA, Recipe(optimizer=SGD(1e3, schedule=schedule)), steps=steps,
+                LINEAR, DATA, Recipe(optimizer=SGD(1.0, weight_decay=1e5, schedule=schedule)), steps=steps,
                 batch_size=10, seeds=1, evaluate_at=steps, device="cpu",
             )  # fmt: skip
         assert runs.diverged_at.item() == steps

@@ -186,22 +186,37 @@ class Networks:
         dims = [*self.coords, *(f"dim_{i}" for i in range(values.ndim - 1))]
         return xr.DataArray(values.reshape(*self.shape, *values.shape[1:]), self.coords, dims)
 
+    def select(self, **coords) -> "Networks":
+        """Some of the networks: ``networks.select(flood_level=[0.0, 0.1])`` keeps all seeds."""
+        keep = []
+        for name in coords:
+            if name not in self.coords:
+                raise ValueError(f"select() knows the dimensions {list(self.coords)}, got {name!r}")
+        for name, values in self.coords.items():
+            wanted = np.atleast_1d(coords.get(name, values)).tolist()
+            keep.append([self._find(name, value) for value in wanted])
+        grid = np.meshgrid(*keep, indexing="ij")
+        runs = torch.from_numpy(np.ravel_multi_index(grid, self.shape).ravel())
+        take = lambda stacked: {name: w[runs.to(w.device)] for name, w in stacked.items()}
+        chosen = {name: [v[i] for i in at] for (name, v), at in zip(self.coords.items(), keep)}
+        return Networks(self.template, take(self.params), take(self.buffers), chosen)
+
     def module(self, **coords) -> nn.Module:
         """One network as an ordinary module: ``networks.module(flood_level=0.1, seed=3)``."""
         if set(coords) != set(self.coords):
             raise ValueError(f"module() needs a value for each of {list(self.coords)}, got {coords}")
-        position = []
-        for name, values in self.coords.items():
-            hits = np.flatnonzero(np.isclose(values, coords[name], rtol=1e-9, atol=0))
-            if not len(hits):
-                raise ValueError(f"{name} must be one of {list(values)}, got {coords[name]!r}")
-            position.append(hits[0])
-        run = int(np.ravel_multi_index(position, self.shape))
+        one = self.select(**coords)
         module = copy.deepcopy(self.template)
         with torch.no_grad():
             for name, w in [*module.named_parameters(), *module.named_buffers()]:
-                w.copy_((self.params | self.buffers)[name][run])
+                w.copy_((one.params | one.buffers)[name][0])
         return module
+
+    def _find(self, name: str, value: float) -> int:
+        hits = np.flatnonzero(np.isclose(self.coords[name], value, rtol=1e-9, atol=0))
+        if not len(hits):
+            raise ValueError(f"{name} must be one of {list(self.coords[name])}, got {value!r}")
+        return int(hits[0])
 
     @property
     def _dtype(self):
