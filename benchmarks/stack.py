@@ -95,7 +95,7 @@ def time_loop(model, data, runs, steps, batch_size, device, loader=False) -> flo
             orders = (epoch_order(seed, epoch, len(x)).to(device) for epoch in itertools.count())
             batches = ((x[rows], y[rows]) for order in orders for rows in order.split(batch_size))
         clock.tick()  # between two ticks: one batch, one step
-        for batch_x, batch_y in itertools.islice(batches, WARM_UP + steps):
+        for batch_x, batch_y in itertools.islice(batches, WARM_UP + steps + 1):
             optimizer.zero_grad()
             criterion(module(batch_x.to(device)), batch_y.to(device)).backward()
             optimizer.step()

@@ -7,9 +7,10 @@ not.  The appendix of claims and ``make claims`` are made from these calls.
 import json
 import os
 import re
-from numbers import Integral
 
 import numpy as np
+
+from ._checks import whole
 
 __all__ = ["claim", "first_seed", "seeds"]
 
@@ -42,9 +43,7 @@ def seeds(n: int) -> list[int]:
     >>> len(seeds(5))
     5
     """
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"n must be a whole number >= 1, got {n!r}")
-    return list(range(first_seed(), first_seed() + n))
+    return list(range(first_seed(), first_seed() + whole("n", n)))
 
 
 def report_divergence(runs: list[str]) -> None:

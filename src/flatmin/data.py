@@ -31,7 +31,6 @@ import functools
 import gzip
 import io
 import math
-import numbers
 import os
 import pickle
 import random
@@ -45,6 +44,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._checks import number, whole
 
 __all__ = [
     "CIFAR100_SUPERCLASS",
@@ -111,7 +112,7 @@ class Data:
     y_validation_clean: Tensor
 
     def __post_init__(self) -> None:
-        _whole("num_classes", self.num_classes, 2)
+        whole("num_classes", self.num_classes, 2)
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
             if not isinstance(value, Tensor):
@@ -197,11 +198,11 @@ def _assemble(
 ) -> Data:
     """Draw training and validation rows from the pool and flip labels: see the module's text."""
     size = len(pool[0])
-    held_out = _whole("validation_size", choice.validation_size, 0)
+    held_out = whole("validation_size", choice.validation_size, 0)
     train_size = choice.train_size
     if train_size is None:
         train_size = max(1, size - held_out)
-    if _whole("train_size", train_size, 1) + held_out > size:
+    if whole("train_size", train_size, 1) + held_out > size:
         raise ValueError(
             f"train_size + validation_size must be at most {size}, the number of training "
             f"examples of {name}, got {train_size} + {held_out}"
@@ -251,9 +252,9 @@ def flip_labels(
     >>> int((noisy != y).sum())
     4
     """
-    share = _number("label_noise", label_noise, 0, 1)
+    share = number("label_noise", label_noise, 0, 1)
     flipped = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
-    shift = torch.randint(1, _whole("num_classes", num_classes, 2), y.shape, generator=generator)
+    shift = torch.randint(1, whole("num_classes", num_classes, 2), y.shape, generator=generator)
     noisy = y.clone()
     noisy[flipped] = (y[flipped] + shift[flipped]) % num_classes
     return noisy
@@ -265,7 +266,7 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
     Were all seeded with ``seed`` itself, inputs, splits, flips and the initial weights of a
     network would be made from the same random bits.
     """
-    entropy = (_whole("seed", seed, 0), *purpose.encode())
+    entropy = (whole("seed", seed, 0), *purpose.encode())
     mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed))
 
@@ -273,21 +274,6 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
 def _floating(x: Tensor) -> Tensor:
     """Bytes become float32 in [0, 1]; only the rows in use are converted."""
     return x.float().div_(255) if x.dtype == torch.uint8 else x
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    """``value`` as an int, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-    return int(value)
-
-
-def _number(name: str, value: Any, least: float, most: float = math.inf) -> float:
-    """``value`` as a float, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
-        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-    return float(value)
 
 
 # ------------------------------------------------------------------------------- synthetic sets
@@ -300,10 +286,10 @@ def _synthetic(
     choice: _Choice,
 ) -> Data:
     """Two classes; as many examples as are asked for."""
-    pool_size = _whole("train_size", choice.train_size, 1) + _whole(
+    pool_size = whole("train_size", choice.train_size, 1) + whole(
         "validation_size", choice.validation_size, 0
     )
-    test = draw(_whole("test_size", test_size, 1), _generator(choice.seed, "test inputs"))
+    test = draw(whole("test_size", test_size, 1), _generator(choice.seed, "test inputs"))
     pool = draw(pool_size, _generator(choice.seed, "inputs"))
     return _assemble(name, 2, pool, test, choice)
 
@@ -340,7 +326,7 @@ def two_gaussians(
     >>> two_gaussians(distance=0.8).x_train.shape
     torch.Size([100, 10])
     """
-    dimension, distance = _whole("dimension", dimension, 1), _number("distance", distance, 0)
+    dimension, distance = whole("dimension", dimension, 1), number("distance", distance, 0)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (n,), generator=generator)
@@ -416,7 +402,7 @@ def spiral(
     >>> spiral(noise=0.5).y_train.bincount().sum()
     tensor(100)
     """
-    noise = _number("noise", noise, 0)
+    noise = number("noise", noise, 0)
 
     def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         y = torch.randint(2, (n,), generator=generator)
@@ -464,7 +450,7 @@ def digits(
     x = torch.tensor(images, dtype=torch.float32).div_(16)[order]
     x = x if flat else x.view(-1, 1, 8, 8)
     y = torch.tensor(labels, dtype=torch.int64)[order]
-    test_size = _whole("test_size", test_size, 1)
+    test_size = whole("test_size", test_size, 1)
     if test_size >= len(y):
         raise ValueError(
             f"test_size must be less than {len(y)}, the number of examples of digits, "

@@ -33,6 +33,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from . import claims
+from ._checks import whole
 from .data import Data
 from .flooding import Flooding
 from .optimizers import SGD, lr_factor
@@ -380,7 +381,7 @@ def best_step(runs: xr.Dataset, by: str = "validation_error", patience: int | No
         raise ValueError(f"by must be one of {names}, got {by!r}")
     score = runs[by].fillna(np.inf)
     if patience is not None:
-        _whole("patience", patience)
+        whole("patience", patience)
         axis = score.get_axis_num("step")
         low = np.minimum.accumulate(score.values, axis)
         index = np.arange(score.sizes["step"]).reshape([-1 if d == "step" else 1 for d in score.dims])
@@ -419,14 +420,14 @@ class _Plan:
         for name in ("steps", "evaluation_batch_size", "batch_size", "chunk_size"):
             value = getattr(self, name)
             if value is not None or name in ("steps", "evaluation_batch_size"):
-                setattr(self, name, _whole(name, value))
+                setattr(self, name, whole(name, value))
         if self.networks not in (None, "last", "best"):
             raise ValueError(f"networks must be None, 'last' or 'best', got {self.networks!r}")
         if isinstance(self.seeds, Integral):
-            _whole("seeds", self.seeds)
+            whole("seeds", self.seeds)
             self.seeds = claims.seeds(self.seeds)
-        whole = all(isinstance(seed, Integral) for seed in self.seeds)
-        if not whole or not len(self.seeds) or len(set(self.seeds)) < len(self.seeds):
+        integral = all(isinstance(seed, Integral) for seed in self.seeds)
+        if not integral or not len(self.seeds) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
                 f"seeds must be whole numbers, at least one, and all different, got {self.seeds}"
             )
@@ -442,7 +443,7 @@ class _Plan:
                 self.recipe.with_values({name: value})  # raises for a bad name or value
         self._check_data()
         if isinstance(self.evaluate_at, Integral):
-            _whole("evaluate_at", self.evaluate_at)
+            whole("evaluate_at", self.evaluate_at)
             self.evaluate_at = np.linspace(0, self.steps, self.evaluate_at + 1).round()
         inside = [0 <= t <= self.steps and t == int(t) for t in self.evaluate_at]
         if not inside or not all(inside):
@@ -710,7 +711,7 @@ class _Checkpoint:
     """Finished chunks in memory and, if there is a path, on disk, with the chunk being trained."""
 
     def __init__(self, path, every: int, plan: _Plan):
-        _whole("checkpoint_every", every)
+        whole("checkpoint_every", every)
         self.path = Path(path) if path is not None else None
         self.every, self.finished, self.current = every, [], None
         self.fingerprint = plan.fingerprint() if path is not None else ""
@@ -784,12 +785,6 @@ def _warn_of_divergence(dataset: xr.Dataset, expected: bool) -> None:
         claims.report_divergence(names)
         warnings.warn(f"the loss of {len(names)} runs is not finite: {'; '.join(names)}. Their "
                       "results are NaN from there.", stacklevel=3)  # fmt: skip
-
-
-def _whole(name: str, value) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    return int(value)
 
 
 def _name(thing) -> str:

@@ -1,0 +1,20 @@
+"""Bad input gets an error that names the argument, the value and what is allowed."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
+    """``value`` as a float, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
+        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+    return float(value)
