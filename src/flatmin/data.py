@@ -303,7 +303,7 @@ def two_gaussians(
     label_noise: float = 0.0,
     seed: int = 0,
 ) -> Data:
-    r"""Two Gaussians of the flooding paper (Ishida et al., ICML 2020, section 4.1).
+    r"""Two Gaussians of the flooding paper (Ishida et al., ICML 2020).
 
     .. math:: x \mid y \sim \mathcal N(m\,y\,\mathbf 1,\; I_d),
               \qquad y \in \{0, 1\} \text{ with probability } \tfrac12
@@ -382,7 +382,7 @@ def spiral(
     label_noise: float = 0.0,
     seed: int = 0,
 ) -> Data:
-    r"""Two spirals of the flooding paper (Ishida et al., ICML 2020, section 4.1).
+    r"""Two spirals of the flooding paper (Ishida et al., ICML 2020).
 
     .. math:: x = (a + \pi y)\,(\cos a, \sin a) + \tau\,\nu,
               \quad a \sim U[0, 4\pi], \quad \nu \sim \mathcal N(0, I_2),

@@ -49,8 +49,7 @@ def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
 
     References
     ----------
-    Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML 2020,
-    Section 3.
+    Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML 2020.
 
     Examples
     --------
