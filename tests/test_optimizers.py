@@ -6,10 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
 
-from flatmin.optimizers import SGD, Adam, lr_factor
+from flatmin.data import two_gaussians
+from flatmin.models import MLP
+from flatmin.optimizers import SGD, Adam, TwoRates, lr_factor
+from flatmin.training import Recipe, fit
 
 
 def objective(params):
@@ -149,3 +154,46 @@ def test_bad_values_are_named(make, name, value):
 
 def test_numpy_numbers_are_numbers():
     assert SGD(lr=np.float32(0.5), momentum=np.float64(0.5)).lr == 0.5
+
+
+# --------------------------------------------------------------------------------------- two rates
+
+
+@given(st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.integers(2, 5), st.floats(0, 0.1))
+def test_two_rates_is_torchs_sgd_with_a_rate_that_changes_sign(down, up, period, weight_decay):
+    place = TwoRates(down, up, period, weight_decay)
+    w = {"w": torch.tensor([1.0, -2.0]).double()}
+    theirs = torch.nn.Parameter(w["w"].clone())
+    optimizer = torch.optim.SGD([theirs], lr=down)
+    for t in range(2 * period):
+        g = torch.sin(theirs.detach())
+        w, state = place(w, {"w": torch.sin(w["w"])}, {}, t=t, factor=0.5)
+        ascent = t % period == period - 1
+        theirs.grad = -(g + weight_decay * theirs.detach()) if ascent else g + weight_decay * theirs.detach()
+        optimizer.param_groups[0]["lr"] = 0.5 * (up if ascent else down)
+        optimizer.step()
+        assert state == {}
+    torch.testing.assert_close(w["w"], theirs.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_two_rates_in_the_stack():
+    data = two_gaussians(train_size=40, test_size=50)
+    settings = dict(steps=10, batch_size=20, seeds=[0, 1], evaluate_at=[9, 10], dtype=torch.double)
+    grid = {"ascent_lr": [0.0, 0.1], "period": [2, 3]}
+    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(optimizer=TwoRates(lr=0.2)), grid=grid, **settings)
+    for ascent_lr in grid["ascent_lr"]:
+        for period in grid["period"]:
+            recipe = Recipe(optimizer=TwoRates(0.2, ascent_lr, period))
+            alone = fit(lambda: MLP(10, 8, 2), data, recipe, **settings)
+            one = runs.sel(ascent_lr=ascent_lr, period=period)
+            np.testing.assert_allclose(one.train_loss, alone.train_loss, rtol=1e-9)
+    plain = fit(lambda: MLP(10, 8, 2), data, Recipe(optimizer=SGD(lr=0.2)), **settings)
+    descends = runs.sel(ascent_lr=0.1, period=2).diff("step").train_loss  # step 10 goes up
+    assert (descends > plain.diff("step").train_loss).all()
+
+
+@pytest.mark.parametrize("name, value", [("lr", -1), ("ascent_lr", float("nan")), ("period", 1),
+                                         ("period", 2.5), ("weight_decay", -1)])  # fmt: skip
+def test_two_rates_names_bad_settings(name, value):
+    with pytest.raises(ValueError, match=name):
+        TwoRates(**{name: value})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from flatmin.statistics import mean_interval
+from flatmin.statistics import mean_interval, pm
 
 
 @given(
@@ -75,3 +75,10 @@ def test_bad_input_is_named():
     for other in ([1.0, 2.0], np.ones(3), values.to_dataset(name="v")):
         with pytest.raises(TypeError, match=f"values must be a DataArray, got {type(other).__name__}"):
             mean_interval(other)
+
+
+def test_pm_is_the_interval_as_text():
+    values = xr.DataArray([0.1, 0.2, 0.4], dims="seed")
+    m = mean_interval(values)
+    assert pm(values, 3) == f"{m['mean'].item():.3f} ± {m['half'].item():.3f}"
+    assert pm(xr.DataArray([1.0, float("nan")], dims="run"), dim="run") == "nan ± nan"

@@ -15,8 +15,9 @@ from .data import (
 )
 from .flooding import Flooding, FloodingLoss, flood, flood_gradients_
 from .models import MLP, ResNet, SmallCNN, resnet18, resnet20, resnet32
-from .optimizers import SGD, Adam
-from .statistics import mean_interval
+from .optimizers import SGD, Adam, TwoRates
+from .penalty import GradientPenalty, gradient_norm, gradient_penalty
+from .statistics import mean_interval, pm
 from .training import Networks, Recipe, best_step, fit
 
 __version__ = "0.1.0"

@@ -13,8 +13,9 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
-    """``value`` as a float, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most:
-        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
+    """A finite ``value`` as a float, or an error that names it."""
+    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not (real and least <= value <= most):
+        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}, and finite"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)

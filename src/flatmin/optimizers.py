@@ -51,6 +51,13 @@ def _plus(y: Tensor, a: float | Tensor, x: Tensor) -> Tensor:
     return torch.addcmul(y, x, a) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
 
 
+def _decayed(grads: Params, weight_decay: float | Tensor, params: Params) -> Params:
+    """The gradients with weight decay added to them."""
+    if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+        return grads
+    return {name: _plus(grads[name], weight_decay, w) for name, w in params.items()}
+
+
 @dataclass(frozen=True)
 class SGD:
     r"""Gradient descent with momentum :math:`\mu` and weight decay :math:`\lambda`.
@@ -93,17 +100,73 @@ class SGD:
         return {"velocity": {name: torch.zeros_like(w) for name, w in params.items()}}
 
     def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
-        lr = self.lr * factor
+        lr, grads = self.lr * factor, _decayed(grads, self.weight_decay, params)
         new, velocity = {}, {}
         for name, w in params.items():
             g = grads[name]
-            if isinstance(self.weight_decay, Tensor) or self.weight_decay:
-                g = _plus(g, self.weight_decay, w)
             if state:
                 velocity[name] = v = _plus(g, self.momentum, state["velocity"][name])
                 g = _plus(g, self.momentum, v) if self.nesterov else v
             new[name] = _plus(w, -lr, g)
         return new, {"velocity": velocity} if state else {}
+
+
+@dataclass(frozen=True)
+class TwoRates:
+    r"""Gradient descent that takes every ``period``-th step *up*, with a smaller rate.
+
+    .. math::
+        \theta \leftarrow \theta - \varepsilon_t\,(g + \lambda\theta), \qquad
+        \varepsilon_t = \begin{cases} -\varepsilon_2 & \text{each period's last step} \\
+        \varepsilon_1 & \text{otherwise} \end{cases}
+
+    Flooding without a level, from the start.  A step down and a step up together (``period=2``)
+    make one step of rate :math:`\varepsilon_1-\varepsilon_2` on
+    :math:`L+\frac{\varepsilon_1\varepsilon_2}{2(\varepsilon_1-\varepsilon_2)}\|g\|^2`, but for
+    :math:`O(\varepsilon^3)`; at equal rates they descend :math:`\|g\|^2` alone.
+
+    Parameters
+    ----------
+    lr, ascent_lr : float
+        The rates :math:`\varepsilon_1 \ge 0` down and :math:`\varepsilon_2 \ge 0` up.
+    period : int
+        At least 2; 2 takes turns.
+    weight_decay : float
+        :math:`\lambda \ge 0`; part of what is descended and ascended.
+    schedule : str or callable
+        Multiplies both rates, as in :class:`SGD`.
+
+    Examples
+    --------
+    On :math:`L=\frac12w^2` a pair multiplies w by :math:`(1-\varepsilon_1)(1+\varepsilon_2)`:
+
+    >>> step, w = TwoRates(lr=0.5, ascent_lr=0.2), {"w": torch.tensor(1.0)}
+    >>> for t in range(2):
+    ...     w, _ = step(w, w, {}, t=t, factor=1.0)       # the gradient of L is w
+    >>> w
+    {'w': tensor(0.6000)}
+    """
+
+    lr: float = 0.1
+    ascent_lr: float = 0.05
+    period: int = 2
+    weight_decay: float = 0.0
+    schedule: str | Callable[[float], float] = "constant"
+
+    def __post_init__(self):
+        _check(self, lr=(0, math.inf), ascent_lr=(0, math.inf), weight_decay=(0, math.inf),
+               period=(2, math.inf))
+        if not isinstance(self.period, Tensor) and self.period % 1:
+            raise ValueError(f"period must be a whole number, got {self.period!r}")
+
+    def init(self, params: Params) -> dict:
+        return {}
+
+    def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
+        up = ((t + 1) % self.period == 0) * 1.0
+        rate = ((1 - up) * self.lr - up * self.ascent_lr) * factor
+        grads = _decayed(grads, self.weight_decay, params)
+        return {name: _plus(w, -rate, grads[name]) for name, w in params.items()}, {}
 
 
 @dataclass(frozen=True)
@@ -144,12 +207,10 @@ class Adam:
         return {"mean": zeros(), "square": zeros()}
 
     def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
-        lr = self.lr * factor
+        lr, grads = self.lr * factor, _decayed(grads, self.weight_decay, params)
         new, mean, square = {}, {}, {}
         for name, w in params.items():
             g = grads[name]
-            if isinstance(self.weight_decay, Tensor) or self.weight_decay:
-                g = _plus(g, self.weight_decay, w)
             mean[name] = m = self.beta1 * state["mean"][name] + (1 - self.beta1) * g
             square[name] = s = self.beta2 * state["square"][name] + (1 - self.beta2) * g * g
             m, s = m / (1 - self.beta1 ** (t + 1)), s / (1 - self.beta2 ** (t + 1))

@@ -3,7 +3,7 @@
 import xarray as xr
 from scipy.stats import t as student
 
-__all__ = ["mean_interval"]
+__all__ = ["mean_interval", "pm"]
 
 
 def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dataset:
@@ -49,3 +49,15 @@ def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dat
     mean = values.mean(dim, skipna=False)
     half = values.std(dim, ddof=1, skipna=False) * student.ppf((1 + confidence) / 2, n - 1) / n**0.5
     return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half, "half": half})
+
+
+def pm(values, digits: int = 2, dim: str = "seed") -> str:
+    """``"mean ± half"`` of :func:`mean_interval` as text, for tables and sentences.
+
+    Examples
+    --------
+    >>> pm(xr.DataArray([1.0, 2.0, 3.0], dims="seed"), 1)
+    '2.0 ± 2.5'
+    """
+    m = mean_interval(values, dim)
+    return f"{float(m['mean']):.{digits}f} ± {float(m['half']):.{digits}f}"
