@@ -65,7 +65,7 @@ def data_of(text):
 
 def test_data_comes_back_from_the_script():
     data = data_of(make())
-    assert data["values"] == ["0.1", "0.25"]
+    assert data["values"] == [["0.1", "0.25"]]
     assert data["notes"] == ["one", "two"]
     (panel,) = data["panels"]
     assert [panel[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim")] == ["T", "X", "Y", [0, 1], [-1, 5]]
@@ -90,7 +90,7 @@ def test_numbers_of_numpy_are_numbers():
     data = data_of(make(panels=[panel], values=np.array([0.1, 0.2])))
     assert data["panels"][0]["xlim"] == [0, 2]
     assert data["panels"][0]["lines"][0]["x"] == [[0, 1, 2]]
-    assert data["values"] == ["0.1", "0.2"]
+    assert data["values"] == [["0.1", "0.2"]]
 
 
 def test_slider_and_start():
@@ -144,7 +144,7 @@ def test_text_stays_text():
     assert page.the("img")["alt"] == NASTY
     assert any(NASTY in part for part in ["".join(page.text)])
     data = data_of(text)
-    assert data["values"][0] == data["notes"][0] == NASTY
+    assert data["values"][0][0] == data["notes"][0] == NASTY
     assert data["panels"][0]["title"] == data["panels"][0]["lines"][0]["label"] == NASTY
     (script,) = page.scripts
     assert "<!--" not in script and "</" not in script
@@ -169,3 +169,17 @@ def test_text_stays_text():
 def test_bad_input_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_several_knobs_make_a_frame_of_every_combination():
+    lines = {"line": ([0, 1], [[k, k] for k in range(6)])}
+    panel = Panel(lines, {"line": "red"}, ylim=(0, 6))
+    text = make(panels=[panel], knob=["b", "rate"], values=[[0.1, 0.2], ["x", "y", "z"]], notes=(), start=4)
+    sliders = [a for t, a in Elements(text).found if t == "input"]
+    assert [(s["id"], s["max"], s["value"]) for s in sliders] == [
+        ("fig-knob", "1", "1"), ("fig-knob1", "2", "1"),
+    ]  # fmt: skip
+    assert data_of(text)["values"] == [["0.1", "0.2"], ["x", "y", "z"]]
+    assert data_of(text)["panels"][0]["lines"][0]["y"][4] == [4, 4]
+    with pytest.raises(ValueError):  # a value list is missing
+        make(knob=["b", "rate"], values=[[0.1, 0.2]])

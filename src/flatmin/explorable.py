@@ -1,4 +1,4 @@
-"""Explorable figures: a slider over precomputed lines, in plain JavaScript.
+"""Explorable figures: sliders over precomputed lines, in plain JavaScript.
 
 Works from a file, in the book, in JupyterLab and in Colab, without server or network.  Where
 scripts do not run, a static picture of one frame stands there instead.
@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ class Panel:
 
 
 def explorable(
-    id: str, panels: Sequence[Panel], knob: str, values: Sequence, alt: str, start: int = 0,
-    notes: Sequence[str] = (),
+    id: str, panels: Sequence[Panel], knob: str | Sequence[str], values: Sequence, alt: str,
+    start: int = 0, notes: Sequence[str] = (),
 ):  # fmt: skip
-    """A figure whose frames a slider moves through.
+    """A figure whose frames one or more sliders move through.
 
     Parameters
     ----------
@@ -58,10 +59,11 @@ def explorable(
         The element's id, different for each figure of a page.
     panels : sequence of Panel
         Drawn side by side, below one another on a narrow screen.
-    knob : str
-        What the slider turns, e.g. ``"flood level b"``.
-    values : sequence
-        The knob's value in each frame, as it is to be read.
+    knob : str, or sequence of str
+        What the slider turns, e.g. ``"flood level b"``; several names make several sliders.
+    values : sequence, or a sequence of them
+        The knob's value in each frame, as it is to be read.  With several knobs: the values of
+        each, and one frame for every combination, the last knob running fastest.
     alt : str
         What the figure shows, in words.
     start : int
@@ -83,7 +85,8 @@ def explorable(
     """
     from IPython.display import HTML
 
-    n = len(values)
+    knobs = {knob: values} if isinstance(knob, str) else dict(zip(knob, values, strict=True))
+    n = math.prod(len(v) for v in knobs.values())
     if not re.fullmatch(r"[A-Za-z][\w-]*", id):
         raise ValueError(f"id must be a letter, then letters, digits, '-' and '_', got {id!r}")
     if not panels:
@@ -94,7 +97,7 @@ def explorable(
         raise ValueError(f"start must be between 0 and {n - 1}, got {start}")
     frames = [[_frames(p, label, n) for label in p.lines] for p in panels]
     data = {
-        "values": [str(v) for v in values],
+        "values": [[str(v) for v in values] for values in knobs.values()],
         "notes": list(notes),
         "panels": [
             {
@@ -110,14 +113,17 @@ def explorable(
             for p, lines in zip(panels, frames)
         ],
     }  # fmt: skip
-    picture = _static(panels, frames, knob, values, start)
+    at = np.unravel_index(start, [len(values) for values in knobs.values()])
+    title = ", ".join(f"{name} = {values[i]}" for (name, values), i in zip(knobs.items(), at))
+    sliders = [
+        _SLIDER.format(id=f"{id}-knob{k or ''}", name=html.escape(name), last=len(values) - 1, start=i)
+        for k, ((name, values), i) in enumerate(zip(knobs.items(), at))
+    ]
     parts = {
         "ID": id,
         "ALT": html.escape(alt),
-        "KNOB": html.escape(knob),
-        "PNG": picture,
-        "LAST": str(n - 1),
-        "START": str(start),
+        "SLIDERS": "".join(sliders),
+        "PNG": _static(panels, frames, title, start),
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return HTML(re.sub("@([A-Z]+)@", lambda key: parts[key[1]], _TEMPLATE))
@@ -151,7 +157,7 @@ def _ticks(limits) -> list[float]:
     return [_round(t) for t in ticks if limits[0] <= t <= limits[1]]
 
 
-def _static(panels, frames, knob, values, start) -> str:
+def _static(panels, frames, title, start) -> str:
     fig, axes = plt.subplots(1, len(panels), squeeze=False)
     at = lambda rows: np.array(rows[start % len(rows)], dtype=float)
     for ax, panel, lines in zip(axes[0], panels, frames):
@@ -161,29 +167,31 @@ def _static(panels, frames, knob, values, start) -> str:
         ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel,
                xlim=panel.xlim, ylim=panel.ylim)  # fmt: skip
         ax.legend()
-    fig.suptitle(f"{knob} = {values[start]}", fontsize=10)
+    fig.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=130)
     plt.close(fig)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+_SLIDER = """
+<label for="{id}">{name} = <output style="font-variant-numeric:tabular-nums;
+ display:inline-block;min-width:3.2em;font-weight:600"></output></label>
+<input type="range" id="{id}" min="0" max="{last}" value="{start}" step="1"
+ style="flex:1 1 12rem;min-width:10rem">"""
+
 _TEMPLATE = """
 <div class="explorable" id="@ID@">
 <img alt="@ALT@" src="data:image/png;base64,@PNG@" style="max-width:100%">
 <div class="stage" role="img" aria-label="@ALT@" hidden
  style="display:none;flex-wrap:wrap;gap:0.5rem"></div>
-<div class="controls" style="display:none;align-items:center;gap:0.7rem;flex-wrap:wrap">
-<label for="@ID@-knob">@KNOB@ = <output style="font-variant-numeric:tabular-nums;
- display:inline-block;min-width:3.2em;font-weight:600"></output></label>
-<input type="range" id="@ID@-knob" min="0" max="@LAST@" value="@START@" step="1"
- style="flex:1 1 12rem;min-width:10rem">
+<div class="controls" style="display:none;align-items:center;gap:0.7rem;flex-wrap:wrap">@SLIDERS@
 <span class="note" aria-live="polite" style="flex-basis:100%;min-height:1.5em"></span>
 </div>
 <script>
 (function () {
   const root = document.getElementById("@ID@"), data = @DATA@;
-  const stage = root.querySelector(".stage"), knob = root.querySelector("input");
+  const stage = root.querySelector(".stage"), knobs = [...root.querySelectorAll("input")];
   const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
   const NS = "http://www.w3.org/2000/svg";
   const add = (parent, tag, attributes, text) => {
@@ -237,13 +245,15 @@ _TEMPLATE = """
     });
   });
   const draw = () => {
-    const k = +knob.value;
+    const k = knobs.reduce((k, knob, i) => k * data.values[i].length + +knob.value, 0);
     drawn.forEach(f => f(k));
-    root.querySelector("output").textContent = data.values[k];
-    knob.setAttribute("aria-valuetext", data.values[k]);
+    root.querySelectorAll("output").forEach((output, i) => {
+      output.textContent = data.values[i][+knobs[i].value];
+      knobs[i].setAttribute("aria-valuetext", output.textContent);
+    });
     root.querySelector(".note").textContent = data.notes[k] || "";
   };
-  knob.addEventListener("input", draw);
+  knobs.forEach(knob => knob.addEventListener("input", draw));
   root.querySelector("img").style.display = "none";
   stage.hidden = false;
   stage.style.display = root.querySelector(".controls").style.display = "flex";

@@ -12,6 +12,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ._checks import whole
+
 Params = dict[str, Tensor]
 
 SCHEDULES = {
@@ -154,17 +156,14 @@ class TwoRates:
     schedule: str | Callable[[float], float] = "constant"
 
     def __post_init__(self):
-        _check(self, lr=(0, math.inf), ascent_lr=(0, math.inf), weight_decay=(0, math.inf),
-               period=(2, math.inf))
-        if not isinstance(self.period, Tensor) and self.period % 1:
-            raise ValueError(f"period must be a whole number, got {self.period!r}")
+        _check(self, lr=(0, math.inf), ascent_lr=(0, math.inf), weight_decay=(0, math.inf))
+        whole("period", self.period, 2)
 
     def init(self, params: Params) -> dict:
         return {}
 
     def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
-        up = ((t + 1) % self.period == 0) * 1.0
-        rate = ((1 - up) * self.lr - up * self.ascent_lr) * factor
+        rate = (self.lr if (t + 1) % self.period else -self.ascent_lr) * factor
         grads = _decayed(grads, self.weight_decay, params)
         return {name: _plus(w, -rate, grads[name]) for name, w in params.items()}, {}
 
