@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flatmin import claims, training
 from flatmin.data import Data
 from flatmin.flooding import Flooding, flood
+from flatmin.mixup import BatchTransform, Dirac, Gaussian, LabelSmoothing, Mixup
+from flatmin.models import Dropout
 from flatmin.optimizers import SGD, Adam
 from flatmin.training import (
     Recipe,
@@ -57,6 +59,9 @@ MLP = lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
 BATCH_NORM = lambda: nn.Sequential(
     nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)
 )
+DROPOUT = lambda: nn.Sequential(
+    nn.Linear(5, 7), nn.Tanh(), Dropout(0.4), nn.Linear(7, 6), Dropout(0.2), nn.Linear(6, 3)
+)
 DATA = make_data()
 ON_CPU = {"device": "cpu", "dtype": torch.float64}
 COSINE = {"momentum": 0.9, "weight_decay": 0.05, "schedule": "cosine"}
@@ -64,13 +69,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def plain_loop(model, data, seed, *, steps, batch_size, optimizer=None, loss=torch.mean,
-               cosine=False, evaluate_at=(), dtype=torch.float64):  # fmt: skip
+               cosine=False, evaluate_at=(), dtype=torch.float64, vicinity=None):  # fmt: skip
     """One run, as anyone would write it: the results at each evaluation, and the module."""
     module = initial_module(model, seed).to(dtype)
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(module.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     x, y = data.x_train.to(dtype), data.y_train
-    records, t, epoch, rows = [], 0, 0, []
+    show = BatchTransform(vicinity, 3, seed) if vicinity else lambda x, y, *other: (x, y)
+    records, t, epoch, rows, others = [], 0, 0, [], []
 
     def evaluate():
         module.eval()
@@ -90,13 +96,16 @@ def plain_loop(model, data, seed, *, steps, batch_size, optimizer=None, loss=tor
         if t == steps:
             return records, module.eval()
         if not rows:
-            rows = [slice(None)]
+            rows, others = [slice(None)], [slice(None)]
             if batch_size is not None:
                 rows = list(epoch_order(seed, epoch, len(x)).split(batch_size))
-            epoch += 1
-        batch = rows.pop(0)
+                others = epoch_order(seed, epoch, len(x), "second order").split(batch_size)
+            epoch, others = epoch + 1, list(others)
+        batch, other = rows.pop(0), others.pop(0)
+        second = (x[other], y[other]) if getattr(vicinity, "second_stream", False) else ()
+        inputs, targets = show(x[batch], y[batch], *second)
         optimizer.zero_grad()
-        loss(cross_entropy(module(x[batch]), y[batch], reduction="none")).backward()
+        loss(cross_entropy(module(inputs), targets, reduction="none")).backward()
         optimizer.step()
         if schedule:
             schedule.step()
@@ -152,6 +161,51 @@ EXPERIMENTS = {
     ),
     "no grid, one batch an epoch": (
         {"batch_size": 23}, {}, lambda v: {"batch_size": 23},
+    ),
+    "dropout": (
+        {"model": DROPOUT},
+        {"lr": [0.05, 0.2]}, lambda v: {"optimizer": sgd(v), "model": DROPOUT},
+    ),
+    "mixup": (
+        {"recipe": Recipe(batch=Mixup())},
+        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v)},
+    ),
+    "mixup at one alpha": (
+        {"recipe": Recipe(batch=Mixup(0.3), optimizer=SGD(0.1, **COSINE))},
+        {"lr": [0.05, 0.2]},
+        lambda v: {"vicinity": Mixup(0.3), "cosine": True,
+                   "optimizer": sgd(v, momentum=0.9, weight_decay=0.05)},
+    ),
+    "mixup of three examples": (
+        {"recipe": Recipe(batch=Mixup(k=3, per_example=True))},
+        {"alpha": [0.0, 1.0]}, lambda v: {"vicinity": Mixup(v, k=3, per_example=True)},
+    ),
+    "mixup of different classes, flooded": (
+        {"recipe": Recipe(Flooding(0.9), batch=Mixup(partners="different"))},
+        {"alpha": [0.2, 1.0]},
+        lambda v: {"vicinity": Mixup(v, partners="different"), "loss": lambda l: flood(l.mean(), 0.9)},
+    ),
+    "mixup within a class, from a second stream": (
+        {"recipe": Recipe(batch=Mixup(partners="same", second_stream=True))},
+        {"alpha": [0.2, 1.0]},
+        lambda v: {"vicinity": Mixup(v, partners="same", second_stream=True)},
+    ),
+    "mixup, full batch": (
+        {"recipe": Recipe(batch=Mixup()), "batch_size": None},
+        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v), "batch_size": None},
+    ),
+    "mixup with batch norm and dropout": (
+        {"model": (both := lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3), nn.Linear(3, 3))),
+         "recipe": Recipe(batch=Mixup(second_stream=True))},
+        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v, second_stream=True), "model": both},
+    ),
+    "noise": (
+        {"recipe": Recipe(batch=Gaussian())},
+        {"sigma": [0.1, 1.0]}, lambda v: {"vicinity": Gaussian(v)},
+    ),
+    "label smoothing": (
+        {"recipe": Recipe(batch=LabelSmoothing()), "batch_size": None},
+        {"smoothing": [0.0, 0.5]}, lambda v: {"vicinity": LabelSmoothing(v), "batch_size": None},
     ),
 }  # fmt: skip
 
@@ -237,12 +291,20 @@ def test_frozen_and_tied_weights_and_passing_buffers():
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
 @pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
-def test_results_do_not_depend_on_the_chunk(chunk_size, one_a_seed):
+@pytest.mark.parametrize(
+    "model, recipe, grid",
+    [
+        (BATCH_NORM, Recipe(), {"flood_level": [0.0, 0.9]}),
+        (DROPOUT, Recipe(batch=Mixup(second_stream=True)), {"alpha": [0.2, 1.0]}),
+    ],
+    ids=["batch norm", "dropout and mixup"],
+)
+def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, one_a_seed):
     data = [make_data(seed) for seed in (5, 6)] if one_a_seed else DATA
+    recipe = dataclasses.replace(recipe, optimizer=SGD(momentum=0.5))
     whole, chunked = (
-        fit(BATCH_NORM, data, Recipe(optimizer=SGD(momentum=0.5)), steps=5, batch_size=10,
-            grid={"lr": [0.05, 0.1], "flood_level": [0.0, 0.9]}, seeds=2, evaluate_at=5,
-            networks="best", chunk_size=size, **ON_CPU)
+        fit(model, data, recipe, steps=5, batch_size=10, grid={"lr": [0.05, 0.1], **grid}, seeds=2,
+            evaluate_at=5, networks="best", chunk_size=size, **ON_CPU)
         for size in (None, chunk_size)
     )  # fmt: skip
     xr.testing.assert_allclose(whole[0], chunked[0], rtol=1e-10)
@@ -258,6 +320,73 @@ def test_the_evaluation_batch_size_does_not_matter():
         for size in (4, 1000)
     )  # fmt: skip
     xr.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+# --------------------------------------------------------------------------- the batch place
+
+
+@pytest.mark.parametrize("model", [MLP, BATCH_NORM, DROPOUT], ids=["MLP", "batch norm", "dropout"])
+@pytest.mark.parametrize("batch_size", [10, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixup_at_alpha_zero_is_bitwise_erm(model, batch_size, dtype):
+    arguments = {"steps": 7, "batch_size": batch_size, "seeds": 2, "networks": "last",
+                 "device": "cpu", "dtype": dtype}  # fmt: skip
+    erm = fit(model, DATA, Recipe(), grid={"lr": [0.1, 0.3]}, **arguments)
+    for place in (Dirac(), Mixup(0.0), Mixup(0.0, k=3, partners="same", second_stream=True)):
+        other = fit(model, DATA, Recipe(batch=place), grid={"lr": [0.1, 0.3]}, **arguments)
+        assert_bitwise_equal(erm, other)
+
+
+def test_the_run_with_alpha_zero_is_bitwise_erm_beside_others():
+    arguments = {"steps": 7, "batch_size": 10, "seeds": 3, "device": "cpu", "networks": "last"}
+    erm, erm_networks = fit(MLP, DATA, Recipe(), grid={"flood_level": [0.0, 0.5]}, **arguments)
+    mixed, networks = fit(MLP, DATA, Recipe(batch=Mixup()), grid={"alpha": [0.0, 1.0]}, **arguments)
+    assert (mixed.test_loss.sel(alpha=0.0).values == erm.test_loss.sel(flood_level=0.0).values).all()
+    assert (mixed.test_loss.sel(alpha=1.0, step=7) != mixed.test_loss.sel(alpha=0.0, step=7)).all()
+    for name, w in networks.params.items():
+        assert torch.equal(w[:3], erm_networks.params[name][:3])
+
+
+def test_runs_share_their_draws_unless_they_differ_in_the_batch_place():
+    first = lambda grid: fit(
+        MLP, DATA, Recipe(batch=Mixup(1.0)), steps=1, batch_size=10, seeds=2, grid=grid,
+        networks="last", **ON_CPU,
+    )[1].params["0.weight"]  # fmt: skip
+    a = first({"momentum": [0.0, 0.9]})  # acts from the second step on
+    assert torch.equal(a[:2], a[2:])
+    b = first({"alpha": [1.0, 0.2]})
+    torch.testing.assert_close(b[:2], a[:2])
+    assert (b[:2] != b[2:]).any()
+
+
+def test_training_loss_is_that_of_the_examples_themselves():
+    """Not of the mixed ones: at α = 1 that would be about half a nat for a perfect network."""
+    runs, networks = fit(
+        MLP, DATA, Recipe(batch=Mixup(1.0)), steps=3, batch_size=10, seeds=1, networks="last", **ON_CPU
+    )
+    loss = networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "train")
+    np.testing.assert_allclose(runs.train_loss.isel(step=-1), loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixup_in_half_precision(dtype):
+    runs = fit(MLP, DATA, Recipe(batch=Mixup(1.0)), steps=5, batch_size=10, seeds=2, device="cpu",
+               dtype=dtype, grid={"alpha": [0.0, 0.5]})  # fmt: skip
+    assert np.isfinite(runs.test_loss).all() and (runs.diverged_at == -1).all()
+
+
+def test_dropout_in_the_stack():
+    """Seeds differ in their masks, runs of a seed do not, and counters count the steps."""
+    runs, networks = fit(
+        DROPOUT, DATA, Recipe(), steps=7, batch_size=10, seeds=2, grid={"lr": [0.1, 0.2]},
+        networks="last", **ON_CPU,
+    )  # fmt: skip
+    assert (networks.buffers["2.counter"] == 7).all()
+    key = networks.buffers["2.key"]
+    assert torch.equal(key[:2], key[2:]) and key[0] != key[1]
+    assert (networks.buffers["4.key"] != key).all()
+    first = runs.train_loss.isel(step=0)
+    assert (first.sel(lr=0.1) == first.sel(lr=0.2)).all()
 
 
 # ----------------------------------------------------------------------------- random streams
@@ -325,9 +454,9 @@ class Interrupts:
         return 0.5 + 0.5 * np.cos(np.pi * done)
 
 
-def experiment(schedule, checkpoint=None, *, model=MLP, networks="last", **more):
+def experiment(schedule, checkpoint=None, *, model=MLP, networks="last", batch=None, **more):
     """Two chunks of two runs, of eight steps each."""
-    recipe = Recipe(optimizer=SGD(0.1, momentum=0.9, schedule=schedule))
+    recipe = Recipe(optimizer=SGD(0.1, momentum=0.9, schedule=schedule), batch=batch)
     more = {"grid": {"flood_level": [0.0, 1.0]}, "seeds": [0, 5], "device": "cpu"} | more
     return fit(
         model, DATA, recipe, steps=8, batch_size=10, evaluate_at=[0, 3, 6, 8], networks=networks,
@@ -361,6 +490,18 @@ def test_interrupted_anywhere_and_resumed_is_bitwise_the_same(model, networks, e
         assert_bitwise_equal(whole, resumed)
         saved = step // 8 * 8 + step % 8 // every * every  # what had been done was not done again
         assert 10**6 - rest.left == 16 - saved
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_dropout_and_mixup_resume_bitwise(every, tmp_path):
+    arguments = {"model": DROPOUT, "batch": Mixup(second_stream=True), "every": every,
+                 "grid": {"alpha": [0.2, 1.0]}}  # fmt: skip
+    whole = experiment(Interrupts(10**6), **arguments)
+    for step in (0, 4, 7, 13):
+        with pytest.raises(KeyboardInterrupt):
+            experiment(Interrupts(step), tmp_path / f"{step}.pt", **arguments)
+        resumed = experiment(Interrupts(10**6), tmp_path / f"{step}.pt", **arguments)
+        assert_bitwise_equal(whole, resumed)
 
 
 @given(st.lists(st.integers(0, 5), max_size=4))
@@ -434,6 +575,7 @@ def test_a_checkpoint_of_other_data_recipe_or_steps_is_an_error(tmp_path):
         {"data": make_data(1)}, {"data": [DATA, make_data(1)]}, {"recipe": Recipe(Flooding(0.1))},
         {"recipe": Recipe(optimizer=Adam())}, {"recipe": Recipe(optimizer=SGD(schedule="cosine"))},
         {"steps": 3}, {"batch_size": 11}, {"evaluate_at": 1}, {"chunk_size": 1},
+        {"recipe": Recipe(batch=Mixup())}, {"recipe": Recipe(batch=Dirac())},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="checkpoint must come from the same experiment"):
             fit(**arguments | other)
@@ -847,6 +989,23 @@ def test_hyperparameters():
     changed = recipe.with_values({"scale": 5.0, "lr": 0.5, "eps": 0.1})
     assert changed == Recipe(Flooding(0.1), Twice(5.0), Adam(0.5, eps=0.1))
     assert Recipe(loss=torch.mean).hyperparameters().keys() == {"lr", "momentum", "weight_decay"}
+    mixed = Recipe(loss=torch.mean, batch=Mixup(0.5, k=3))
+    assert mixed.hyperparameters()["alpha"] == ("batch", 0.5)
+    assert "k" not in mixed.hyperparameters()  # it sets shapes
+    assert mixed.with_values({"alpha": 2}).batch == Mixup(2, k=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eps(Twice):
+    eps: float = 0.5
+
+
+def test_a_name_in_two_places_is_an_error_once_it_is_asked_for():
+    recipe = Recipe(gradient=Eps(), optimizer=Adam())
+    assert "eps" not in recipe.hyperparameters()
+    fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"scale": [1.0]}, device="cpu")
+    with pytest.raises(ValueError, match="'eps' is one of gradient and optimizer"):
+        fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"eps": [0.1]}, device="cpu")
 
 
 # -------------------------------------------------------------------------------- synchronization
@@ -870,12 +1029,18 @@ class Synchronizations(TorchDispatchMode):
 @pytest.mark.parametrize("recipe", [
     Recipe(Flooding(0.5), optimizer=SGD(0.1, **COSINE)),
     Recipe(Flooding(0.5, per_example=True), optimizer=Adam(0.1, weight_decay=0.1)),
-], ids=["SGD", "Adam"])  # fmt: skip
+    Recipe(batch=Mixup(0.3, partners="different", per_example=True)),
+    Recipe(batch=Mixup(0.3, k=3, second_stream=True)),
+    Recipe(batch=Gaussian()),
+    Recipe(batch=LabelSmoothing()),
+], ids=["SGD", "Adam", "mixup", "Dirichlet", "noise", "smoothing"])  # fmt: skip
 @pytest.mark.parametrize("batch_size", [10, None])
 def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
+    model = lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3))
+
     def waits(steps, recipe):
         with Synchronizations() as found:
-            fit(BATCH_NORM, DATA, recipe, steps=steps, batch_size=batch_size, seeds=2, device="cpu",
+            fit(model, DATA, recipe, steps=steps, batch_size=batch_size, seeds=2, device="cpu",
                 evaluate_at=[0], grid={"lr": [0.01, 0.1]}, expect_divergence=True)  # fmt: skip
         return found.count
 
@@ -890,11 +1055,13 @@ def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
-def test_cpu_and_cuda_agree(model, tmp_path):
+@pytest.mark.parametrize("model", [MLP, BATCH_NORM, DROPOUT], ids=["MLP", "batch norm", "dropout"])
+@pytest.mark.parametrize("batch", [None, Mixup(0.3), Gaussian(0.3)], ids=["ERM", "mixup", "noise"])
+def test_cpu_and_cuda_agree(model, batch, tmp_path):
     state = torch.cuda.get_rng_state()
+    recipe = Recipe(Flooding(0.3), optimizer=SGD(0.1, **COSINE), batch=batch)
     results = [
-        fit(model, DATA, Recipe(Flooding(0.3), optimizer=SGD(0.1, **COSINE)), steps=12, batch_size=10,
+        fit(model, DATA, recipe, steps=12, batch_size=10,
             grid={"lr": [0.05, 0.1]}, seeds=3, evaluate_at=4, networks="best", device=device,
             dtype=torch.float64, checkpoint=tmp_path / device)
         for device in ("cpu", "cuda")
@@ -908,7 +1075,9 @@ def test_cpu_and_cuda_agree(model, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_steps_do_not_synchronize():
+@pytest.mark.parametrize("batch", [None, Mixup(0.3, partners="same"), Gaussian(0.3)],
+                         ids=["ERM", "mixup", "noise"])  # fmt: skip
+def test_cuda_steps_do_not_synchronize(batch):
     class Strict:
         """A schedule, called in every step: from the second on, a synchronization raises."""
 
@@ -917,8 +1086,9 @@ def test_cuda_steps_do_not_synchronize():
             return 1.0
 
     try:
-        fit(BATCH_NORM, DATA, Recipe(Flooding(0.3), optimizer=SGD(schedule=Strict())), steps=40,
-            batch_size=10, seeds=3, evaluate_at=[0], device="cuda")  # fmt: skip
+        fit(lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3)), DATA, steps=40, batch_size=10,
+            recipe=Recipe(Flooding(0.3), optimizer=SGD(schedule=Strict()), batch=batch),
+            seeds=3, evaluate_at=[0], device="cuda")  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -965,7 +1135,7 @@ BAD = {
     "select without validation": ({"networks": "best", "data": make_data(validation=0)},
                                   r"select_by must be one of .*got 'validation_error'"),
     "dropout": ({"model": lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.3))},
-                r"model must have no random layer, got Dropout\(p=0.3, .*at '1'"),
+                r"model must have no random layer but flatmin.models.Dropout, got Dropout\(p=0.3, .*at '1'"),
 }  # fmt: skip
 
 

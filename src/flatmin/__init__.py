@@ -1,5 +1,6 @@
 """flatmin: flooding and its neighbours, tested, for training loops and for the book Flat Minima."""
 
+from .attack import Attack, fgsm, pgd
 from .claims import claim, first_seed, seeds
 from .data import (
     Data,
@@ -14,7 +15,17 @@ from .data import (
     two_gaussians,
 )
 from .flooding import Flooding, FloodingLoss, flood, flood_gradients_
-from .models import MLP, ResNet, SmallCNN, resnet18, resnet20, resnet32
+from .mixup import (
+    BatchTransform,
+    Dirac,
+    Gaussian,
+    LabelSmoothing,
+    Mixup,
+    mix,
+    mix_losses,
+    soft_targets,
+)
+from .models import MLP, Dropout, ResNet, SmallCNN, resnet18, resnet20, resnet32
 from .optimizers import SGD, Adam, TwoRates
 from .penalty import GradientPenalty, gradient_norm, gradient_penalty
 from .statistics import mean_interval, pm

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ResNet", "SmallCNN", "resnet18", "resnet20", "resnet32"]
+__all__ = ["MLP", "Dropout", "ResNet", "SmallCNN", "resnet18", "resnet20", "resnet32"]
 
 
 def _positive(name: str, values: Sequence[int], least: int = 1) -> tuple[int, ...]:
@@ -32,7 +32,8 @@ def _positive(name: str, values: Sequence[int], least: int = 1) -> tuple[int, ..
 class MLP(nn.Sequential):
     """A multilayer perceptron; flattens its input.
 
-    Each hidden layer is linear → batch norm (if wanted) → activation; the last layer is linear.
+    Each hidden layer is linear → batch norm (if wanted) → activation → dropout (if wanted); the
+    last layer is linear.
 
     Parameters
     ----------
@@ -44,11 +45,15 @@ class MLP(nn.Sequential):
         Whether the linear layers have a bias.
     activation : callable
         Makes a module, such as ``nn.ReLU`` or ``nn.Tanh``.
+    dropout : float
+        Probability in [0, 1) with which a hidden unit is dropped, see :class:`Dropout`.  It does
+        not change the initial weights.
 
     Raises
     ------
     ValueError
-        If there are fewer than two sizes, or one is not a positive whole number.
+        If there are fewer than two sizes, one is not a positive whole number, or ``dropout`` is
+        not in [0, 1).
 
     Notes
     -----
@@ -71,15 +76,106 @@ class MLP(nn.Sequential):
         batch_norm: bool = False,
         bias: bool = True,
         activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
     ) -> None:
         sizes = _positive("sizes", sizes, least=2)
+        *hidden, last = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes)]
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
-            layers.append(nn.Linear(fan_in, fan_out, bias=bias))
+        for linear in hidden:
+            layers.append(linear)
             if batch_norm:
-                layers.append(nn.BatchNorm1d(fan_out))
+                layers.append(nn.BatchNorm1d(linear.out_features))
             layers.append(activation())
-        super().__init__(*layers, nn.Linear(sizes[-2], sizes[-1], bias=bias))
+            if dropout != 0:
+                layers.append(Dropout(dropout))
+        super().__init__(*layers, last)
+
+
+class Dropout(nn.Module):
+    r"""Dropout that can be stacked: its randomness is a function of buffers.
+
+    In training mode, each unit is set to zero with probability :math:`p`, and the others are
+    divided by :math:`1-p`, which keeps the mean:
+
+    .. math:: x_i \mapsto \frac{m_i}{1-p}\,x_i, \qquad
+              m_i = \mathbb 1\big[h(\text{key}, \text{counter}, i) \ge p\big].
+
+    In evaluation mode it is the identity. :math:`h` is a hash with values in [0, 1), computed in
+    whole numbers, so that a CPU and a GPU drop the same units. The buffer ``key`` is drawn from
+    PyTorch's global random state when the layer is made, as initial weights are; the buffer
+    ``counter`` goes up by one in each forward pass in training mode. Both are saved with the
+    network, so a resumed run drops what the uninterrupted one would have dropped.
+
+    Parameters
+    ----------
+    p : float
+        The probability to drop a unit, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not in [0, 1).
+
+    Notes
+    -----
+    Passes that start from the same buffers drop the same units: both gradients of a step that
+    takes two, for example. The mask belongs to a position in the batch, so ``vmap`` over the
+    *examples* of a batch gives all of them one mask. So do, for their parts of a batch, the
+    processes of a distributed run that share buffers.
+
+    References
+    ----------
+    Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting*,
+    JMLR 15 (2014). The hash mixes as splitmix64 and as the 32-bit multiply–xorshift functions do.
+
+    Examples
+    --------
+    >>> layer = Dropout(0.5)
+    >>> y = layer(torch.ones(10_000))
+    >>> y.unique(), bool(4_800 < (y == 0).sum() < 5_200)
+    (tensor([0., 2.]), True)
+    >>> layer.eval()(torch.ones(3))
+    tensor([1., 1., 1.])
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
+            raise ValueError(f"p must be a number in [0, 1), got {p!r}")
+        self.p = float(p)
+        self.register_buffer("key", torch.randint(2**62, ()))
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        bits = _random_bits(self.key, self.counter, x.numel())
+        self.counter.add_(1)
+        keep = bits.reshape(x.shape) >= round(self.p * 2**32) - 2**31
+        return torch.where(keep, x / (1 - self.p), 0.0)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def _random_bits(key: Tensor, counter: Tensor, n: int) -> Tensor:
+    """``n`` random int32, each a hash of (key, counter, its position).
+
+    Whole numbers wrap around, and ``>>`` keeps the sign, so what it shifts in is masked out.
+    """
+    word = key + counter * -0x61C8864680B583EB  # splitmix64: the counter-th state of stream `key`
+    word = (word ^ (word >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
+    word = (word ^ (word >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
+    word = word ^ (word >> 31 & 2**33 - 1)
+    first, second = (word >> 32).to(torch.int32), (word << 32 >> 32).to(torch.int32)
+    bits = torch.arange(n, dtype=torch.int32, device=key.device) ^ first
+    bits ^= bits >> 16 & 0xFFFF  # in place: half the time
+    bits *= 0x7FEB352D
+    bits ^= bits >> 15 & 0x1FFFF
+    bits ^= second
+    bits *= -0x7B935975
+    bits ^= bits >> 16 & 0xFFFF
+    return bits
 
 
 class SmallCNN(nn.Sequential):

@@ -71,6 +71,17 @@ class Recipe:
         From the direction to the step.
     criterion : callable
         From logits [n, K] and targets to example losses [n].
+    batch : vicinity, optional
+        What is shown in place of the examples: :class:`~flatmin.mixup.Mixup` or another
+        distribution of :mod:`flatmin.mixup`.  ``None``: the examples themselves.
+
+    Notes
+    -----
+    Whatever sits in the batch place is a frozen dataclass with two methods.  ``draw(y, generator,
+    shape, *y_other)`` makes all random draws for a batch with labels ``y`` and inputs of ``shape``,
+    on the CPU: a dict of tensors.  ``place(x, y, draw, num_classes, *other)`` computes what is
+    shown from them: ``x, y``, for one run.  ``other`` holds the inputs and labels of a second batch
+    where the place has an attribute ``second_stream`` that is true, and is empty otherwise.
 
     Examples
     --------
@@ -83,17 +94,26 @@ class Recipe:
     gradient: Callable = plain_gradient
     optimizer: Any = field(default_factory=SGD)
     criterion: Callable = example_losses
+    batch: Any = field(default=None, kw_only=True)
 
     def hyperparameters(self) -> dict[str, tuple[str, float]]:
-        """The numbers in the places, by name: ``{name: (place, value)}``."""
-        found = {}
-        for place in ("loss", "gradient", "optimizer"):
+        """The numbers in the places, by name: ``{name: (place, value)}``.
+
+        Whole numbers by declaration (``int``) are none: they set shapes, which all runs share.  A
+        name that two places have is left out, for nobody could say which of them is meant.
+        """
+        return {name: of[0] for name, of in self._numbers().items() if len(of) == 1}
+
+    def _numbers(self) -> dict[str, list[tuple[str, float]]]:
+        found: dict[str, list] = {}
+        for place in ("batch", "loss", "gradient", "optimizer"):
             part = getattr(self, place)
             if dataclasses.is_dataclass(part):
                 for f in dataclasses.fields(part):
                     value = getattr(part, f.name)
-                    if isinstance(value, Real) and not isinstance(value, bool):
-                        found[f.name] = (place, value)
+                    number = isinstance(value, Real) and not isinstance(value, bool)
+                    if number and f.type not in (int, "int"):
+                        found.setdefault(f.name, []).append((place, value))
         return found
 
     def with_values(self, values: Mapping[str, float | Tensor]) -> "Recipe":
@@ -102,6 +122,11 @@ class Recipe:
         changed: dict[str, dict] = {}
         for name, value in values.items():
             if name not in places:
+                if doubled := [place for place, _ in self._numbers().get(name, [])]:
+                    raise ValueError(
+                        f"grid names must be hyperparameters of one place, but {name!r} is one of "
+                        f"{' and '.join(doubled)}"
+                    )
                 raise ValueError(
                     f"grid names must be hyperparameters of the recipe, {sorted(places)}, "
                     f"got {name!r}"
@@ -131,9 +156,9 @@ def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.
         return model()
 
 
-def epoch_order(seed: int, epoch: int, n: int) -> Tensor:
+def epoch_order(seed: int, epoch: int, n: int, purpose: str = "order") -> Tensor:
     """The order in which seed ``seed`` visits ``n`` examples in epoch ``epoch``: int64 [n]."""
-    return torch.randperm(n, generator=stream(seed, "order", epoch))
+    return torch.randperm(n, generator=stream(seed, purpose, epoch))
 
 
 @dataclass(frozen=True)
@@ -249,13 +274,15 @@ def fit(
     """Train every combination of ``grid`` and ``seeds`` at once, and label what came out.
 
     Runs that share a seed start from the same weights and see the same batches, whatever their
-    hyperparameters: differences between them are paired.
+    hyperparameters: differences between them are paired.  What the batch place draws is a function
+    of the seed, the step and that place.  Splits are evaluated on the examples themselves.
 
     Parameters
     ----------
     model : callable or Module
         Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once a seed; or a
-        network, from whose weights every run starts.  No dropout or other random layer.
+        network, from whose weights every run starts.  No random layer but
+        :class:`flatmin.models.Dropout`.
     data : Data, or a sequence of Data
         One for all runs, or one a seed (of equal shapes): then data are part of the randomness.
     recipe : Recipe
@@ -459,7 +486,7 @@ class _Plan:
             raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
 
         self.coords = self.grid | {"seed": self.seeds}
-        points = list(itertools.product(*self.grid.values()))
+        self.points = points = list(itertools.product(*self.grid.values()))
         self.runs = len(points) * len(self.seeds)
         self.chunk_size = self.chunk_size or self.runs
         self.run_index = torch.arange(self.runs)
@@ -473,7 +500,10 @@ class _Plan:
         self.template = initial_module(self.model, self.seeds[0]).to(self.device, self.dtype)
         for name, m in self.template.named_modules():
             if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", 1):
-                raise ValueError(f"model must have no random layer, got {m} at {name!r}")
+                raise ValueError(
+                    "model must have no random layer but flatmin.models.Dropout, "
+                    f"got {m} at {name!r}"
+                )
 
     def _check_data(self):
         first = _one_or_many(self.data, len(self.seeds))
@@ -490,8 +520,11 @@ class _Plan:
         if self.batch_size is not None and self.batch_size > n:
             raise ValueError(f"batch_size must be at most the {n} training examples, "
                              f"got {self.batch_size}")  # fmt: skip
-        self.train_size = n
+        self.train_size, self.num_classes = n, first.num_classes
         self.steps_per_epoch = math.ceil(n / self.batch_size) if self.batch_size else 1
+
+    def values_of(self, run: int) -> dict[str, float]:
+        return dict(zip(self.grid, self.points[run // len(self.seeds)]))
 
     def label(self, values: dict[str, Tensor]) -> xr.Dataset:
         shape = tuple(len(v) for v in self.coords.values())
@@ -553,7 +586,7 @@ def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
         bar.update(t)
     else:
         t, state, records = 0, _start(plan, seed_of_run, hyper), []
-    batches = _batches(plan, seed_of_run, t)
+    batches, draws = _batches(plan, seed_of_run, t), _draws(plan, runs, t)
     while True:
         if t in plan.evaluate_at and not resumed:  # a saved state has been evaluated already
             values = evaluate(state, seed_of_run, t)
@@ -564,9 +597,8 @@ def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
             saved.save(t, state, records)
         if t == plan.steps:
             break
-        x, y = next(batches)
         factor = lr_factor(plan.recipe.optimizer.schedule, t / plan.steps)
-        state |= step(state, hyper, x, y, t, factor)
+        state |= step(state, hyper, next(batches), next(draws), t, factor)
         t, resumed = t + 1, None
         bar.update()
     values = {name: torch.stack([r[name] for r in records], 1).cpu() for name in records[0]}
@@ -594,8 +626,11 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict:
 def _step(plan: _Plan) -> Callable:
     """One step of the pipeline, for all runs of a chunk at once."""
 
-    def one(params, buffers, optimizer, hyper, x, y, t, factor):
+    def one(params, buffers, optimizer, hyper, draw, batch, t, factor):
         recipe = plan.recipe.with_values(hyper)
+        x, y, *other = batch
+        if recipe.batch is not None:
+            x, y = recipe.batch(x, y, draw, plan.num_classes, *other)
 
         def objective(params, buffers):
             buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
@@ -606,14 +641,14 @@ def _step(plan: _Plan) -> Callable:
         params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
         return params, buffers, optimizer, loss
 
-    def step(state, hyper, x, y, t, factor):
+    def step(state, hyper, batch, draw, t, factor):
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
         stacked = vmap(
-            lambda *args: one(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, shared, shared)
+            lambda *args: one(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, 0, shared)
         )
         params, buffers, optimizer, loss = stacked(
-            state["params"], state["buffers"], state["optimizer"], hyper, x, y
+            state["params"], state["buffers"], state["optimizer"], hyper, draw, batch
         )
         broken = ~loss.isfinite() & (state["diverged_at"] < 0)
         return {
@@ -679,23 +714,67 @@ def _measure(template, instrument, params, buffers, x, y, per_run: bool) -> Tens
     return vmap(one, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
 
 
-def _batches(plan: _Plan, seed_of_run: Tensor, t: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of all runs from step t on: [R, B, ...] and [R, B]; a shared full batch as is."""
-    x, y, per_run = plan.tensors["train"]
-    n = plan.train_size
-    if plan.batch_size is None:
-        full = (x[seed_of_run], y[seed_of_run]) if per_run else (x, y)
-        yield from itertools.repeat(full)
-    first = 0
-    if per_run:
-        x, y, first = x.flatten(0, 1), y.flatten(0, 1), (seed_of_run * n)[:, None]
+def _rows(plan: _Plan, t: int) -> Iterator[tuple[Tensor, ...]]:
+    """Which examples each seed visits, from step t on: int64 [S, B], on the CPU.
+
+    Followed by those of an independent order, if the batch place asks for a second stream.
+    """
+    n, second = plan.train_size, getattr(plan.recipe.batch, "second_stream", False)
     while True:
         epoch, position = divmod(t, plan.steps_per_epoch)
-        order = torch.stack([epoch_order(seed, epoch, n) for seed in plan.seeds])
-        order = order.to(plan.device, non_blocking=True)[seed_of_run] + first
-        for rows in order.split(plan.batch_size, 1)[position:]:
-            yield x[rows], y[rows]
-            t += 1
+        streams = []
+        for purpose in ("order", "second order") if second else ("order",):
+            orders = [torch.arange(n)] * len(plan.seeds)
+            if plan.batch_size is not None:
+                orders = [epoch_order(seed, epoch, n, purpose) for seed in plan.seeds]
+            streams.append(torch.stack(orders).split(plan.batch_size or n, 1)[position:])
+        yield from zip(*streams)
+        t += len(streams[0])
+
+
+def _batches(plan: _Plan, seed_of_run: Tensor, t: int) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of all runs from step t on: [R, B, ...] and [R, B]; a shared full batch as is."""
+    x, y, per_run = plan.tensors["train"]
+    if plan.batch_size is None:
+        x, y = (x[seed_of_run], y[seed_of_run]) if per_run else (x, y)
+        take = lambda rows: ...
+    else:
+        first = (seed_of_run * plan.train_size)[:, None] if per_run else 0
+        x, y = (x.flatten(0, 1), y.flatten(0, 1)) if per_run else (x, y)
+        take = lambda rows: rows.to(plan.device, non_blocking=True)[seed_of_run] + first
+    for streams in _rows(plan, t):
+        yield tuple(part[rows] for rows in map(take, streams) for part in (x, y))
+
+
+def _draws(plan: _Plan, runs: Tensor, t: int) -> Iterator[Stacked]:
+    """What the batch place draws for all runs from step t on: on the CPU, so that nothing waits."""
+    if plan.recipe.batch is None:
+        yield from itertools.repeat({})
+    x, y, per_run = plan.tensors["train"]
+    labels = y.cpu() if per_run else y.cpu().expand(len(plan.seeds), -1)
+    shape = x.shape[2:] if per_run else x.shape[1:]
+    precision = torch.promote_types(plan.dtype, torch.float32)
+    # Runs of one seed share their draws, unless they differ in the batch place itself.
+    places = [
+        (run % len(plan.seeds), plan.recipe.with_values(plan.values_of(run)).batch)
+        for run in runs.tolist()
+    ]
+    distinct = list(dict.fromkeys(places))
+    of_run = torch.tensor([distinct.index(place) for place in places]).to(plan.device)
+    for step, streams in enumerate(_rows(plan, t), t):
+        y, *other = (labels.gather(1, rows) for rows in streams)
+        size = (y.shape[1], *shape)
+        draws = [
+            place.draw(y[s], stream(plan.seeds[s], "batch", step), size, *(o[s] for o in other))
+            for s, place in distinct
+        ]
+        stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        yield {
+            name: v.to(
+                plan.device, precision if v.is_floating_point() else v.dtype, non_blocking=True
+            )[of_run]
+            for name, v in stacked.items()
+        }
 
 
 def _better(state: dict, score: Tensor) -> dict:
