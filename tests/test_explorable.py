@@ -139,7 +139,7 @@ def test_text_stays_text():
         text = make(panels=[panel], alt=NASTY, knob=NASTY, values=[NASTY, "2"], notes=[NASTY, ""])
     page = Elements(text)
     assert [tag for tag, _ in page.found] == [
-        "div", "img", "div", "div", "label", "output", "input", "span", "script",
+        "div", "img", "div", "div", "div", "label", "output", "input", "span", "script",
     ]  # fmt: skip
     assert page.the("img")["alt"] == NASTY
     assert any(NASTY in part for part in ["".join(page.text)])

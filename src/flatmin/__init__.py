@@ -29,6 +29,17 @@ from .models import MLP, Dropout, ResNet, SmallCNN, resnet18, resnet20, resnet32
 from .optimizers import SGD, Adam, TwoRates
 from .penalty import GradientPenalty, gradient_norm, gradient_penalty
 from .statistics import mean_interval, pm
+from .stiffness import (
+    ClassStiffness,
+    Stiffness,
+    between_classes,
+    class_matrix,
+    critical_length,
+    input_distance,
+    network_stiffness,
+    residual_stiffness,
+    within_classes,
+)
 from .training import Networks, Recipe, best_step, fit
 
 __version__ = "0.1.0"

@@ -175,10 +175,11 @@ def _static(panels, frames, title, start) -> str:
 
 
 _SLIDER = """
+<div style="flex:1 1 20rem;display:flex;align-items:center;gap:0.7rem;flex-wrap:wrap">
 <label for="{id}">{name} = <output style="font-variant-numeric:tabular-nums;
  display:inline-block;min-width:3.2em;font-weight:600"></output></label>
 <input type="range" id="{id}" min="0" max="{last}" value="{start}" step="1"
- style="flex:1 1 12rem;min-width:10rem">"""
+ style="flex:1 1 12rem;min-width:10rem"></div>"""
 
 _TEMPLATE = """
 <div class="explorable" id="@ID@">
