@@ -28,6 +28,7 @@ from .mixup import (
 from .models import MLP, Dropout, ResNet, SmallCNN, resnet18, resnet20, resnet32
 from .optimizers import SGD, Adam, TwoRates
 from .penalty import GradientPenalty, gradient_norm, gradient_penalty
+from .sam import SAM, SAMGradient, dual_norm_perturbation, sam_gradient
 from .statistics import mean_interval, pm
 from .stiffness import (
     ClassStiffness,

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, vjp
 
 from ._checks import number
+from .sam import dual_norm_perturbation
 
 __all__ = ["GradientPenalty", "gradient_norm", "gradient_penalty"]
 
@@ -38,10 +39,8 @@ def _norm(v: Params) -> Tensor:
 
 
 def _unit(v: Params) -> Params:
-    """v / ‖v‖, and zero where v is zero; divided by max|v| first, so that no square underflows."""
-    largest = torch.stack([w.abs().amax() for w in v.values()]).amax()
-    v = {name: w / torch.where(largest > 0, largest, 1) for name, w in v.items()}
-    return {name: w / _norm(v).clamp_min(1) for name, w in v.items()}  # ‖v‖ is 0 or at least 1
+    """v / ‖v‖, and zero where v is zero: the step of length 1 that climbs the most."""
+    return dict(zip(v, dual_norm_perturbation(list(v.values()), rho=1.0), strict=True))
 
 
 @dataclass(frozen=True)
