@@ -16,6 +16,6 @@ def number(name: str, value: Any, least: float, most: float = math.inf) -> float
     """A finite ``value`` as a float, or an error that names it."""
     real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (real and least <= value <= most):
-        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}, and finite"
+        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)
