@@ -5,10 +5,10 @@ r"""Sharpness-aware minimization: descend the worst loss of the neighbourhood.
     \hat\epsilon = \arg\max_{\|\epsilon\|_p\le\rho} \langle g, \epsilon\rangle, \qquad
     w \leftarrow w - \eta\,\nabla L(w+\hat\epsilon),
 
-with :math:`g=\nabla L(w)`: to first order, the worst point is where the gradient says it is, and the
-derivative of :math:`\hat\epsilon` itself is dropped.  One kernel, :func:`dual_norm_perturbation`,
-stands behind two faces: :class:`SAMGradient` for ``torch.func`` and for a stack of runs, and
-:class:`SAM` for a training loop of your own.
+with :math:`g=\nabla L(w)`: to first order, the worst point is where the gradient says it is, and
+the derivative of :math:`\hat\epsilon` itself is dropped.  One kernel,
+:func:`dual_norm_perturbation`, stands behind two faces: :class:`SAMGradient` for ``torch.func`` and
+for a stack of runs, and :class:`SAM` for a training loop of your own.
 """
 
 import math
@@ -92,8 +92,8 @@ def dual_norm_perturbation(
 
     References
     ----------
-    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR 2021,
-    eq. 2; Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
+    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR
+    2021, eq. 2; Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def _foreach(op: str, tensors: list[Tensor], *other) -> list[Tensor]:
     return list(getattr(torch, f"_foreach_{op}")(tensors, *other)) if tensors else []
 
 
-# -------------------------------------------------------------------------------- the gradient place
+# ------------------------------------------------------------------------------- the gradient place
 
 
 def _plus(x: Params, v: Params) -> Params:
@@ -174,8 +174,9 @@ def _plus(x: Params, v: Params) -> Params:
 class SAMGradient:
     r"""The gradient place of a recipe: the gradient at the worst point of the neighbourhood.
 
-    .. math:: d = \nabla L\big(w+\hat\epsilon(w)\big), \qquad
-              \hat\epsilon = \arg\max_{\|T^{-1}\epsilon\|_p\le\rho}\langle\nabla L(w),\epsilon\rangle
+    .. math::
+        d = \nabla L\big(w+\hat\epsilon(w)\big), \qquad
+        \hat\epsilon = \arg\max_{\|T^{-1}\epsilon\|_p\le\rho}\langle\nabla L(w),\epsilon\rangle
 
     It costs two gradients, one after the other.
 
@@ -209,23 +210,25 @@ class SAMGradient:
     -----
     With flooding, :math:`\hat\epsilon` comes from the raw loss, and the loss at
     :math:`w+\hat\epsilon` is flooded: the worst loss of the neighbourhood floats on the level.
-    (Were the first gradient flooded too, :math:`\hat\epsilon` would point downhill below the level.)
+    (Were the first gradient flooded too, :math:`\hat\epsilon` would point downhill below it.)  With
+    m-SAM every shard is flooded by itself.
 
     The loss that is returned is the raw one at :math:`w`, and so are the buffers (batch statistics,
     dropout's counters); both passes start from the same buffers.  Of several shards, whose batch
     statistics differ, the buffers are averaged.
 
-    The objective may carry what SAM asks for beyond ``objective(params, buffers)``: ``objective.raw``,
-    the same without the loss place, and for m-SAM ``objective.examples``, the size of the batch,
-    and a third argument ``rows`` (int64) of both: which examples of the batch to take.
+    The objective may carry what SAM asks for beyond ``objective(params, buffers)``:
+    ``objective.raw``, the same without the loss place, and for m-SAM ``objective.examples``, the
+    size of the batch, and a third argument ``rows`` (int64) of both: which examples to take.
 
     References
     ----------
-    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR 2021.
+    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR
+    2021.
 
     Examples
     --------
-    For :math:`L=\frac12hw^2` in one dimension, SAM's gradient is :math:`h(w+\rho\,\mathrm{sign}\,w)`:
+    For :math:`L=\frac12hw^2` SAM's gradient is :math:`h(w+\rho\,\mathrm{sign}\,w)`:
 
     >>> bowl = lambda params, buffers: (0.5 * 3.0 * params["w"] ** 2, buffers)
     >>> direction, loss, _ = SAMGradient(rho=0.1)(bowl, {"w": torch.tensor(2.0)}, {})
@@ -395,11 +398,11 @@ class SAM(torch.optim.Optimizer):
 
     Notes
     -----
-    *Groups.* ``rho``, ``p``, ``adaptive`` and ``eta`` may stand in a parameter group, as ``lr`` may.
-    All groups with one p share one ball, :math:`\|T^{-1}\epsilon\|_p\le1` with
-    :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` in the terms of each group: splitting a group in two
-    changes nothing, and ``rho=0`` leaves a group where it is (biases, say).  The original ASAM code
-    takes biases as not adaptive: give them a group with ``adaptive=False``.
+    *Groups.* ``rho``, ``p``, ``adaptive`` and ``eta`` may stand in a parameter group, as ``lr``
+    may.  All groups with one p share one ball, :math:`\|T^{-1}\epsilon\|_p\le1` with
+    :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` in the terms of each group: splitting a group in
+    two changes nothing, and ``rho=0`` leaves a group where it is (biases, say).  The original ASAM
+    code takes biases as not adaptive: give them a group with ``adaptive=False``.
 
     *What is decided by the base optimizer.*  Weight decay: if it is part of ``base_optimizer``,
     it is outside of the maximum, and no part of :math:`\hat\epsilon`.  A zero gradient: then
@@ -495,8 +498,8 @@ class SAM(torch.optim.Optimizer):
 
     References
     ----------
-    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR 2021;
-    Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
+    Foret et al., *Sharpness-Aware Minimization for Efficiently Improving Generalization*, ICLR
+    2021; Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
 
     # GradScaler.step() then calls step() in any case, with the scale and what it found, so that the
@@ -637,7 +640,7 @@ class SAM(torch.optim.Optimizer):
     @_eager
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        r"""From the weights to the worst point, :math:`w+\hat\epsilon`, by the gradient in ``.grad``.
+        r"""Go to the worst point, :math:`w+\hat\epsilon`, by the gradient in ``.grad``.
 
         Parameters
         ----------
@@ -709,8 +712,8 @@ class SAM(torch.optim.Optimizer):
     def _skip(self, silently: bool) -> None:
         self.skipped += 1
         if not silently and self.skipped == 1:
-            warnings.warn("a gradient is infinite or NaN, so the step is skipped; `skipped` counts "
-                          "such steps, and further ones are not reported", stacklevel=4)  # fmt: skip
+            warnings.warn("a gradient is infinite or NaN, so the step is skipped; further ones are "
+                          "only counted, in the attribute `skipped`", stacklevel=4)  # fmt: skip
 
     # ---------------------------------------------------------------------------- gradients
 
