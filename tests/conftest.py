@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the t
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
+from torch.func import functional_call, grad
 
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("here", deadline=None)  # the first call of a torch kernel is slow
@@ -18,3 +20,23 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """A smooth loss in float64: L(θ) for flat θ, its gradient, θ, and the way back to a dict."""
+    from flatmin import MLP
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = MLP(4, 5, 3, activation=nn.Tanh).double()
+        x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    params = {name: w.detach() for name, w in net.named_parameters()}
+    theta = torch.cat([w.flatten() for w in params.values()])
+
+    def tree(flat):
+        parts = flat.split([w.numel() for w in params.values()])
+        return {name: part.view_as(w) for part, (name, w) in zip(parts, params.items(), strict=True)}
+
+    loss = lambda flat: nn.functional.cross_entropy(functional_call(net, tree(flat), (x,)), y)
+    return loss, grad(loss), theta, tree

@@ -7,29 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacrev
+from torch.func import grad, hessian, jacrev
 
 from flatmin import MLP, SGD, GradientPenalty, Recipe, TwoRates, fit, gradient_penalty, two_gaussians
 from flatmin.penalty import _unit, gradient_norm
 from flatmin.training import initial_module, plain_gradient
-
-
-@pytest.fixture(scope="module")
-def smooth():
-    """A smooth loss in float64: L(θ) for flat θ, its gradient, and the dict form of both."""
-    torch.manual_seed(3)
-    net = MLP(4, 5, 3, activation=nn.Tanh).double()
-    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
-    params = {name: w.detach() for name, w in net.named_parameters()}
-    sizes = [w.numel() for w in params.values()]
-
-    def tree(flat):
-        parts = flat.split(sizes)
-        return {name: part.view_as(w) for part, (name, w) in zip(parts, params.items(), strict=True)}
-
-    loss = lambda flat: nn.functional.cross_entropy(functional_call(net, tree(flat), (x,)), y)
-    theta = flatten(params)
-    return loss, grad(loss), theta, tree
 
 
 def flatten(tree):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.func import functional_call, hessian, jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatmin import MLP, SGD, Dropout, Flooding, GradientPenalty, Recipe, fit, two_gaussians
@@ -189,23 +189,6 @@ def test_bad_settings_are_named(arguments, message):
 
 
 # -------------------------------------------------------------------------------- the gradient place
-
-
-@pytest.fixture(scope="module")
-def smooth():
-    """A smooth loss in float64: L(θ) for flat θ, its gradient, θ, and the way back to a dict."""
-    torch.manual_seed(3)
-    net = MLP(4, 5, 3, activation=nn.Tanh).double()
-    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
-    params = {name: w.detach() for name, w in net.named_parameters()}
-    sizes = [w.numel() for w in params.values()]
-
-    def tree(flat):
-        parts = flat.split(sizes)
-        return {name: part.view_as(w) for part, (name, w) in zip(parts, params.items(), strict=True)}
-
-    loss = lambda flat: nn.functional.cross_entropy(functional_call(net, tree(flat), (x,)), y)
-    return loss, grad(loss), flatten(params), tree
 
 
 def direction(smooth, place):
