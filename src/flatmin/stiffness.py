@@ -150,8 +150,8 @@ def stiffness(
       identity above summed over them; forming the gradients of a block of examples costs IO.  The
       cheaper is taken: the identity for vectors and for small maps of many channels, the
       gradients for long sequences and for large maps of few channels (made by one convolution
-      with a group an example on a CPU, from patches elsewhere).  With the identity, the bias is
-      one more input that is always 1.
+      with a group an example on a CPU, from patches elsewhere; of their products symmetry then
+      saves half, and nothing more).  With the identity, the bias is one more input that is always 1.
     - *Embeddings*: the same, where I is the vocabulary and a factor a comparison of two tokens.
     - *Scales and biases* (of layer, group, instance, RMS, and batch norm, or any parameter that
       is added to or multiplied with activations): small, formed.
@@ -616,7 +616,7 @@ class _Formed:
         return self.gradient.norm(dim=1).square()
 
 
-_AT_ONCE = 2**24  # numbers in the largest temporary table
+_AT_ONCE = 2**22  # numbers in the largest temporary table: larger ones no cache holds
 
 
 @dataclass(frozen=True)
@@ -698,8 +698,8 @@ def _sum(tensors) -> Tensor:
 
 def _result(inner: Tensor, squares1, unit1, squares2, unit2) -> Stiffness:
     norms1, norms2 = squares1.clamp(min=0).sqrt(), squares2.clamp(min=0).sqrt()
-    nowhere = (norms1 == 0)[:, None] | (norms2 == 0)
-    cosine = torch.where(nowhere, inner * 0, inner / norms1[:, None] / norms2).clamp(-1, 1)
+    inverse1, inverse2 = (torch.where(norms == 0, 0, 1 / norms) for norms in (norms1, norms2))
+    cosine = (inner * inverse1[:, None] * inverse2).clamp(-1, 1)  # NaN, times 0, stays
     unit1, unit2 = unit1.to(inner), unit2.to(inner)
     return Stiffness(inner * unit1[:, None] * unit2, cosine, norms1 * unit1, norms2 * unit2)
 
