@@ -5,6 +5,7 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from flatmin.flooding import Flooding, flood
 from flatmin.mixup import BatchTransform, Dirac, Gaussian, LabelSmoothing, Mixup
 from flatmin.models import Dropout
 from flatmin.optimizers import SGD, Adam
+from flatmin.sam import SAMGradient
 from flatmin.training import (
     Recipe,
     best_step,
@@ -971,6 +973,67 @@ def test_every_place_takes_part_in_the_grid():
         np.testing.assert_allclose(scaled.test_loss.sel(scale=scale), plain.test_loss, rtol=1e-10)
 
 
+def sam_loop(seed, rho, shards, level):
+    """Eight steps of SAM by hand: each shard climbs its raw loss, then its flooded one is descended.
+
+    ``shards``: the sizes of the parts of a batch.
+    """
+    module = initial_module(MLP, seed).double()
+    params = list(module.parameters())
+    mean = lambda rows: cross_entropy(module(DATA.x_train[rows].double()), DATA.y_train[rows])
+    for t in range(8):
+        epoch, k = divmod(t, 3)
+        batch = epoch_order(seed, epoch, 23).split(10)[k]
+        total = [torch.zeros_like(w) for w in params]
+        for rows in batch.split(shards):
+            g = torch.autograd.grad(mean(rows), params)
+            length = sum((x**2).sum() for x in g).sqrt()
+            start = [w.detach().clone() for w in params]
+            with torch.no_grad():
+                for w, x in zip(params, g, strict=True):
+                    w += rho * x / length
+            uphill = torch.autograd.grad((mean(rows) - level).abs() + level, params)
+            with torch.no_grad():
+                for w, old, all_, x in zip(params, start, total, uphill, strict=True):
+                    w.copy_(old)
+                    all_ += x * len(rows) / len(batch)
+        with torch.no_grad():
+            for w, x in zip(params, total, strict=True):
+                w -= 0.3 * x
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("m, chunk_size", [(None, None), (4, None), (4, 1), (1, None)])
+@pytest.mark.parametrize("level", [0.0, 0.9, 3.0])
+def test_sam_of_shards_with_flooding_equals_a_loop_by_hand(m, chunk_size, level):
+    recipe = Recipe(Flooding(level), SAMGradient(m=m, chunk_size=chunk_size), SGD(lr=0.3))
+    _, networks = fit(MLP, DATA, recipe, steps=8, batch_size=10, seeds=[3, 8], networks="last",
+                      grid={"rho": [0.1, 0.4]}, evaluate_at=1, **ON_CPU)  # fmt: skip
+    for run in [{"rho": rho, "seed": seed} for rho in (0.1, 0.4) for seed in (3, 8)]:
+        found = networks.module(**run).state_dict()
+        expected = sam_loop(**run, shards=m or 10, level=level)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def gradient_by_parts(objective, params, buffers):
+    """The raw mean's gradient, from four examples at a time."""
+    total = None
+    for rows in torch.arange(objective.examples).split(4):
+        gradient, loss, buffers = plain_gradient(
+            lambda params, buffers, rows=rows: objective.raw(params, buffers, rows), params, buffers
+        )
+        share = {name: g * len(rows) / objective.examples for name, g in gradient.items()}
+        total = {name: total[name] + g for name, g in share.items()} if total else share
+    return total, loss, buffers
+
+
+def test_the_objective_carries_the_raw_loss_by_rows_and_the_size_of_the_batch():
+    arguments = {"steps": 7, "batch_size": 10, "seeds": 2, "networks": "last", **ON_CPU}
+    _, parts = fit(MLP, DATA, Recipe(Flooding(5.0), gradient_by_parts), **arguments)
+    _, plain = fit(MLP, DATA, Recipe(), **arguments)
+    torch.testing.assert_close(parts.params, plain.params, rtol=1e-12, atol=1e-14)
+
+
 def test_another_criterion():
     runs = fit(LINEAR, DATA, Recipe(criterion=squares), steps=1, batch_size=None, seeds=1,
                evaluate_at=1, **ON_CPU)  # fmt: skip
@@ -993,6 +1056,20 @@ def test_hyperparameters():
     assert mixed.hyperparameters()["alpha"] == ("batch", 0.5)
     assert "k" not in mixed.hyperparameters()  # it sets shapes
     assert mixed.with_values({"alpha": 2}).batch == Mixup(2, k=3)
+
+
+def test_whole_numbers_by_declaration_set_shapes():
+    declared = {"a": int, "b": "int", "c": int | None, "d": "int | None", "e": Optional[int],  # noqa: UP045
+                "f": "Optional[int]", "g": "typing.Union[int, None]"}  # fmt: skip
+    numbers = {"x": float, "y": "float | None", "z": "Annotated[int, 'printed']", "q": int | float}
+    fields = [(name, of, dataclasses.field(default=1)) for name, of in (declared | numbers).items()]
+    place = dataclasses.make_dataclass("Place", fields, frozen=True)()
+    assert Recipe(loss=torch.mean, gradient=place, optimizer=None).hyperparameters() == {
+        name: ("gradient", 1) for name in numbers
+    }
+    assert {"m", "chunk_size"}.isdisjoint(
+        Recipe(gradient=SAMGradient(m=2, chunk_size=1)).hyperparameters()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def plain_gradient(objective: Callable, params: Stacked, buffers: Stacked):
     """The gradient place, filled with the gradient itself.
 
     Whatever sits here gets ``objective(params, buffers) -> (loss, new buffers)`` and the point to
-    take it at, and returns the direction to descend, the loss, and the new buffers.
+    take it at, and returns the direction to descend, the loss, and the new buffers.  It may ask for
+    more: ``objective.raw`` has the plain mean of the example losses in the loss place,
+    ``objective.examples`` is the size n of the batch, and both functions take a third argument
+    ``rows`` (int64, values below n), the part of the batch to look at.
     """
     gradient, (loss, buffers) = grad_and_value(objective, has_aux=True)(params, buffers)
     return gradient, loss, buffers
@@ -99,8 +103,9 @@ class Recipe:
     def hyperparameters(self) -> dict[str, tuple[str, float]]:
         """The numbers in the places, by name: ``{name: (place, value)}``.
 
-        Whole numbers by declaration (``int``) are none: they set shapes, which all runs share.  A
-        name that two places have is left out, for nobody could say which of them is meant.
+        Whole numbers by declaration (``int``, ``int | None``) are none: they set shapes, which all
+        runs share.  A name that two places have is left out, for nobody could say which of them is
+        meant.
         """
         return {name: of[0] for name, of in self._numbers().items() if len(of) == 1}
 
@@ -112,7 +117,7 @@ class Recipe:
                 for f in dataclasses.fields(part):
                     value = getattr(part, f.name)
                     number = isinstance(value, Real) and not isinstance(value, bool)
-                    if number and f.type not in (int, "int"):
+                    if number and not _sets_a_shape(f):
                         found.setdefault(f.name, []).append((place, value))
         return found
 
@@ -135,6 +140,12 @@ class Recipe:
         return replace(
             self, **{place: replace(getattr(self, place), **new) for place, new in changed.items()}
         )
+
+
+def _sets_a_shape(f: dataclasses.Field) -> bool:
+    """Whether a field is declared ``int`` or ``int | None``, as a type or in a string."""
+    names = {"int"} if f.type is int else {*re.findall(r"\w+", str(f.type))}
+    return "int" in names and names <= {"int", "None", "Optional", "Union", "typing"}
 
 
 # Random streams: every draw is a pure function of (seed, what for, index), made on the CPU.  So a
@@ -632,10 +643,12 @@ def _step(plan: _Plan) -> Callable:
         if recipe.batch is not None:
             x, y = recipe.batch(x, y, draw, plan.num_classes, *other)
 
-        def objective(params, buffers):
+        def objective(params, buffers, rows=..., loss=recipe.loss):
             buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
-            logits = functional_call(plan.template, (params, buffers), (x,))
-            return recipe.loss(recipe.criterion(logits, y)), buffers
+            logits = functional_call(plan.template, (params, buffers), (x[rows],))
+            return loss(recipe.criterion(logits, y[rows])), buffers
+
+        objective.raw, objective.examples = partial(objective, loss=torch.mean), len(x)
 
         gradient, loss, buffers = recipe.gradient(objective, params, buffers)
         params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
