@@ -15,6 +15,7 @@ from .data import (
     two_gaussians,
 )
 from .flooding import Flooding, FloodingLoss, flood, flood_gradients_
+from .landscape import LossSlice, filter_normalized, loss_slice, random_direction
 from .mixup import (
     BatchTransform,
     Dirac,
@@ -29,6 +30,18 @@ from .models import MLP, Dropout, ResNet, SmallCNN, resnet18, resnet20, resnet32
 from .optimizers import SGD, Adam, TwoRates
 from .penalty import GradientPenalty, gradient_norm, gradient_penalty
 from .sam import SAM, SAMGradient, dual_norm_perturbation, sam_gradient
+from .sharpness import AverageSharpness, Sharpness, average_sharpness
+from .spectrum import (
+    Density,
+    HessianDensity,
+    HessianEigenvalues,
+    HessianTrace,
+    eigenvalues,
+    hessian_operator,
+    hvp,
+    lanczos,
+    spectral_density,
+)
 from .statistics import mean_interval, pm
 from .stiffness import (
     ClassStiffness,
