@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem, rescaled
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,16 +20,6 @@ from flatmin.training import Recipe, fit
 criterion = nn.CrossEntropyLoss()
 line = lambda radius=1.0, points=5: torch.linspace(-radius, radius, points).double()
 weights = lambda model: dict(model.named_parameters())
-
-
-def problem(make=lambda: MLP(5, 8, 3), shape=(5,), n=23, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model, x, y = make().double(), torch.randn(n, *shape).double(), torch.randint(3, (n,))
-        for name, buffer in model.named_buffers():
-            if buffer.is_floating_point():  # running statistics that are not 0 and 1
-                buffer.uniform_(0.5, 1.5)
-    return model, x, y
 
 
 # -------------------------------------------------------------------------------------- directions
@@ -124,12 +115,8 @@ def test_batches_and_chunks_change_nothing(batch_size, chunk_size):
 def test_rescaling_the_layers_does_not_move_it():
     """The same function, ×20 and ÷20, and the same slice; along the raw direction another one."""
     model, x, y = problem()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in (other[1].weight, other[1].bias):
-            tensor *= 20
-        other[3].weight /= 20
-    a = [line()]
+    other = rescaled(model)
+    a = [line(5.0)]
     slices = [
         loss_slice(m, criterion, x, y, [random_direction(weights(m))], a) for m in (model, other)
     ]

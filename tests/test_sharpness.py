@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem, random, rescaled
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import softplus
@@ -34,26 +35,11 @@ dual = {1: math.inf, 1.5: 3, 2: 2, 4: 4 / 3, math.inf: 1}
 norms = pytest.mark.parametrize("p", dual)
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def linear(d=4, seed=0):
     model = nn.Linear(d, 1, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(random(1, d, seed=seed))
     return model
-
-
-def problem(make=lambda: MLP(5, 8, 3), shape=(5,), n=23, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = make().double()
-        for buffer in model.buffers():
-            if buffer.is_floating_point():  # running statistics that are not 0 and 1
-                buffer.uniform_(0.5, 1.5)
-    y = torch.randint(3, (n,), generator=torch.Generator().manual_seed(seed))
-    return model, random(n, *shape, seed=seed), y
 
 
 def tree(model):
@@ -228,11 +214,7 @@ def test_smaller_shards_are_sharper_where_the_loss_is_linear(seed, p):
 def test_the_same_function_is_sharper_and_not_adaptively_so():
     """One layer × 20, the next ÷ 20: what the network computes stays (Dinh et al., 2017)."""
     model, x, y = problem()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for tensor in (other[1].weight, other[1].bias):
-            tensor *= 20
-        other[3].weight /= 20
+    other = rescaled(model)
     torch.testing.assert_close(model(x), other(x))
     measure = lambda f, **more: [f(m, criterion, x, y, 0.1, **more) for m in (model, other)]
     top = [eigenvalues(hessian_operator(m, criterion, x, y)).values[0] for m in (model, other)]

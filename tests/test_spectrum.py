@@ -6,10 +6,12 @@ import math
 import warnings
 
 import numpy as np
+import problems
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Cube, random
 from torch import nn
 from torch.func import functional_call, vmap
 
@@ -37,19 +39,8 @@ close = lambda a, b, tol=1e-8: torch.testing.assert_close(
 )
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def problem(make=lambda: MLP(4, 6, 3, activation=nn.Tanh), shape=(4,), n=23, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = make().double()
-        for buffer in model.buffers():
-            if buffer.is_floating_point():  # running statistics that are not 0 and 1
-                buffer.uniform_(0.5, 1.5)
-    y = torch.randint(3, (n,), generator=torch.Generator().manual_seed(seed))
-    return model, random(n, *shape, seed=seed), y
+def problem(make=lambda: MLP(4, 6, 3, activation=nn.Tanh), shape=(4,), **more):
+    return problems.problem(make, shape, **more)  # one with a Hessian everywhere
 
 
 def dense(model, loss, x, y):
@@ -89,19 +80,6 @@ class Attention(nn.Module):
 
     def forward(self, x):
         return self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
-
-
-class Cube(torch.autograd.Function):
-    """An operation of the old style, which torch.func refuses; twice differentiable."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * gradient * ctx.saved_tensors[0] ** 2
 
 
 class Odd(nn.Module):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Cube
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.parametrizations import weight_norm
@@ -92,19 +93,6 @@ class Block(nn.Module):
         h = h + self.out(F.scaled_dot_product_attention(q, k, v))
         h = self.norm2(h + self.mlp(h))
         return self.head(h) if self.head is not None else F.linear(h, self.embedding.weight)
-
-
-class Cube(torch.autograd.Function):
-    """An operation of the old style, which torch.func refuses."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * gradient * ctx.saved_tensors[0] ** 2
 
 
 class Module(nn.Module):
