@@ -200,7 +200,7 @@ def stiffness(
     if chunk_size is not None:
         whole("chunk_size", chunk_size)
     memory = number("memory", memory, 1)
-    with _evaluation(model), torch.inference_mode(False), torch.enable_grad():
+    with _evaluation(model), torch.inference_mode(False), torch.no_grad():
         passes = _Passes(model, loss, x1, y1)
         chunk = chunk_size or min(256, max(1, int(memory / 4 / passes.bytes_passing)))
         block = chunk * max(1, int(memory / 2 / passes.bytes_kept / chunk))
@@ -212,18 +212,21 @@ def stiffness(
             kept = [(rows, passes(x1[rows], y1[rows])) for rows in slices(a, min(a + block, n1))]
             for i, (rows, features) in enumerate(kept):
                 norms1.append((features.squares, features.unit))
-                for columns, others in kept[i:] if x2 is None else []:
-                    inner[rows, columns] = _inner(features, others)
+                if x2 is None:
+                    inner[rows, rows] = _symmetric(_inner(features, features))
+                    for columns, others in kept[i + 1 :]:
+                        inner[rows, columns] = _inner(features, others)
+                        inner[columns, rows] = inner[rows, columns].mT
             x, y, first = (x1, y1, a + block) if x2 is None else (x2, y2, 0)
             for columns in slices(first, len(x)):
                 others = passes(x[columns], y[columns])
                 for rows, features in kept:
                     inner[rows, columns] = _inner(features, others)
+                    if x2 is None:
+                        inner[columns, rows] = inner[rows, columns].mT
                 if x2 is not None and a == 0:
                     norms2.append((others.squares, others.unit))
             del kept
-    if x2 is None:
-        inner = inner.triu() + inner.triu(1).mT
     norms1 = [torch.cat(part) for part in zip(*norms1)]
     norms2 = norms1 if x2 is None else [torch.cat(part) for part in zip(*norms2)]
     return _result(inner, *norms1, *norms2)
@@ -278,9 +281,7 @@ def network_stiffness(
         plan = _functional_plan(network, params, x1)
         one = _functional_pass(network, params, loss, plan, x1, y1)
         two = one if x2 is None else _functional_pass(network, params, loss, plan, x2, y2)
-    inner = _inner(one, two)
-    if x2 is None:
-        inner = inner.triu() + inner.triu(1).mT
+    inner = _inner(one, two) if x2 is not None else _symmetric(_inner(one, one))
     return _result(inner, one.squares, one.unit, two.squares, two.unit)
 
 
@@ -692,6 +693,10 @@ def _inner(one: _Features, two: _Features) -> Tensor:
     return _sum(part.inner(two.parts[name]) for name, part in one.parts.items())
 
 
+def _symmetric(inner: Tensor) -> Tensor:
+    return (inner + inner.mT) / 2
+
+
 def _sum(tensors) -> Tensor:
     return functools.reduce(operator.add, tensors)  # sum() would copy the first, onto 0
 
@@ -699,9 +704,10 @@ def _sum(tensors) -> Tensor:
 def _result(inner: Tensor, squares1, unit1, squares2, unit2) -> Stiffness:
     norms1, norms2 = squares1.clamp(min=0).sqrt(), squares2.clamp(min=0).sqrt()
     inverse1, inverse2 = (torch.where(norms == 0, 0, 1 / norms) for norms in (norms1, norms2))
-    cosine = (inner * inverse1[:, None] * inverse2).clamp(-1, 1)  # NaN, times 0, stays
+    cosine = (inner * inverse1[:, None]).mul_(inverse2).clamp(-1, 1)  # NaN, times 0, stays
     unit1, unit2 = unit1.to(inner), unit2.to(inner)
-    return Stiffness(inner * unit1[:, None] * unit2, cosine, norms1 * unit1, norms2 * unit2)
+    gram = (inner * unit1[:, None]).mul_(unit2)
+    return Stiffness(gram, cosine, norms1 * unit1, norms2 * unit2)
 
 
 def _unit(gradients: list[Tensor], n: int) -> Tensor:
@@ -962,7 +968,7 @@ def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict:
                 formed[use.bias].append(gradient)
         if paired:
             factors = [use.operation.factors(use.operation.saved, delta) for use, delta in calls]
-            a, d = (_full(torch.cat(part, 2)) for part in zip(*factors))
+            a, d = (_full(_join(part, 2)) for part in zip(*factors))
             parts[weight] = _Outer(a, d, bool(riding))
         elif weight is not None:
             formed[weight] += [_form(use, delta) for use, delta in calls]
@@ -1041,6 +1047,7 @@ def _rest_in_a_loop(network, params, names, loss, x, y, unit) -> Tensor:
 class _Passes:
     """Forward and backward passes of a module: ``passes(x, y)`` gives features of the examples."""
 
+    @torch.enable_grad()
     def __init__(self, model: nn.Module, loss, x: Tensor, y: Tensor):
         model = getattr(model, "_orig_mod", model)  # a compiled model hides its operations
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
@@ -1069,13 +1076,16 @@ class _Passes:
         self.rest = sorted(rest)
         self.known = {name: p for name, p in trainable.items() if name not in rest}
 
-        parts = self(_copies(x, 2), _copies(y, 2)).parts.values()
+        formed = losses.new_zeros(n, sum(trainable[name].numel() for name in rest))
+        deltas = [losses.new_zeros(use.output) for use in tape.uses]
+        parts = _parts(tape.uses, deltas, formed).values()
         kept = [t.numel() * t.element_size() for part in parts for t in part.tensors]
-        self.bytes_kept = sum(kept) // 2 + 1
+        self.bytes_kept = sum(kept) // n + 1
         inputs = [use.operation.saved for use in tape.uses if use.operation.saved is not None]
         numbers = sum(t.numel() for t in inputs) + 3 * sum(u.output.numel() for u in tape.uses)
-        self.bytes_passing = numbers * losses.element_size() // 3 + self.bytes_kept
+        self.bytes_passing = numbers * losses.element_size() // n + self.bytes_kept
 
+    @torch.enable_grad()
     def __call__(self, x: Tensor, y: Tensor) -> _Features:
         n = len(x)
 
@@ -1179,6 +1189,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 def _copies(t: Tensor, n: int) -> Tensor:
     return torch.cat([t[:1]] * n)
+
+
+def _join(tensors, dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)  # cat copies even one
 
 
 def _full(t: Tensor) -> Tensor:
