@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.func import grad, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from flatmin import MLP, Recipe, fit, mnist1d
 from flatmin.mixup import (
     BatchTransform,
     Dirac,
@@ -444,6 +446,35 @@ def test_every_vicinity_takes_every_batch_and_changes_nothing(place, n, shape):
 
 
 @pytest.mark.parametrize("place", MIXUPS, ids=named)
+def test_labels_are_smoothed_before_or_after_mixing(place):
+    x, y = batch(6, (3,))
+    other = batch(6, (3,), seed=1) if place.second_stream else ()
+    draw = place.draw(y, generator(3), x.shape, *other[1:])
+    mixed_x, mixed_y = place(x, y, draw, 4, *other)
+    both_x, both_y = replace(place, smoothing=0.3)(x, y, draw, 4, *other)
+    assert torch.equal(both_x, mixed_x)
+    torch.testing.assert_close(both_y, soft_targets(mixed_y, 4, 0.3))
+    alone = replace(place, alpha=0.0, smoothing=0.3)(x, y, draw, 4, *other)
+    smoothed = LabelSmoothing(0.3)(x, y, {}, 4)
+    assert all(torch.equal(a, b) for a, b in zip(alone, smoothed, strict=True))
+
+
+def test_a_grid_over_alpha_and_smoothing_is_each_of_them():
+    data = mnist1d(train_size=60)
+    settings = dict(steps=3, batch_size=20, dtype=torch.float64, seeds=2, device="cpu")
+    network = lambda: MLP(40, 6, 10)
+    grid = {"alpha": [0.0, 1.0], "smoothing": [0.0, 0.2]}
+    runs = fit(network, data, Recipe(batch=Mixup()), grid=grid, **settings)
+    for alpha in grid["alpha"]:
+        for smoothing in grid["smoothing"]:
+            one = fit(network, data, Recipe(batch=Mixup(alpha, smoothing=smoothing)), **settings)
+            found = runs.sel(alpha=alpha, smoothing=smoothing)
+            # alpha = 0 sums a batch in another order
+            np.testing.assert_allclose(found.train_loss, one.train_loss, rtol=1e-10)
+    assert len(set(runs.train_loss.isel(step=-1, seed=0).values.ravel())) == 4
+
+
+@pytest.mark.parametrize("place", MIXUPS, ids=named)
 def test_mixup_is_the_sum_over_partners(place):
     x, y = batch(9, dtype=torch.float64)
     other = batch(9, dtype=torch.float64, seed=1) if place.second_stream else ()
@@ -518,6 +549,7 @@ def test_a_vicinity_leaves_the_global_random_state_alone():
     (lambda: Mixup(k=2.0), r"k must be a whole number >= 2, got 2.0"),
     (lambda: Mixup(partners="other"), r"partners must be 'any', 'same' or 'different', got 'other'"),
     (lambda: Gaussian(-1), r"sigma must be a finite number >= 0, got -1"),
+    (lambda: Mixup(smoothing=-0.5), r"smoothing must be a number in \[0, 1\], got -0.5"),
     (lambda: LabelSmoothing(1.1), r"smoothing must be a number in \[0, 1\], got 1.1"),
     (lambda: soft_targets(torch.tensor([0]), 2, -0.1), r"smoothing must be .*got -0.1"),
     (lambda: mix(torch.ones(2, 1), 1.5, torch.arange(2)), r"lam must be a number in \[0, 1\], got 1.5"),

@@ -134,8 +134,7 @@ def mix(
     >>> encoder, head = torch.nn.Linear(1, 8), torch.nn.Linear(8, 2)
     >>> logits = head(mix(torch.relu(encoder(x)), 0.75, pi))
     """
-    if not isinstance(lam, Tensor):
-        number("lam", lam, 0, 1)
+    _fraction("lam", lam)
     _check_permutation(permutation, len(values))
     return combine((lam, 1 - lam), (values, (values if other is None else other)[permutation]))
 
@@ -183,8 +182,7 @@ def mix_losses(
     ...                cross_entropy(z, mix(soft_targets(y, 3), 0.3, pi)))
     True
     """
-    if not isinstance(lam, Tensor):
-        number("lam", lam, 0, 1)
+    _fraction("lam", lam)
     _check_permutation(permutation, len(y))
     own = criterion(logits, y)
     partners = criterion(logits, (y if y_other is None else y_other)[permutation])
@@ -226,8 +224,7 @@ def soft_targets(
     tensor([[0.0500, 0.0500, 0.8500, 0.0500],
             [0.8500, 0.0500, 0.0500, 0.0500]])
     """
-    if not isinstance(smoothing, Tensor):
-        number("smoothing", smoothing, 0, 1)
+    _fraction("smoothing", smoothing)
     dtype = dtype or (y.dtype if y.is_floating_point() else torch.float32)
     if y.ndim == 1 and not y.is_floating_point():
         y = y[:, None] == torch.arange(whole("num_classes", num_classes), device=y.device)
@@ -358,8 +355,7 @@ class LabelSmoothing:
     smoothing: float = 0.1
 
     def __post_init__(self):
-        if not isinstance(self.smoothing, Tensor):
-            number("smoothing", self.smoothing, 0, 1)
+        _fraction("smoothing", self.smoothing)
 
     def draw(self, y, generator, shape, *y_other) -> dict[str, Tensor]:
         return {}
@@ -395,6 +391,9 @@ class Mixup:
     second_stream : bool
         Take the partners from a second batch, drawn independently, as from a second loader; not
         from the same batch.
+    smoothing : float
+        :math:`s\in[0,1]`: smooth the labels as well, as :class:`LabelSmoothing` does.  (Before or
+        after the mixing is the same, as the weights sum to one.)
 
     References
     ----------
@@ -419,10 +418,12 @@ class Mixup:
     partners: str = "any"
     per_example: bool = False
     second_stream: bool = False
+    smoothing: float = 0.0
 
     def __post_init__(self):
         _finite("alpha", self.alpha)
         whole("k", self.k, 2)
+        _fraction("smoothing", self.smoothing)
         if self.partners not in ("any", "same", "different"):
             raise ValueError(
                 f"partners must be 'any', 'same' or 'different', got {self.partners!r}"
@@ -441,11 +442,12 @@ class Mixup:
         return {"weights": torch.where(found, weights, alone), "partners": partners}
 
     def __call__(self, x, y, draw, num_classes, *other):
-        y = soft_targets(y, num_classes, dtype=_target_dtype(_floating("x", x)))
+        y = soft_targets(y, num_classes, self.smoothing, _target_dtype(_floating("x", x)))
         if not isinstance(self.alpha, Tensor) and self.alpha == 0:
             return x, y
         x_pool, y_pool = other or (x, y)
-        y_pool = soft_targets(y_pool, num_classes, dtype=y.dtype)
+        if other:
+            y_pool = soft_targets(y_pool, num_classes, self.smoothing, y.dtype)
         return tuple(
             combine(draw["weights"], (own, *(pool[partner] for partner in draw["partners"])))
             for own, pool in ((x, x_pool), (y, y_pool))
@@ -571,6 +573,11 @@ def _finite(name: str, value: float | Tensor) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def _fraction(name: str, value: float | Tensor) -> None:
+    if not isinstance(value, Tensor):
+        number(name, value, 0, 1)
 
 
 def _floating(name: str, v: Tensor) -> Tensor:
