@@ -1,60 +1,144 @@
-"""The book's own directive and role.
+"""The book's own directives, role and cross-references, all made from what the chapters and the package hold.
 
-`{claims-list}` lists every claim that a chapter asserts; `` {colab}`02_flooding` `` links a chapter to Colab.
+`{claims-list}` lists every claim that a chapter asserts, `{papers-list}` every row of the tables *The paper beside us*,
+`{records-list}` every recorded result; `` {colab}`02_flooding` `` links a chapter to Colab.  Each chapter ends with
+links to what it imports from the package, and each entry of the API reference names the chapters that do.
 """
 
 import ast
 import json
+import operator
 from pathlib import Path
 
+import flatmin
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{book}/{name}.ipynb"
 
 
+def cells_in(path, kind):
+    return [cell for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def code_in(path):
+    """The syntax tree of each code cell of a notebook."""
+    return [ast.parse("".join(cell["source"])) for cell in cells_in(path, "code")]
+
+
 def claims_in(path):
     """The (id, text) of each `claim("id", "text", ...)` in a notebook's code cells, in order."""
     found = []
-    for cell in json.loads(Path(path).read_text())["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        for node in ast.walk(ast.parse("".join(cell["source"]))):
-            if isinstance(node, ast.Call) and "claim" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
-                words = [getattr(argument, "value", None) for argument in node.args[:2]]
-                if len(words) < 2 or not all(isinstance(word, str) for word in words):
-                    raise ValueError(f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}")
-                found.append(tuple(words))
+    for node in (node for tree in code_in(path) for node in ast.walk(tree)):
+        if isinstance(node, ast.Call) and "claim" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
+            words = [getattr(argument, "value", None) for argument in node.args[:2]]
+            if len(words) < 2 or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}")
+            found.append(tuple(words))
     return found
 
 
-class ClaimsList(SphinxDirective):
+def names_in(path):
+    """The package's public functions and classes that a notebook imports, by full name, in order."""
+    found = []
+    for node in (node for tree in code_in(path) for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatmin":
+            module = __import__(node.module, fromlist=["*"])
+            things = [getattr(module, alias.name) for alias in node.names]
+            found += [f"{thing.__module__}.{thing.__qualname__}" for thing in things if hasattr(thing, "__qualname__")]
+    return list(dict.fromkeys(found))
+
+
+def papers_in(path):
+    """The rows of a notebook's tables with a verdict: {finding, theirs, ours, our setting, verdict}."""
+    rows = []
+    for output in (output for cell in cells_in(path, "code") for output in cell["outputs"]):
+        lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
+        cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
+        if cells and cells[0][-1] == "verdict":
+            rows += [dict(zip(cells[0], row)) for row in cells[2:]]
+    return rows
+
+
+def records_in(folder):
+    """(name, setting) of each recorded result."""
+    import xarray
+
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix == ".json":
+            yield path.name, json.loads(path.read_text())["setting"]
+        elif path.suffix == ".nc":
+            with xarray.open_dataset(path) as record:
+                yield path.name, {key: str(value) for key, value in record.attrs.items()}
+
+
+def chapters(env):
+    """The notebooks that are pages of the book: {name: path}."""
+    paths = {name: str(env.doc2path(name)) for name in sorted(env.found_docs)}
+    return {name: path for name, path in paths.items() if path.endswith(".ipynb")}
+
+
+class Table(SphinxDirective):
+    """A table from rows of Markdown."""
+
+    def table(self, widths, head, rows, kind):
+        if not rows:
+            return [nodes.paragraph("", "Nothing yet.")]
+        group = nodes.tgroup("", *[nodes.colspec(colwidth=width) for width in widths], cols=len(widths))
+        group += nodes.thead("", self.row(head))
+        group += nodes.tbody("", *[self.row(row) for row in rows])
+        return [nodes.table("", group, classes=[kind])]
+
+    def row(self, cells):
+        entries = (nodes.paragraph("", "", *self.state.inline_text(cell, self.lineno)[0]) for cell in cells)
+        return nodes.row("", *[nodes.entry("", entry) for entry in entries])
+
+    def notebooks(self):
+        for chapter, path in chapters(self.env).items():
+            self.env.note_dependency(path)
+            yield chapter, path
+
+
+class ClaimsList(Table):
     """A table of all claims: chapter, name, text."""
 
     def run(self):
-        chapters = {name: self.env.doc2path(name) for name in sorted(self.env.found_docs)}
-        chapters = {name: path for name, path in chapters.items() if str(path).endswith(".ipynb")}
         rows, owner = [], {}
-        for chapter, path in chapters.items():
-            self.env.note_dependency(str(path))
+        for chapter, path in self.notebooks():
             for name, text in claims_in(path):
                 if name in owner:
                     raise self.error(f"the claim {name!r} stands in {owner[name]} and in {chapter}")
                 owner[name] = chapter
                 rows.append((f"{{doc}}`{chapter}`", f"`{name}`", text))
-        if not rows:
-            return [nodes.paragraph("", "No chapter claims anything yet.")]
-        return [self.table(("Chapter", "Claim", "What is asserted"), rows)]
+        return self.table((20, 25, 55), ("Chapter", "Claim", "What is asserted"), rows, "claims")
 
-    def table(self, head, rows):
-        group = nodes.tgroup("", *[nodes.colspec(colwidth=width) for width in (20, 25, 55)], cols=3)
-        group += nodes.thead("", self.row(head))
-        group += nodes.tbody("", *[self.row(row) for row in rows])
-        return nodes.table("", group, classes=["claims"])
 
-    def row(self, cells):
-        entries = (nodes.paragraph("", "", *self.state.inline_text(cell, self.lineno)[0]) for cell in cells)
-        return nodes.row("", *[nodes.entry("", entry) for entry in entries])
+class PapersList(Table):
+    """A table of what all papers found, beside what the chapters find."""
+
+    def run(self):
+        rows = []
+        for chapter, path in self.notebooks():
+            for row in papers_in(path):
+                finding = ": ".join(row[key] for key in ("paper", "finding") if key in row)
+                ours = [row.get(key, "–") for key in ("theirs", "ours", "our setting", "verdict")]
+                rows.append((f"{{doc}}`{int(chapter[:2])} <{chapter}>`", finding, *ours))
+        head = ("Ch.", "Finding", "Theirs", "Ours", "Our setting", "Verdict")
+        return self.table((4, 24, 20, 22, 16, 14), head, rows, "papers")
+
+
+class RecordsList(Table):
+    """A table of the recorded results: file, device, versions, settings."""
+
+    def run(self):
+        first, rows = ("device", "machine", "python", "torch", "flatmin", "commit"), []
+        for name, setting in records_in(Path(self.env.srcdir).parent / "results"):
+            setting = setting | {"commit": setting.get("commit", "–")[:8]}
+            where = ", ".join(f"{key} {setting[key]}" for key in first if key in setting)
+            rest = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in first)
+            rows.append((f"`{name}`", where, rest))
+        return self.table((20, 30, 50), ("Record", "Where", "Settings"), rows, "records")
 
 
 class Colab(SphinxRole):
@@ -71,7 +155,48 @@ class Colab(SphinxRole):
         return [nodes.reference("", "open in Colab", refuri=address, classes=["colab"])], []
 
 
+def link_chapter_to_package(app, doctree):
+    """At the end of a chapter: what it imports from the package, linked to the API reference."""
+    env = app.env
+    path = chapters(env).get(env.docname)
+    if path is None or "api" not in env.found_docs or not (names := names_in(path)):
+        return
+    links = [
+        addnodes.pending_xref(
+            "", nodes.literal("", name.rsplit(".", 1)[1]), refdomain="py", reftype="obj",
+            reftarget=name, refexplicit=True, refwarn=True, refdoc=env.docname,
+        )
+        for name in names
+    ]  # fmt: skip
+    text = nodes.paragraph("", "In the package: ", classes=["in-the-package"])
+    for i, link in enumerate(links):
+        text += [nodes.Text(", "), link] if i else link
+    text += nodes.Text(".")
+    next(iter(doctree.findall(nodes.section))).append(text)
+
+
+def link_package_to_chapters(app, what, name, thing, options, lines):
+    """In the API reference: the chapters that use a function or class."""
+    users = [chapter for chapter, path in chapters(app.env).items() if name in names_in(path)]
+    if users:
+        lines += ["", "In the book: " + ", ".join(f":doc:`{int(user[:2])} <{user}>`" for user in users) + ".", ""]
+
+
+def resolve_public_name(app, env, node, content):
+    """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.training.fit`."""
+    name = node.get("reftarget", "").removeprefix("flatmin.")
+    if node.get("refdomain") == "py" and name and hasattr(flatmin, name.split(".")[0]):
+        thing = operator.attrgetter(name)(flatmin)
+        target = f"{thing.__module__}.{thing.__qualname__}"
+        return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+
+
 def setup(app):
     app.add_directive("claims-list", ClaimsList)
+    app.add_directive("papers-list", PapersList)
+    app.add_directive("records-list", RecordsList)
     app.add_role("colab", Colab())
+    app.connect("doctree-read", link_chapter_to_package)
+    app.connect("missing-reference", resolve_public_name)
+    app.connect("autodoc-process-docstring", link_package_to_chapters)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

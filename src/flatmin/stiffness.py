@@ -18,7 +18,7 @@ linear layer with a bias
 One forward and one backward pass of a batch give all :math:`a` and :math:`\delta`.  How they are
 caught: while the network runs, a :class:`torch.overrides.TorchFunctionMode` sees every operation
 of PyTorch that a parameter enters.  Which parameters are used *only* by operations known here
-(:data:`_OPERATIONS`) is found out, not assumed; the rest get :func:`torch.func.vmap` of
+(``_OPERATIONS``) is found out, not assumed; the rest get :func:`torch.func.vmap` of
 :func:`torch.func.grad`.
 """
 

@@ -4,10 +4,11 @@ import ast
 import re
 from collections import Counter
 
+import flatmin
 import nbformat
 import pytest
 import yaml
-from flatmin_book import claims_in
+from flatmin_book import claims_in, names_in, papers_in
 from notebooks import BOOK, bootstrap, chapters, differences
 
 toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
@@ -119,3 +120,21 @@ def test_code_is_plain_python_and_short(cells):
 def test_claims_are_found_and_unique():
     ids = Counter(name for path in chapters() for name, _ in claims_in(path.with_suffix(".ipynb")))
     assert ids and [name for name, times in ids.items() if times > 1] == []
+
+
+def test_what_a_chapter_imports_stands_in_the_api_reference(path):
+    documented = re.findall(r"automodule:: (\S+)", (BOOK / "api.md").read_text())
+    names = names_in(path.with_suffix(".ipynb"))
+    assert names and [name for name in names if name.rsplit(".", 1)[0] not in documented] == []
+
+
+def test_what_the_package_exports_stands_in_the_api_reference():
+    documented = re.findall(r"automodule:: (\S+)", (BOOK / "api.md").read_text())
+    things = [getattr(flatmin, name) for name in dir(flatmin) if not name.startswith("_")]
+    modules = {thing.__module__ for thing in things if hasattr(thing, "__qualname__")}
+    assert modules and modules - set(documented) == set()
+
+
+def test_every_row_beside_a_paper_has_a_verdict(path):
+    rows = papers_in(path.with_suffix(".ipynb"))
+    assert rows and all(row["finding"] and row["ours"] and row["verdict"] for row in rows)

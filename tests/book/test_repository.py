@@ -64,6 +64,6 @@ def test_a_move_is_one_edit(tmp_path):
 
     assert run("links.py", "--check") == 1
     assert run("links.py") == 0 and run("links.py", "--check") == 0 and run("notebooks.py", "check") == 0
-    texts = {path.name: path.read_text() for path in tmp_path.rglob("*") if path.suffix in {".md", ".ipynb", ".toml", ".cff"}}
+    texts = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.suffix in {".md", ".ipynb", ".toml", ".cff"}}
     assert [name for name, text in texts.items() if links.slug(URL) in text] == []
-    assert all("git+https://github.com/someone/elsewhere" in texts[path.name] for path in chapters())
+    assert all("git+https://github.com/someone/elsewhere" in texts[path.relative_to(ROOT)] for path in chapters())
