@@ -2,8 +2,12 @@
 # Everything runs in .venv, made when missing; another environment: make VENV=path book (conda: VENV=$CONDA_PREFIX).
 VENV   ?= .venv
 PYTHON ?= python3
-# chapters for `make notebooks`, e.g. N=02_flooding
+# chapters for `make notebooks`, or assignments for `make assignments`, e.g. N=02_flooding
 N      ?=
+# hidden tests of `make assignments` take this seed; submissions and table of `make grade`
+SEED   ?= 2026
+FROM   ?= submissions
+TO     ?= grades.csv
 
 BIN   := $(VENV)/bin
 READY := $(VENV)/.flatmin-ready
@@ -16,7 +20,7 @@ RENDER = $(BIN)/jupyter-book build -W --keep-going -n --quiet
 CHECKED := _build/check/_build/html
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-fast test-units test-notebooks test-book test-web notebooks claims lab clean
+.PHONY: help book test test-fast test-units test-notebooks test-book test-assignments test-web notebooks claims assignments grade lab clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -25,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setup: installing flatmin and its tools into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,test,course]'
 	@touch $@
 
 book: $(READY)  ## execute what changed since the last time, on this machine, and render the book
@@ -33,15 +37,15 @@ book: $(READY)  ## execute what changed since the last time, on this machine, an
 	$(RENDER) _build/source/book --path-output .
 	@echo "book: _build/html/index.html"
 
-test: test-units test-notebooks test-book  ## everything but the browser
-	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning)"
+test: test-units test-notebooks test-book test-assignments  ## everything but the browser
+	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning; $(words $(wildcard assignments/[0-9]*.md)) assignments graded by Otter)"
 
 test-fast: test-units  ## unit tests and doctests, under 3 minutes
-	@echo "test-fast: passed (notebooks, book and browser not run: make test test-web)"
+	@echo "test-fast: passed (notebooks, book, Otter and browser not run: make test test-web)"
 
 test-units: $(READY)
 	@echo "test: unit tests and doctests"
-	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web" --junitxml=_build/reports/units.xml
+	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web and not course" --junitxml=_build/reports/units.xml
 
 test-notebooks: $(READY)
 	@echo "test: every notebook, re-executed and compared with what it stores"
@@ -51,6 +55,10 @@ test-notebooks: $(READY)
 test-book: $(READY)
 	@echo "test: the book from the committed notebooks, warnings are errors"
 	$(RENDER) book --path-output _build/check
+
+test-assignments: $(READY)
+	@echo "test: reference, blank and wrong answers to the assignments, graded by Otter"
+	$(ONE) $(QUIET) $(BIN)/python -m pytest -q -n 2 -m course tests/book --junitxml=_build/reports/assignments.xml
 
 test-web: $(READY)  ## the rendered book in headless Chromium, after make test
 	@echo "test: every page in Chromium, wide and narrow, light and dark"
@@ -62,6 +70,12 @@ notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (on
 
 claims: $(READY)  ## authors: do all claims hold for five other seeds?
 	$(BIN)/python tools/claims.py $(N)
+
+assignments: $(READY)  ## instructors: student notebooks, solutions and autograders (one: N=02_flooding)
+	$(BIN)/python tools/assignments.py build --seed $(SEED) $(N)
+
+grade: $(READY)  ## instructors: a folder of submissions into a table: N=02_flooding FROM=folder TO=grades.csv
+	$(BIN)/python tools/assignments.py grade $(N) $(FROM) -o $(TO)
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/book

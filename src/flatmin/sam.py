@@ -210,8 +210,9 @@ class SAMGradient:
     -----
     With flooding, :math:`\hat\epsilon` comes from the raw loss, and the loss at
     :math:`w+\hat\epsilon` is flooded: the worst loss of the neighbourhood floats on the level.
-    (Were the first gradient flooded too, :math:`\hat\epsilon` would point downhill below it.)  With
-    m-SAM every shard is flooded by itself.
+    (Were the first gradient flooded too, :math:`\hat\epsilon` would point downhill below it, and
+    the step descend :math:`|L-b|+\rho\|g\|` in place of :math:`\big|L+\rho\|g\|-b\big|`, to first
+    order: another method.)  With m-SAM every shard is flooded by itself.
 
     The loss that is returned is the raw one at :math:`w`, and so are the buffers (batch statistics,
     dropout's counters); both passes start from the same buffers.  Of several shards, whose batch

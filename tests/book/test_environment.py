@@ -41,7 +41,7 @@ def test_pin_satisfies_bound(name):
 
 def test_environment_repeats_the_bounds():
     wanted = {"python": project["requires-python"], "pip": "", "pip:-e .": ""}
-    for group in ("", "book", "test"):
+    for group in ("", "book", "test", "course"):
         for requirement in map(Requirement, groups[group]):
             pip = requirement.name in NOT_ON_CONDA_FORGE
             name = f"pip:{requirement.name}" if pip else CONDA_NAMES.get(requirement.name, requirement.name)

@@ -1,0 +1,95 @@
+"""Wrong answers to assignment 2: question__mistake, and what the check must say of it."""
+
+
+def fraction_up__one_rate(down, up):
+    """with one rate for both directions"""
+    return -math.log(1 - down) / (math.log(1 + down) - math.log(1 - down))
+
+
+def fraction_up__first_order(down, up):
+    """holds for short steps only"""
+    return down / (down + up)
+
+
+def flooded__clamped(losses, flood_level, per_example):
+    """below the level it is constant"""
+    return (losses if per_example else losses.mean()).clamp(min=flood_level).mean()
+
+
+def flooded__always_the_mean(losses, flood_level, per_example):
+    """per example means fold, then average"""
+    return (losses.mean() - flood_level).abs() + flood_level
+
+
+def flooded__without_the_level(losses, flood_level, per_example):
+    """The + b is missing"""
+    return ((losses if per_example else losses.mean()) - flood_level).abs().mean()
+
+
+def accumulate__each_by_itself(model, loss, microbatches, flood_level):
+    """Every microbatch was flooded by itself"""
+    n = sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    for x, y in microbatches:
+        share = (loss(model(x), y) - flood_level).abs() + flood_level
+        (share * len(y) / n).backward()
+
+
+def accumulate__sign_lost(model, loss, microbatches, flood_level):
+    """The sign of the flood is lost"""
+    n = sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    for x, y in microbatches:
+        (loss(model(x), y) * len(y) / n).backward()
+
+
+def accumulate__sizes_ignored(model, loss, microbatches, flood_level):
+    """All microbatches weigh the same here"""
+    model.zero_grad()
+    total = 0.0
+    for x, y in microbatches:
+        share = loss(model(x), y) / len(microbatches)
+        share.backward()
+        total += share.item()
+    if total < flood_level:
+        for w in model.parameters():
+            w.grad.neg_()
+
+
+def accumulate__stale(model, loss, microbatches, flood_level):
+    """before are still in the sum"""
+    n = sum(len(y) for _, y in microbatches)
+    total = 0.0
+    for x, y in microbatches:
+        share = loss(model(x), y) * len(y) / n
+        share.backward()
+        total += share.item()
+    if total < flood_level:
+        for w in model.parameters():
+            w.grad.neg_()
+
+
+def accumulate__all_at_once(model, loss, microbatches, flood_level):
+    """put together into one batch"""
+    x, y = (torch.cat(part) for part in zip(*microbatches))
+    model.zero_grad()
+    ((loss(model(x), y) - flood_level).abs() + flood_level).backward()
+
+
+def flooded_step__decay_flooded(w, gradient, loss, flood_level, lr, weight_decay):
+    """It is not flooded"""
+    sign = 1 if loss > flood_level else -1
+    return w - lr * sign * (gradient + weight_decay * w)
+
+
+def flooding_effect__wrong_way_round(seeds):
+    """flooded minus not flooded"""
+    data = [mnist1d(train_size=200, seed=s) for s in seeds]
+    recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
+    end = fit(lambda: MLP(40, 32, 10), data, recipe, steps=400, seeds=seeds,
+              grid={"flood_level": [0.0, 0.3]}, evaluate_at=[400], dtype=torch.float64).isel(step=0)  # fmt: skip
+    change = end.sel(flood_level=0.0) - end.sel(flood_level=0.3)
+    return {
+        "test loss": (change.test_loss, "higher"),
+        "test error": (change.test_error, "undecided"),
+    }

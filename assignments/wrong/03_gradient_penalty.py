@@ -1,0 +1,77 @@
+"""Wrong answers to assignment 3: question__mistake, and what the check must say of it."""
+
+
+def effective_objective__factor_two(rates):
+    """a factor 2 is off in the weight"""
+    total = sum(rates)
+    return total, -(total**2 - sum(a * a for a in rates)) / 2 / total
+
+
+def effective_objective__sign(rates):
+    """The weight has the wrong sign"""
+    total = sum(rates)
+    return total, (total**2 - sum(a * a for a in rates)) / 4 / total
+
+
+def effective_objective__pairs_with_itself(rates):
+    """paired with itself"""
+    total = sum(rates)
+    pairs = sum(a * b for j, a in enumerate(rates) for b in rates[j:])
+    return total, -pairs / (2 * total)
+
+
+def remainder__half(L, theta, eps):
+    """A factor 2 is off"""
+    g = grad(L)
+    slope, curved = jvp(g, (theta,), (g(theta),))
+    down = theta - eps * slope
+    return down + eps * g(down) - (theta - eps**2 / 2 * curved)
+
+
+def remainder__old_gradient(L, theta, eps):
+    """used the gradient of the old place"""
+    g = grad(L)
+    slope, curved = jvp(g, (theta,), (g(theta),))
+    down = theta - eps * slope
+    return down + eps * slope - (theta - eps**2 * curved)
+
+
+def two_rate_loss__factor_two(L, theta, eps1, eps2):
+    """A factor 2 is missing in the weight"""
+    return L(theta) + eps1 * eps2 / (eps1 - eps2) * (grad(L)(theta) ** 2).sum()
+
+
+def two_rate_loss__detached(L, theta, eps1, eps2):
+    """The penalty has no gradient"""
+    slope = grad(L)(theta).detach()
+    return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * (slope**2).sum()
+
+
+def two_rate_loss__not_squared(L, theta, eps1, eps2):
+    """The length is not squared"""
+    return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * grad(L)(theta).norm()
+
+
+def difference_penalty__not_divided(gradient, theta, penalty, radius):
+    """not divided by the radius"""
+    g = gradient(theta)
+    return g + penalty * (gradient(theta + radius * g) - g)
+
+
+def difference_penalty__unit_step(gradient, theta, penalty, radius):
+    """that is SAM's"""
+    g = gradient(theta)
+    return g + penalty / radius * (gradient(theta + radius * g / g.norm()) - g)
+
+
+def difference_penalty__three_calls(gradient, theta, penalty, radius):
+    """computed 3 times"""
+    g = gradient(theta)
+    return g + penalty / radius * (gradient(theta + radius * g) - gradient(theta))
+
+
+def level_walk__endless(seeds):
+    """never ends"""
+    step = 0
+    while step < 600:
+        pass

@@ -1,0 +1,99 @@
+"""Wrong answers to assignment 5: question__mistake, and what the check must say of it."""
+
+
+def expected_mixing__variance(alphas):
+    """That is the variance"""
+    A = alphas.sum()
+    return alphas * (A - alphas) / (A**2 * (A + 1))
+
+
+def expected_mixing__two_weights(alphas):
+    """for two equal weights"""
+    return alphas / (2 * (2 * alphas + 1))
+
+
+def mixed_loss__exchanged(logits, labels, partners, lam):
+    """are exchanged"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return ((1 - lam) * own + lam * other).mean()
+
+
+def mixed_loss__mean_first(logits, labels, partners, lam):
+    """before the weights came in"""
+    own, other = F.cross_entropy(logits, labels), F.cross_entropy(logits, labels[partners])
+    return (lam * own + (1 - lam) * other).mean()
+
+
+def dirichlet_mixup__per_class(x, labels, num_classes, alpha, k, generator):
+    """λ was drawn for each class on its own"""
+    n = len(x)
+    draw = lambda *shape: torch._standard_gamma(
+        torch.full(shape, alpha, dtype=torch.float64), generator=generator)  # fmt: skip
+    w, v = draw(k, n, 1), draw(k, n, num_classes)
+    w, v = w / w.sum(0), v / v.sum(0)
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(v, who))
+
+
+def dirichlet_mixup__labels_drawn_anew(x, labels, num_classes, alpha, k, generator):
+    """not mixed with the weights of the inputs"""
+    n = len(x)
+
+    def weights():
+        w = torch._standard_gamma(
+            torch.full((k, n, 1), alpha, dtype=torch.float64), generator=generator
+        )
+        return w / w.sum(0)
+
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    mixed = [sum(a * v[i] for a, i in zip(weights(), who)) for v in (x, one)]
+    return mixed[0], mixed[1]
+
+
+def dirichlet_mixup__one_draw_a_batch(x, labels, num_classes, alpha, k, generator):
+    """All mixtures of a batch have the same weights"""
+    n = len(x)
+    w = torch._standard_gamma(torch.full((k,), alpha, dtype=torch.float64), generator=generator)
+    w = w / w.sum()
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__uniform_normalized(x, labels, num_classes, alpha, k, generator):
+    """The weights are not Dirichlet"""
+    n = len(x)
+    w = torch.rand(k, n, 1, generator=generator, dtype=torch.float64)
+    w = w / w.sum(0)
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__global_state(x, labels, num_classes, alpha, k, generator):
+    """The same generator should give the same mixtures"""
+    n = len(x)
+    w = torch.from_numpy(np.random.dirichlet([alpha] * k, n)).T[..., None]
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randperm(n) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def shrunk__mean_of_lambda(x, targets, alpha):
+    """it is the heavier weight"""
+    toward = lambda v: v.mean(0) + 0.5 * (v - v.mean(0))
+    return toward(x), toward(targets)
+
+
+def shrunk__to_zero(x, targets, alpha):
+    """Shrunk towards zero"""
+    theta = 0.5 + 4**-alpha / (alpha * beta(alpha, alpha))
+    return theta * x, theta * targets
+
+
+def mixup_effect__raises(seeds):
+    """It raised KeyError"""
+    return {}["test error"]

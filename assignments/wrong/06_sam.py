@@ -1,0 +1,141 @@
+"""Wrong answers to assignment 6: question__mistake, and what the check must say of it."""
+
+
+def sharpest_stable__gradient_descent(eta, rho):
+    """gradient descent's limit"""
+    return 2 / eta
+
+
+def sharpest_stable__monotone(eta, rho):
+    """which is at a factor of -1, not 0"""
+    return 2 / (eta * (1 + math.sqrt(1 + 4 * rho / eta)))
+
+
+def sharpest_stable__roots_cancel(eta, rho):
+    """a difference of two nearly equal roots"""
+    return (math.sqrt(1 + 8 * rho / eta) - 1) / (2 * rho) if rho > 0 else 2 / eta
+
+
+def climb__wrong_conjugate(gradients, rho, p):
+    """The wrong conjugate exponent"""
+    v = [g.sign() * g.abs() ** (p - 1) for g in gradients]
+    return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
+
+
+def climb__each_tensor(gradients, rho, p):
+    """Each tensor was brought to the length"""
+    v = [g if p == 2 else g.sign() * (g.abs() / g.abs().max()) ** (1 / (p - 1)) for g in gradients]
+    return [rho * x / torch.linalg.vector_norm(x, p) for x in v]
+
+
+def climb__underflows(gradients, rho, p):
+    """underflows to 0 there"""
+    if p == 1:
+        largest = max(g.abs().max() for g in gradients)
+        return [torch.where(g.abs() == largest, rho * g.sign(), 0) for g in gradients]
+    v = [g.sign() * g.abs() ** (1 / (p - 1)) for g in gradients]
+    return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
+
+
+def sam_step__not_restored(model, loss, optimizer, rho):
+    """The weights were not restored"""
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__subtracts(model, loss, optimizer, rho):
+    """is not w in floating point"""
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        moves = [rho * w.grad / length for w in weights]
+        for w, e in zip(weights, moves):
+            w += e
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        for w, e in zip(weights, moves):
+            w -= e
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__gradients_added(model, loss, optimizer, rho):
+    """Both gradients were added up"""
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__loss_up_there(model, loss, optimizer, rho):
+    """what one logs is the loss at w"""
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad()
+    worst = loss()
+    worst.backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return worst.item()
+
+
+def adaptive_climb__once(w, gradient, rho):
+    """T is there once"""
+    stretched = w.abs() * gradient
+    return rho * stretched / stretched.norm()
+
+
+def adaptive_climb__plain(w, gradient, rho):
+    """the ball does not stretch"""
+    return rho * gradient / gradient.norm()
+
+
+def sam_effect__unfair(seeds):
+    """Go through the settings once more"""
+    data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
+    sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
+
+    def train(recipe):
+        return fit(lambda: MLP(40, 32, 10), data, recipe, steps=150, seeds=seeds,
+                   evaluate_at=[150], dtype=torch.float64).isel(step=0)  # fmt: skip
+
+    change = train(Recipe(gradient=SAMGradient(rho=0.5), optimizer=sgd)) - train(
+        Recipe(optimizer=sgd)
+    )
+    return {
+        "training error": (change.train_error, "higher"),
+        "test error": (change.test_error, "lower"),
+    }
