@@ -57,7 +57,8 @@ def papers_in(path):
         lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
         cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
         if cells and cells[0][-1] == "verdict":
-            rows += [dict(zip(cells[0], row)) for row in cells[2:]]
+            head = [name.removeprefix("article: ") for name in cells[0]]
+            rows += [dict(zip(head, row)) for row in cells[2:]]
     return rows
 
 
