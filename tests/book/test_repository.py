@@ -8,7 +8,7 @@ import tomllib
 
 import links
 import yaml
-from notebooks import ROOT, chapters, repository
+from notebooks import BOOK, ROOT, chapters, repository
 
 URL = repository()["url"]
 ADDRESS = re.compile(r"(?:github\.com|colab\.research\.google\.com/github|raw\.githubusercontent\.com)/([\w.-]+/[\w.-]*\w)(/[^\s)\"'>\]]*)?")
@@ -67,3 +67,8 @@ def test_a_move_is_one_edit(tmp_path):
     texts = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.suffix in {".md", ".ipynb", ".toml", ".cff"}}
     assert [name for name, text in texts.items() if links.slug(URL) in text] == []
     assert all("git+https://github.com/someone/elsewhere" in texts[path.relative_to(ROOT)] for path in chapters())
+
+
+def test_every_reference_can_be_found():
+    entries = (BOOK / "references.bib").read_text().split("\n@")
+    assert [entry.split("\n")[0] for entry in entries if not re.search(r"^\s*(doi|eprint|url) =", entry, re.M)] == []
