@@ -6,8 +6,8 @@ links to what it imports from the package, and each entry of the API reference n
 """
 
 import ast
+import functools
 import json
-import operator
 from pathlib import Path
 
 import flatmin
@@ -186,8 +186,8 @@ def link_package_to_chapters(app, what, name, thing, options, lines):
 def resolve_public_name(app, env, node, content):
     """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.training.fit`."""
     name = node.get("reftarget", "").removeprefix("flatmin.")
-    if node.get("refdomain") == "py" and name and hasattr(flatmin, name.split(".")[0]):
-        thing = operator.attrgetter(name)(flatmin)
+    thing = functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), flatmin)
+    if node.get("refdomain") == "py" and hasattr(thing, "__qualname__"):
         target = f"{thing.__module__}.{thing.__qualname__}"
         return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
