@@ -295,7 +295,7 @@ def test_verdicts():
 
 
 def test_all_checks_are_exported_and_say_what_they_check():
-    assert len(CHECKS) == 35 and set(CHECKS) == set(check.__all__) - {"Check", "Report"}
+    assert CHECKS and set(CHECKS) == set(check.__all__) - {"Check", "Report"}
     for name, one in CHECKS.items():
         assert one.__doc__.endswith(".") and repr(one) == f"<check.{name}>"
 

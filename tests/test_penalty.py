@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, hessian, jacrev
 
-from flatmin import MLP, SGD, GradientPenalty, Recipe, TwoRates, fit, gradient_penalty, two_gaussians
+from flatmin import (
+    MLP,
+    SGD,
+    GradientPenalty,
+    Recipe,
+    TwoRates,
+    fit,
+    gradient_penalty,
+    two_gaussians,
+)
 from flatmin.penalty import _unit, gradient_norm
 from flatmin.training import initial_module, plain_gradient
 

@@ -1212,9 +1212,9 @@ def test_a_broken_shard_skips_the_step():
 class Noisy(nn.Module):
     """Batch norm, dropout and noise; remembers what it drew."""
 
-    def __init__(self):
+    def __init__(self, dropout=nn.Dropout):
         super().__init__()
-        self.linear, self.norm, self.drop = nn.Linear(4, 20), nn.BatchNorm1d(20), nn.Dropout(0.5)
+        self.linear, self.norm, self.drop = nn.Linear(4, 20), nn.BatchNorm1d(20), dropout(0.5)
         self.out, self.seen = nn.Linear(20, 3), []
 
     def forward(self, x):
@@ -1225,11 +1225,12 @@ class Noisy(nn.Module):
         return self.out(self.drop(self.norm(self.linear(x))) * dropped) + 0.1 * noise
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
 @pytest.mark.parametrize("closure", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches):
+def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches, dropout):
     torch.manual_seed(0)
-    model = Noisy()
+    model = Noisy(dropout)
     twin = copy.deepcopy(model)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)
     x, y = batch()

@@ -293,6 +293,15 @@ def test_breakdown_goes_on_with_what_is_orthogonal():
     close(eigen.basis @ eigen.basis.mT, torch.eye(4).double(), 1e-12)
 
 
+@pytest.mark.parametrize("small", [1e-1, 1e-3, 1e-5, 0.0])
+def test_what_is_left_over_may_be_mostly_rounding(small):
+    """Single precision, five large eigenvalues; the others tiny: the basis stays orthonormal."""
+    values = torch.cat([torch.full((5,), 100.0), torch.linspace(0, small, 2995)])
+    found = lanczos(lambda v: v * values, random(3000, seed=1).float(), 60)
+    close(found.basis @ found.basis.mT, torch.eye(60), 1e-5)
+    assert found.beta.max() < 100 and found.ritz()[0].max() < 100.01
+
+
 def test_a_batch_of_matrices_is_a_loop():
     H = torch.stack([matrix(random(9, seed=s), s)[0] for s in range(3)])
     H[1] = torch.eye(9)  # breaks down at once, beside others that do not
@@ -351,6 +360,28 @@ def test_of_a_network_they_are_the_dense_ones():
     single = eigenvalues(hessian_operator(model.float(), criterion, x.float(), y), tol=1e-5)
     assert single.values.dtype == torch.float32
     assert abs(single.values[0].double() - exact[-1]) <= single.errors[0] + 1e-6 * exact[-1]
+
+
+def test_the_gradient_shortens_the_way_and_hides_nothing():
+    """Linear regression whose gradient lies along one eigenvector, the second, the first, or is 0."""
+    X = torch.diag(torch.arange(1, 41).double()).sqrt() * 40**0.5  # H = diag(1, ..., 40)
+    model = nn.Linear(40, 1, bias=False, dtype=torch.float64)
+    squared = lambda output, y: (output[:, 0] - y) ** 2 / 2
+    products = {}
+    for i in (None, 10, 39):
+        y = model(X)[:, 0].detach().clone()
+        if i is not None:
+            y[i] += 1
+        hessian = hessian_operator(model, squared, X, y)
+        direction = torch.zeros(40).double() if i is None else -(X[i] * 1.0) / 40
+        assert torch.allclose(hessian.gradient, direction)
+        calls = []
+        counted = dataclasses.replace(hessian, products=lambda v: calls.append(1) or hessian.products(v))
+        assert abs(eigenvalues(counted, tol=1e-4).values.item() - 40) < 2e-5  # residual² over the gap, 1
+        products[i] = len(calls)
+    assert products[39] < products[None]
+    two_batches = hessian_operator(model, squared, X, y, batch_size=20)
+    assert two_batches.gradient is None and abs(eigenvalues(two_batches).values.item() - 40) < 2e-3
 
 
 def test_a_limit_of_steps_is_reported():

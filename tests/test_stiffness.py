@@ -136,7 +136,7 @@ def norms():
 
 def warmed(model, x):
     """With weights and running statistics of norms that are not their initial 1 and 0."""
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.ndim <= 1:
             nn.init.normal_(p, 0.7, 0.3)
     model(3 * x + 1)

@@ -1,10 +1,8 @@
 """The stack: every run of it is the run that a plain PyTorch loop makes."""
 
+import contextlib
 import dataclasses
-import importlib.util
-import json
 import warnings
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -64,6 +62,18 @@ BATCH_NORM = lambda: nn.Sequential(
 DROPOUT = lambda: nn.Sequential(
     nn.Linear(5, 7), nn.Tanh(), Dropout(0.4), nn.Linear(7, 6), Dropout(0.2), nn.Linear(6, 3)
 )
+class Times(nn.Module):
+    """A learned number, whose shape is []."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+SCALAR = lambda: nn.Sequential(nn.Linear(5, 7), Times(), nn.Tanh(), nn.Linear(7, 3))
 DATA = make_data()
 ON_CPU = {"device": "cpu", "dtype": torch.float64}
 COSINE = {"momentum": 0.9, "weight_decay": 0.05, "schedule": "cosine"}
@@ -200,6 +210,9 @@ EXPERIMENTS = {
         {"model": (both := lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3), nn.Linear(3, 3))),
          "recipe": Recipe(batch=Mixup(second_stream=True))},
         {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v, second_stream=True), "model": both},
+    ),
+    "a scalar parameter": (
+        {"model": SCALAR}, {"lr": [0.1, 0.2]}, lambda v: {"model": SCALAR, "optimizer": sgd(v)},
     ),
     "noise": (
         {"recipe": Recipe(batch=Gaussian())},
@@ -462,7 +475,8 @@ def experiment(schedule, checkpoint=None, *, model=MLP, networks="last", batch=N
     more = {"grid": {"flood_level": [0.0, 1.0]}, "seeds": [0, 5], "device": "cpu"} | more
     return fit(
         model, DATA, recipe, steps=8, batch_size=10, evaluate_at=[0, 3, 6, 8], networks=networks,
-        chunk_size=2, checkpoint=checkpoint, checkpoint_every=more.pop("every", 2), **more,
+        chunk_size=more.pop("chunk_size", 2), checkpoint=checkpoint,
+        checkpoint_every=more.pop("every", 2), **more,
     )  # fmt: skip
 
 
@@ -576,7 +590,7 @@ def test_a_checkpoint_of_other_data_recipe_or_steps_is_an_error(tmp_path):
     for other in (
         {"data": make_data(1)}, {"data": [DATA, make_data(1)]}, {"recipe": Recipe(Flooding(0.1))},
         {"recipe": Recipe(optimizer=Adam())}, {"recipe": Recipe(optimizer=SGD(schedule="cosine"))},
-        {"steps": 3}, {"batch_size": 11}, {"evaluate_at": 1}, {"chunk_size": 1},
+        {"steps": 3}, {"batch_size": 11}, {"evaluate_at": 1},
         {"recipe": Recipe(batch=Mixup())}, {"recipe": Recipe(batch=Dirac())},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="checkpoint must come from the same experiment"):
@@ -602,6 +616,39 @@ def test_seeds_in_another_form_are_the_same_experiment(tmp_path):
     whole = experiment("cosine", tmp_path / "c.pt", seeds=[0, 1])
     for seeds in (np.arange(2), 2, (0, 1), range(2)):
         assert_bitwise_equal(whole, experiment("cosine", tmp_path / "c.pt", seeds=seeds))
+
+
+@pytest.mark.parametrize("step, chunk_size, left", [
+    (3, 1, 32), (3, 3, 16), (3, 4, 8), (8, 1, 16), (8, 4, 8), (11, 1, 16), (16, 1, 0),
+    (11, 4, 6),  # the two runs that remain are one chunk, as before: it goes on at step 2
+])  # fmt: skip
+def test_another_chunk_size_keeps_the_chunks_that_are_finished(step, chunk_size, left, tmp_path):
+    whole = experiment(Interrupts(10**6))
+    with contextlib.suppress(KeyboardInterrupt):
+        experiment(Interrupts(step), tmp_path / "c.pt")  # two runs at once
+    rest = Interrupts(10**6)
+    resumed = experiment(rest, tmp_path / "c.pt", chunk_size=chunk_size)
+    xr.testing.assert_allclose(whole[0].drop_attrs(), resumed[0].drop_attrs(), rtol=1e-5)
+    assert 10**6 - rest.left == left
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_progress_can_stop_it_and_no_step_is_done_twice(every, tmp_path):
+    whole, counted, steps = experiment(Interrupts(10**6)), [], 0
+    for stop in (0, 1, 6, 8, 9, 13):  # after so many steps, of 8 + 8
+        calls = Interrupts(10**6)
+        with pytest.raises(KeyboardInterrupt):
+            experiment(
+                calls, tmp_path / "c.pt", every=every,
+                progress=lambda n, calls=calls: steps + 10**6 - calls.left >= stop,
+            )  # fmt: skip
+        steps += 10**6 - calls.left
+        assert steps == stop
+    rest = Interrupts(10**6)
+    resumed = experiment(rest, tmp_path / "c.pt", every=every, progress=counted.append)
+    assert_bitwise_equal(whole, resumed)
+    assert steps + 10**6 - rest.left == 16
+    assert sum(counted) == 4 * 8 * 10  # runs, steps and examples, with those of before
 
 
 def test_checkpoint_of_half_precision(tmp_path):
@@ -1275,53 +1322,6 @@ def test_one_progress_bar_counts_every_step(monkeypatch, tmp_path, capfd):
         experiment(Interrupts(13), tmp_path / "c.pt")
     experiment(Interrupts(10**6), tmp_path / "c.pt")  # from step 12 of 16
     experiment(Interrupts(0), tmp_path / "c.pt")  # has been finished
-    assert [(bar.done, bar.total) for bar in bars] == [(13, 16), (16, 16), (16, 16)]
+    # 8 steps of 4 runs, two at once
+    assert [(bar.done, bar.total) for bar in bars] == [(26, 32), (32, 32), (32, 32)]
     assert capfd.readouterr().out == ""
-
-
-# ----------------------------------------------------------------------------------- benchmark
-
-BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "stack.py"
-
-
-@pytest.fixture
-def benchmark():
-    if not BENCHMARK.exists():
-        pytest.skip("benchmarks/ is not part of this distribution")
-    specification = importlib.util.spec_from_file_location("benchmark_stack", BENCHMARK)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_benchmark_runs_and_records(benchmark, tmp_path, capsys):
-    path = tmp_path / "new folder" / "stack.json"
-    benchmark.main(["--runs", "1", "3", "--steps", "2", "--repeats", "1", "--record", str(path)])
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["runs"] for row in record["rows"]] == [1, 3]
-    for row in record["rows"]:
-        assert len(row["stack_ms_all"]) == len(row["loop_ms_all"]) == 1
-        assert row["ratio"] == pytest.approx(row["loop_ms"] / row["stack_ms"])
-        assert row["stack_ms"] > 0
-    printed = capsys.readouterr().out
-    for name in ("device", "threads", "python", "torch", "flatmin", "commit", "steps", "repeats"):
-        assert f"{name} {record['setting'][name]}" in printed
-
-
-def test_the_benchmarks_sides_train_the_same(benchmark, monkeypatch):
-    """Each takes the same steps from the same weights, so both clocks time the same work."""
-    ended, modules = [], []
-    monkeypatch.setattr(
-        benchmark, "fit", lambda *a, **k: ended.append(fit(*a, networks="last", **k))
-    )
-    monkeypatch.setattr(
-        benchmark, "initial_module", lambda *a: modules.append(initial_module(*a)) or modules[-1]
-    )
-    data = benchmark.make_data((5, 6, 3), examples=30)
-    for side in (benchmark.time_stack, benchmark.time_loop):
-        assert side(lambda: benchmark.MLP(5, 6, 3), data, 2, 4, 10, "cpu") > 0
-    for seed, module in enumerate(modules):
-        stacked = ended[0][1].module(seed=seed).state_dict()
-        for name, w in module.state_dict().items():
-            torch.testing.assert_close(stacked[name], w, rtol=1e-4, atol=1e-5)
-    assert len(modules) == 2

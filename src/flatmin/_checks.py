@@ -1,6 +1,8 @@
 """Bad input gets an error that names the argument, the value and what is allowed."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,3 +21,16 @@ def number(name: str, value: Any, least: float, most: float = math.inf) -> float
         allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around imports of packages that only ``extra`` brings: without them, say how to get them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{what} needs the package {error.name!r}, which is not installed: "
+            f"pip install 'flatmin[{extra}]'",
+            name=error.name,
+        ) from error

@@ -24,6 +24,7 @@ from .training import example_losses
 
 __all__ = ["Attack", "fgsm", "pgd", "project", "random_start", "steepest"]
 
+Params = dict[str, Tensor]
 Model = Callable[[Tensor], Tensor]
 Bounds = tuple[float, float] | None
 
@@ -66,7 +67,7 @@ def project(delta: Tensor, eps: float | Tensor, p: float = math.inf) -> Tensor:
             [ 0.1000,  0.0000]])
     """
     if p == math.inf:
-        return delta.clamp(-eps, eps)
+        return delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both kinds, by whichever eps is
     norm = delta.flatten(1).norm(dim=1).reshape(-1, *[1] * (delta.ndim - 1))
     return delta * (eps / norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
 
@@ -283,7 +284,7 @@ class Attack:
     seed: int = 0
     source: Model | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.eps, self.p, self.bounds)
         whole("steps", self.steps)
         whole("restarts", self.restarts, 0)
@@ -300,7 +301,8 @@ class Attack:
             p=self.p, start=start, bounds=self.bounds,
         )  # fmt: skip
 
-    def __call__(self, network, params, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor,
+                 y: Tensor) -> Tensor:  # fmt: skip
         moved = self.perturb(lambda x: network(params, x), x, y)
         return (network(params, moved).argmax(-1) != y).to(x.dtype).mean()
 

@@ -7,6 +7,7 @@ not.  The appendix of claims and ``make claims`` are made from these calls.
 import json
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def report_divergence(runs: list[str]) -> None:
     _diverged.extend(runs)
 
 
-def claim(id: str, text: str, condition) -> None:
+def claim(id: str, text: str, condition: Any) -> None:
     """State ``text``, which holds because ``condition`` was computed to be true.
 
     Parameters

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import number, whole
+from ._checks import needs, number, whole
 
 __all__ = [
     "CIFAR100_SUPERCLASS",
@@ -443,7 +443,8 @@ def digits(
     >>> digits()
     Data('digits', 10 classes, inputs [64], 1000 train, 200 validation, 597 test)
     """
-    from sklearn.datasets import load_digits
+    with needs("data", "digits()"):
+        from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=_generator(0, "digits"))
@@ -500,7 +501,8 @@ def mnist1d(
 @functools.lru_cache(maxsize=1)
 def _mnist1d_arrays() -> tuple[np.ndarray, ...]:
     """Generate MNIST-1D; the package seeds the global generators, so put them back."""
-    from mnist1d.data import make_dataset
+    with needs("data", "mnist1d()"):
+        from mnist1d.data import make_dataset
 
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
@@ -547,8 +549,9 @@ _ARCHIVES = {
 
 def _download(folder: str, archive: str) -> Path:
     """The cached archive, downloaded if it is not there or no longer what it should be."""
-    import pooch
-    import requests
+    with needs("data", "a download"):
+        import pooch
+        import requests
 
     address, sums = _ARCHIVES[folder]
     url, sha256 = address.format(archive), sums[archive]
@@ -612,14 +615,17 @@ def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
 
 def _idx_set(name: str, flat: bool, choice: _Choice) -> Data:
     """MNIST and the sets in its format."""
-    parts = []
-    for part in ("train", "t10k"):
-        x = _read_idx(name, f"{part}-images-idx3", (28, 28))
-        y = _read_idx(name, f"{part}-labels-idx1", ())
-        if len(x) != len(y):
-            raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
-        parts.append((x.flatten(1) if flat else x[:, None], y.long()))
-    return _assemble(name, 10, *parts, choice)
+    train, test = (_idx_part(name, part, flat) for part in ("train", "t10k"))
+    return _assemble(name, 10, train, test, choice)
+
+
+def _idx_part(name: str, part: str, flat: bool) -> tuple[Tensor, Tensor]:
+    """Images and labels of one part."""
+    x = _read_idx(name, f"{part}-images-idx3", (28, 28))
+    y = _read_idx(name, f"{part}-labels-idx1", ())
+    if len(x) != len(y):
+        raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
+    return x.flatten(1) if flat else x[:, None], y.long()
 
 
 def mnist(

@@ -4,6 +4,8 @@ Works from a file, in the book, in JupyterLab and in Colab, without server or ne
 scripts do not run, a static picture of one frame stands there instead.
 """
 
+from __future__ import annotations
+
 import base64
 import html
 import io
@@ -12,10 +14,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+
+from ._checks import needs
+
+with needs("plot", "flatmin.explorable"):
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 __all__ = ["Panel", "explorable"]
 
@@ -36,7 +46,7 @@ class Panel:
         Labels that are drawn dashed, or as dots.
     """
 
-    lines: Mapping[str, tuple]
+    lines: Mapping[str, tuple[Any, Any]]
     colors: Mapping[str, str]
     title: str = ""
     xlabel: str = ""
@@ -48,9 +58,9 @@ class Panel:
 
 
 def explorable(
-    id: str, panels: Sequence[Panel], knob: str | Sequence[str], values: Sequence, alt: str,
+    id: str, panels: Sequence[Panel], knob: str | Sequence[str], values: Sequence[Any], alt: str,
     start: int = 0, notes: Sequence[str] = (),
-):  # fmt: skip
+) -> HTML:  # fmt: skip
     """A figure whose frames one or more sliders move through.
 
     Parameters
@@ -83,7 +93,8 @@ def explorable(
     >>> 'type="range"' in figure.data and "http" not in figure.data.replace("http://www.w3.org", "")
     True
     """
-    from IPython.display import HTML
+    with needs("plot", "explorable()"):
+        from IPython.display import HTML
 
     knobs = {knob: values} if isinstance(knob, str) else dict(zip(knob, values, strict=True))
     n = math.prod(len(v) for v in knobs.values())
@@ -129,7 +140,7 @@ def explorable(
     return HTML(re.sub("@([A-Z]+)@", lambda key: parts[key[1]], _TEMPLATE))
 
 
-def _frames(panel: Panel, label: str, n: int):
+def _frames(panel: Panel, label: str, n: int) -> list[list[list[float | None]]]:
     """x and y of a line: [n][points], or [1][points] where it is the same in every frame."""
     if label not in panel.colors:
         raise ValueError(f"colors must have one for each line, got none for {label!r}")
@@ -148,16 +159,16 @@ def _frames(panel: Panel, label: str, n: int):
     return out
 
 
-def _round(value: float):
+def _round(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _ticks(limits) -> list[float]:
+def _ticks(limits: tuple[float, float]) -> list[float | None]:
     ticks = MaxNLocator(5).tick_values(*limits)
     return [_round(t) for t in ticks if limits[0] <= t <= limits[1]]
 
 
-def _static(panels, frames, title, start) -> str:
+def _static(panels: Sequence[Panel], frames: list[Any], title: str, start: int) -> str:
     fig, axes = plt.subplots(1, len(panels), squeeze=False)
     at = lambda rows: np.array(rows[start % len(rows)], dtype=float)
     for ax, panel, lines in zip(axes[0], panels, frames):

@@ -5,15 +5,16 @@ training loop asks for: a loss module, gradient accumulation, and the loss place
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def _check_level(level) -> None:
+def _check_level(level: float | Tensor) -> None:
     # A tensor of levels is not inspected: that would wait for the device, and fails under vmap.
     if isinstance(level, Tensor):
         return
@@ -84,13 +85,13 @@ class FloodingLoss(nn.Module):
     tensor(1.)
     """
 
-    def __init__(self, loss, flood_level):
+    def __init__(self, loss: Callable[..., Tensor], flood_level: float | Tensor) -> None:
         super().__init__()
         _check_level(flood_level)
         self.loss = loss
         self.flood_level = flood_level
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return flood(self.loss(*args, **kwargs), self.flood_level).mean()
 
     def extra_repr(self) -> str:
@@ -166,7 +167,7 @@ class Flooding:
     flood_level: float = 0.0
     per_example: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_level(self.flood_level)
 
     def __call__(self, losses: Tensor) -> Tensor:

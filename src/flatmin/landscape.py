@@ -71,7 +71,7 @@ def filter_normalized(direction: Mapping[str, Tensor], params: Mapping[str, Tens
     _check_direction("direction", direction, params)
     length = lambda w: torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
 
-    def like(d, w):
+    def like(d: Tensor, w: Tensor) -> Tensor:
         if w.ndim < 2:
             return torch.zeros_like(w)
         return d * (length(w) / length(d).clamp_min(torch.finfo(d.dtype).tiny))
@@ -199,9 +199,9 @@ def loss_slice(
             if not isinstance(c, Tensor) or c.ndim != 1:
                 raise ValueError(f"coordinates must be tensors of one dimension, got {c!r}")
         to = lambda t: t.detach().to(like.device, like.dtype)
-        directions = [{name: to(d[name]) for name in params} for d in directions]
+        along = [{name: to(d[name]) for name in params} for d in directions]
         value = _MeanLoss(network, loss, x, y, batch_size)
-        return _slice(value, params, directions, [to(c) for c in coordinates], chunk_size)
+        return _slice(value, params, along, [to(c) for c in coordinates], chunk_size)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class LossSlice:
     batch_size: int = 1000
     chunk_size: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         number("radius", self.radius, 0)
         for name in ("points", "batch_size", "chunk_size"):
             whole(name, getattr(self, name))
@@ -264,7 +264,7 @@ class LossSlice:
         """Where along each direction, [points]."""
         return torch.linspace(-self.radius, self.radius, self.points)
 
-    def __call__(self, network, params, x, y) -> Tensor:
+    def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         x, y = x[: self.examples], y[: self.examples]
         k, like = self.dimensions, next(iter(params.values()))
         directions = [random_direction(params, self.seed, i) for i in range(k)]
@@ -280,7 +280,7 @@ class LossSlice:
 class _MeanLoss:
     """L(w): the mean over all examples, a batch at a time, each with its own weight."""
 
-    def __init__(self, network: Network, loss: Loss, x: Tensor, y: Tensor, batch_size: int):
+    def __init__(self, network: Network, loss: Loss, x: Tensor, y: Tensor, batch_size: int) -> None:
         self.network, self.loss, self.n = network, loss, len(x)
         size = whole("batch_size", batch_size)
         self.batches = list(zip(x.split(size), y.split(size), strict=True))
@@ -293,7 +293,7 @@ class _MeanLoss:
         return losses.mean() * (len(x) / self.n)
 
     def __call__(self, params: Params) -> Tensor:
-        return sum(self.of(params, x, y) for x, y in self.batches)
+        return sum(self.of(params, x, y) for x, y in self.batches)  # type: ignore[return-value]  # never empty
 
 
 def _as_function(
@@ -334,14 +334,16 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _map(function: Callable, rows: Tensor, chunk_size: int) -> Tensor:
+def _map(function: Callable[[Tensor], Tensor], rows: Tensor, chunk_size: int) -> Tensor:
     """``function`` of every row, ``chunk_size`` of them side by side."""
     if whole("chunk_size", chunk_size) == 1 or len(rows) == 1:
         return torch.stack([function(row) for row in rows])
     return vmap(function, chunk_size=chunk_size)(rows)
 
 
-def _check_direction(name: str, direction: Mapping[str, Tensor], params: Mapping[str, Tensor]):
+def _check_direction(
+    name: str, direction: Mapping[str, Tensor], params: Mapping[str, Tensor]
+) -> None:
     shapes = lambda named: {key: tuple(w.shape) for key, w in named.items()}
     if shapes(direction) != shapes(params):
         raise ValueError(

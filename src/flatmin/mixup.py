@@ -19,9 +19,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any, Protocol
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
@@ -40,6 +40,21 @@ __all__ = [
     "mix_losses",
     "soft_targets",
 ]
+
+Draw = dict[str, Tensor]
+
+
+class Vicinity(Protocol):
+    """What sits in the batch place, see :class:`flatmin.Recipe`."""
+
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Draw: ...
+
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Draw, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
 
 # ----------------------------------------------------------------------------------- the kernel
 
@@ -270,6 +285,8 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     >>> dirichlet_weights(u, 0.0)[0]
     tensor([1., 1., 1.], dtype=torch.float64)
     """
+    from scipy.special import betaincinv  # here: importing flatmin takes no longer than torch
+
     rest, weights = torch.ones_like(u[0]), []
     for j, uniform in enumerate(u, 1):
         share = torch.ones_like(uniform)
@@ -293,10 +310,14 @@ class Dirac:
     (tensor([[1., 1.]]), tensor([0]))
     """
 
-    def draw(self, y, generator, shape, *y_other) -> dict[str, Tensor]:
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Draw:
         return {}
 
-    def __call__(self, x, y, draw, num_classes, *other):
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Draw, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return x, y
 
 
@@ -320,13 +341,17 @@ class Gaussian:
 
     sigma: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _finite("sigma", self.sigma)
 
-    def draw(self, y, generator, shape, *y_other) -> dict[str, Tensor]:
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Draw:
         return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
 
-    def __call__(self, x, y, draw, num_classes, *other):
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Draw, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return _floating("x", x) + self.sigma * draw["noise"].to(x.dtype), y
 
 
@@ -354,13 +379,17 @@ class LabelSmoothing:
 
     smoothing: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _fraction("smoothing", self.smoothing)
 
-    def draw(self, y, generator, shape, *y_other) -> dict[str, Tensor]:
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Draw:
         return {}
 
-    def __call__(self, x, y, draw, num_classes, *other):
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Draw, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return x, soft_targets(y, num_classes, self.smoothing, _target_dtype(x))
 
 
@@ -420,7 +449,7 @@ class Mixup:
     second_stream: bool = False
     smoothing: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _finite("alpha", self.alpha)
         whole("k", self.k, 2)
         _fraction("smoothing", self.smoothing)
@@ -429,7 +458,9 @@ class Mixup:
                 f"partners must be 'any', 'same' or 'different', got {self.partners!r}"
             )
 
-    def draw(self, y, generator, shape, *y_other) -> dict[str, Tensor]:
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Draw:
         """Weights [k, n], float64, and the k−1 partners of each example, int64 [k−1, n]."""
         n, examples = len(y), len(y) if self.per_example else 1
         u = torch.rand(self.k - 1, examples, generator=generator, dtype=torch.float64)
@@ -441,17 +472,20 @@ class Mixup:
         alone = torch.zeros_like(weights).index_fill(0, torch.tensor(0), 1.0)
         return {"weights": torch.where(found, weights, alone), "partners": partners}
 
-    def __call__(self, x, y, draw, num_classes, *other):
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Draw, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y = soft_targets(y, num_classes, self.smoothing, _target_dtype(_floating("x", x)))
         if not isinstance(self.alpha, Tensor) and self.alpha == 0:
             return x, y
         x_pool, y_pool = other or (x, y)
         if other:
             y_pool = soft_targets(y_pool, num_classes, self.smoothing, y.dtype)
-        return tuple(
+        x, y = (
             combine(draw["weights"], (own, *(pool[partner] for partner in draw["partners"])))
             for own, pool in ((x, x_pool), (y, y_pool))
         )
+        return x, y
 
 
 def _anyone(n: int, m: int, k: int, generator: torch.Generator) -> Tensor:
@@ -528,7 +562,7 @@ class BatchTransform:
     ...     x, y = mixup(*batch, *other)
     """
 
-    def __init__(self, vicinity, num_classes: int, seed: int = 0):
+    def __init__(self, vicinity: Vicinity, num_classes: int, seed: int = 0) -> None:
         self.vicinity = vicinity
         self.num_classes = whole("num_classes", num_classes)
         self.seed = whole("seed", seed, 0)
@@ -545,7 +579,7 @@ class BatchTransform:
         draw = {name: v.to(x.device) for name, v in draw.items()}
         return self.vicinity(x, y, draw, self.num_classes, *other)
 
-    def collate(self, samples: list) -> tuple[Tensor, Tensor]:
+    def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
         """The batch of a list of samples ``(x, y)``: ``DataLoader(..., collate_fn=….collate)``."""
         batch = default_collate(samples)
         if not isinstance(batch, list | tuple) or len(batch) != 2:

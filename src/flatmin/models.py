@@ -138,6 +138,10 @@ class Dropout(nn.Module):
     tensor([1., 1., 1.])
     """
 
+    p: float
+    key: Tensor
+    counter: Tensor
+
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
@@ -381,5 +385,6 @@ def _convolution(
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     if batch_norm:
         return [conv, nn.BatchNorm2d(c_out)]
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return [conv]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from ._checks import whole
 
 Params = dict[str, Tensor]
+State = dict[str, Params]
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
@@ -33,7 +35,7 @@ def lr_factor(schedule: str | Callable[[float], float], done: float) -> float:
     return float((SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(done))
 
 
-def _check(place, **ranges) -> None:
+def _check(place: Any, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(place, name)
         if isinstance(value, Tensor):  # a stack's values were checked one by one
@@ -93,17 +95,20 @@ class SGD:
     nesterov: bool = False
     schedule: str | Callable[[float], float] = "constant"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, lr=(0, math.inf), momentum=(0, 1), weight_decay=(0, math.inf))
 
-    def init(self, params: Params) -> dict[str, Params]:
+    def init(self, params: Params) -> State:
         if not isinstance(self.momentum, Tensor) and self.momentum == 0:
             return {}
         return {"velocity": {name: torch.zeros_like(w) for name, w in params.items()}}
 
-    def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
+    def __call__(
+        self, params: Params, grads: Params, state: State, t: int, factor: float
+    ) -> tuple[Params, State]:
         lr, grads = self.lr * factor, _decayed(grads, self.weight_decay, params)
-        new, velocity = {}, {}
+        new: Params = {}
+        velocity: Params = {}
         for name, w in params.items():
             g = grads[name]
             if state:
@@ -155,14 +160,16 @@ class TwoRates:
     weight_decay: float = 0.0
     schedule: str | Callable[[float], float] = "constant"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, lr=(0, math.inf), ascent_lr=(0, math.inf), weight_decay=(0, math.inf))
         whole("period", self.period, 2)
 
-    def init(self, params: Params) -> dict:
+    def init(self, params: Params) -> State:
         return {}
 
-    def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
+    def __call__(
+        self, params: Params, grads: Params, state: State, t: int, factor: float
+    ) -> tuple[Params, State]:
         rate = (self.lr if (t + 1) % self.period else -self.ascent_lr) * factor
         grads = _decayed(grads, self.weight_decay, params)
         return {name: _plus(w, -rate, grads[name]) for name, w in params.items()}, {}
@@ -197,17 +204,21 @@ class Adam:
     weight_decay: float = 0.0
     schedule: str | Callable[[float], float] = "constant"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, lr=(0, math.inf), beta1=(0, 1), beta2=(0, 1), eps=(0, math.inf),
                weight_decay=(0, math.inf))
 
-    def init(self, params: Params) -> dict[str, Params]:
+    def init(self, params: Params) -> State:
         zeros = lambda: {name: torch.zeros_like(w) for name, w in params.items()}
         return {"mean": zeros(), "square": zeros()}
 
-    def __call__(self, params: Params, grads: Params, state: dict, t: int, factor: float):
+    def __call__(
+        self, params: Params, grads: Params, state: State, t: int, factor: float
+    ) -> tuple[Params, State]:
         lr, grads = self.lr * factor, _decayed(grads, self.weight_decay, params)
-        new, mean, square = {}, {}, {}
+        new: Params = {}
+        mean: Params = {}
+        square: Params = {}
         for name, w in params.items():
             g = grads[name]
             mean[name] = m = self.beta1 * state["mean"][name] + (1 - self.beta1) * g

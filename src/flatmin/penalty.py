@@ -15,6 +15,7 @@ members with a name.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class GradientPenalty:
     difference: str | None = None
     radius: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.penalty, Tensor):
             number("penalty", self.penalty, 0)
         if self.difference not in DIFFERENCES:
@@ -119,13 +120,16 @@ class GradientPenalty:
         if isinstance(self.radius, Real) and not number("radius", self.radius, 0):
             raise ValueError(f"radius must be > 0, got {self.radius!r}")
 
-    def __call__(self, objective: Callable, params: Params, buffers: Params):
-        def field(params):
+    def __call__(
+        self, objective: Callable[..., Any], params: Params, buffers: Params
+    ) -> tuple[Params, Tensor, Params]:
+        def field(params: Params) -> Any:
             return grad_and_value(objective, has_aux=True)(params, buffers)
 
         toward = (lambda g: g) if self.squared else _unit
         if self.difference is None:
-            g, hessian_times, (loss, buffers) = vjp(field, params, has_aux=True)
+            found: Any = vjp(field, params, has_aux=True)
+            g, hessian_times, (loss, buffers) = found
             return _plus(g, self.penalty, hessian_times(toward(g))[0]), loss, buffers
 
         g, (loss, new_buffers) = field(params)
@@ -224,14 +228,14 @@ def gradient_penalty(
         raise ValueError("parameters must have at least one that requires a gradient, got none")
     if loss.ndim:
         raise ValueError(f"loss must be one number, got shape {tuple(loss.shape)}")
-    grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    grads = {str(i): g for i, g in enumerate(grads) if g is not None}
+    found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    grads = {str(i): g for i, g in enumerate(found) if g is not None}
     if not grads:
         return loss * 0
-    return penalty / 2 * sum((g**2).sum() for g in grads.values()) if squared else penalty * _norm(grads)
+    return penalty / 2 * sum(((g**2).sum() for g in grads.values()), loss.new_zeros(())) if squared else penalty * _norm(grads)
 
 
-def gradient_norm(network: Callable, params: Params, x: Tensor, y: Tensor) -> Tensor:
+def gradient_norm(network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor) -> Tensor:
     r"""An instrument: the length :math:`\|\nabla L\|` of the gradient of the mean loss, for ``fit``
     and :meth:`~flatmin.Networks.measure`.
 

@@ -1,16 +1,28 @@
 """One look for all figures: a colour for each method, error bands, labels on the lines."""
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
+from ._checks import needs
 from .statistics import mean_interval
+
+with needs("plot", "flatmin.plotting"):
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.lines import Line2D
 
 __all__ = ["COLORS", "band", "bars", "label_end", "use_style"]
 
-#: One colour a method throughout the book (Okabe & Ito's palette, told apart by colour-blind eyes).
+#: One colour a method throughout the book (from or near Okabe & Ito's palette, for colour-blind
+#: eyes), and two, "other" and "another", for what is no method.
 COLORS = {
     "ERM": "#5b5b5b",
     "flooding": "#0072b2",
@@ -19,6 +31,10 @@ COLORS = {
     "SAM": "#d55e00",
     "early stopping": "#b8860b",
     "stiffness": "#a8588a",
+    "weight decay": "#501e00",
+    "dropout": "#460078",
+    "other": "#111111",
+    "another": "#3c5a00",
     "highlight": "#c4304c",
     "faint": "#b5b5b5",
 }
@@ -58,7 +74,7 @@ def use_style() -> None:
         set_matplotlib_formats("retina")
 
 
-def label_end(ax: Axes, x, y, text: str, color: str, dy: float = 0.0) -> None:
+def label_end(ax: Axes, x: Any, y: Any, text: str, color: str, dy: float = 0.0) -> None:
     """Write ``text`` beside the last point of a line, shifted up by ``dy`` points."""
     ax.annotate(
         text, (float(np.asarray(x)[-1]), float(np.asarray(y)[-1])), xytext=(5, dy),
@@ -66,8 +82,8 @@ def label_end(ax: Axes, x, y, text: str, color: str, dy: float = 0.0) -> None:
     )  # fmt: skip
 
 
-def band(ax: Axes, values, x: str = "step", color: str = COLORS["ERM"], label: str = "",
-         dy: float = 0.0, **line):  # fmt: skip
+def band(ax: Axes, values: xr.DataArray, x: str = "step", color: str = COLORS["ERM"], label: str = "",
+         dy: float = 0.0, **line: Any) -> Line2D:  # fmt: skip
     """Draw the mean over seeds and its 95 % confidence band against a dimension.
 
     Parameters
@@ -101,7 +117,10 @@ def band(ax: Axes, values, x: str = "step", color: str = COLORS["ERM"], label: s
     return drawn
 
 
-def bars(ax: Axes, values: dict, colors: dict | None = None, unit: float = 1.0) -> None:
+def bars(
+    ax: Axes, values: Mapping[str, xr.DataArray], colors: Mapping[str, str] | None = None,
+    unit: float = 1.0,
+) -> None:  # fmt: skip
     """Draw one dot with a 95 % interval a row: ``{row label: DataArray over seeds}``.
 
     Parameters

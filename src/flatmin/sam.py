@@ -20,20 +20,29 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from numbers import Real
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from ._checks import number, whole
+from .models import Dropout
 
 __all__ = ["SAM", "SAMGradient", "dual_norm_perturbation", "sam_gradient"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Params = dict[str, Tensor]
+Each = Callable[..., list[Tensor]]  # an operation on each of several tensors
+Layout = Any  # of a sharded tensor: its mesh and placements; None: not sharded
+RandomState = dict[Any, Tensor]  # a device's; None: the CPU's; of a Dropout, its counter
+Found = tuple[Params, Tensor, Params]  # the direction, the loss, the new buffers
 
 
-def _check(rho, p, eta=0.0) -> None:
+def _check(rho: float | Tensor, p: float | Tensor, eta: float | Tensor = 0.0) -> None:
     # Tensors are not inspected: that would wait for the device, and fails under vmap.
     for name, value in {"rho": rho, "eta": eta}.items():
         if not isinstance(value, Tensor):
@@ -107,7 +116,11 @@ def dual_norm_perturbation(
     return _perturbation(list(gradients), rho, p, scales)
 
 
-def _perturbation(gradients, rho, p, scales=None, total=None, foreach=False) -> list[Tensor]:
+def _perturbation(
+    gradients: Sequence[Tensor], rho: float | Tensor, p: float | Tensor,
+    scales: Sequence[float | Tensor] | None = None, total: Callable[..., Tensor] | None = None,
+    foreach: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """The kernel; ``total`` makes one number of one a tensor, across shards where there are any."""
     each, total = _foreach if foreach else _each, total or _total
     single = lambda g: g.to(torch.promote_types(g.dtype, torch.float32))
@@ -128,12 +141,14 @@ def _perturbation(gradients, rho, p, scales=None, total=None, foreach=False) -> 
     return [e.to(g.dtype) for e, g in zip(v, gradients, strict=True)]
 
 
-def _over_largest(vectors, each, total) -> tuple[list[Tensor], Tensor]:
+def _over_largest(
+    vectors: list[Tensor], each: Each, total: Callable[..., Tensor]
+) -> tuple[list[Tensor], Tensor]:
     largest = total(_norms(vectors, math.inf, each), "amax").detach()
     return each("div", vectors, torch.where(largest > 0, largest, 1)), largest
 
 
-def _norms(vectors, p, each) -> list[Tensor]:
+def _norms(vectors: list[Tensor], p: float | Tensor, each: Each) -> list[Tensor]:
     """One norm a tensor; an empty one has none."""
     if isinstance(p, Tensor):
         return [v.abs().pow(p).sum().pow(1 / p) for v in vectors]
@@ -147,7 +162,7 @@ def _total(parts: list[Tensor], op: str, power: float | Tensor = 1) -> Tensor:
     return getattr(each if isinstance(power, int) and power == 1 else each**power, op)()
 
 
-def _each(op: str, tensors: list[Tensor], other=None) -> list[Tensor]:
+def _each(op: str, tensors: list[Tensor], other: Any = None) -> list[Tensor]:
     if op == "norm":
         return [torch.linalg.vector_norm(x, other) for x in tensors]
     if other is None:
@@ -158,7 +173,7 @@ def _each(op: str, tensors: list[Tensor], other=None) -> list[Tensor]:
     return [getattr(torch, op)(x, on(x)) for x in tensors]
 
 
-def _foreach(op: str, tensors: list[Tensor], *other) -> list[Tensor]:
+def _foreach(op: str, tensors: list[Tensor], *other: Any) -> list[Tensor]:
     """The same, in a few launches for all tensors of one device."""
     return list(getattr(torch, f"_foreach_{op}")(tensors, *other)) if tensors else []
 
@@ -246,7 +261,7 @@ class SAMGradient:
     m: int | None = None
     chunk_size: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self.rho, self.p, self.eta)
         for name in ("m", "chunk_size"):
             if getattr(self, name) is not None:
@@ -268,7 +283,9 @@ class SAMGradient:
                        for x, t in zip(g, scales or g, strict=True)]  # fmt: skip
         return dict(zip(params, epsilon, strict=True))
 
-    def __call__(self, objective: Callable, params: Params, buffers: Params):
+    def __call__(
+        self, objective: Callable[..., Any], params: Params, buffers: Params
+    ) -> Found:
         raw = getattr(objective, "raw", objective)
         if self.m is None:
             return self._one(objective, raw, params, buffers)
@@ -277,10 +294,11 @@ class SAMGradient:
                             f"where m is set, got {objective!r}")  # fmt: skip
         return self._shards(objective, raw, params, buffers)
 
-    def _one(self, objective, raw, params, buffers, *rows):
+    def _one(self, objective: Callable[..., Any], raw: Callable[..., Any], params: Params,
+             buffers: Params, *rows: Tensor) -> Found:  # fmt: skip
         g, (loss, new_buffers) = grad_and_value(raw, has_aux=True)(params, buffers, *rows)
 
-        def worst(params, perturbation):
+        def worst(params: Params, perturbation: Params) -> Any:
             return objective(_plus(params, perturbation), buffers, *rows)
 
         if self.exact:
@@ -291,13 +309,14 @@ class SAMGradient:
             direction, _ = grad(worst, has_aux=True)(params, self.perturbation(params, g))
         return direction, loss, new_buffers
 
-    def _shards(self, objective, raw, params, buffers):
+    def _shards(self, objective: Any, raw: Callable[..., Any], params: Params,
+                buffers: Params) -> Found:  # fmt: skip
         n, m = objective.examples, min(self.m, objective.examples)
         rows = torch.arange(n, device=next(iter(params.values())).device)
         full, rest = rows[: n // m * m].view(-1, m), rows[n // m * m :].view(1, -1)
         parts = [*full.split(self.chunk_size or len(full)), *[rest] * (n % m > 0)]
         one = lambda rows, buffers: self._one(objective, raw, params, buffers, rows)
-        average = None
+        average: Found | None = None
         for part in parts:
             if len(part) == 1:
                 found = one(part[0], buffers)
@@ -305,14 +324,14 @@ class SAMGradient:
                 own = {name: b.expand(len(part), *b.shape) for name, b in buffers.items()}
                 found = tree_map(_average, vmap(one)(part, own))
             average = _add(average, found, part.numel() / n)
-        return average
+        return average  # type: ignore[return-value]  # a batch has at least one part
 
 
 def _average(x: Tensor) -> Tensor:
     return x.mean(0) if x.is_floating_point() else x[0]  # counters agree
 
 
-def _add(total, found, weight: float):
+def _add(total: Found | None, found: Found, weight: float) -> Found:
     """total + weight · found; None is zero."""
     times = lambda x: x * weight if x.is_floating_point() else x
     plus = lambda a, x: a + times(x) if x.is_floating_point() else a
@@ -320,7 +339,7 @@ def _add(total, found, weight: float):
 
 
 def sam_gradient(loss: Callable[[Params], Tensor], params: Params, rho: float | Tensor = 0.05,
-                 p: float | Tensor = 2.0, **settings) -> Params:  # fmt: skip
+                 p: float | Tensor = 2.0, **settings: Any) -> Params:  # fmt: skip
     r"""SAM's gradient of a loss: :math:`\nabla L(w+\hat\epsilon)`, for ``torch.func``.
 
     Parameters
@@ -342,19 +361,19 @@ def sam_gradient(loss: Callable[[Params], Tensor], params: Params, rho: float | 
     >>> sam_gradient(lambda params: 0.5 * 3.0 * params["w"] ** 2, {"w": torch.tensor(2.0)}, rho=0.1)
     {'w': tensor(6.3000)}
     """
-    place = SAMGradient(rho, p, **settings)
+    place = SAMGradient(rho, p, **settings)  # type: ignore[arg-type]  # see Recipe: or tensors
     return place(lambda params, buffers: (loss(params), buffers), params, {})[0]
 
 
 # ------------------------------------------------------------------------------------ the optimizer
 
 
-def _eager(method: Callable) -> Callable:
+def _eager(method: Callable[P, T]) -> Callable[P, T]:
     """Not traced by ``torch.compile``: what is worth it is the model, and the base's step."""
-    disabled = None
+    disabled: Callable[P, T] | None = None
 
     @wraps(method)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         nonlocal disabled
         if disabled is None:  # importing the compiler takes its time, and every optimizer does it
             disabled = torch.compiler.disable(method)
@@ -507,6 +526,11 @@ class SAM(torch.optim.Optimizer):
     # weights are restored even where it finds a gradient that is not finite.
     _step_supports_amp_scaling = True
 
+    base_optimizer: torch.optim.Optimizer
+    model: Any  # None, a module, or one in DistributedDataParallel
+    found_inf: Tensor  # a GradScaler sets these two
+    grad_scale: Tensor | None
+
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
@@ -517,7 +541,7 @@ class SAM(torch.optim.Optimizer):
         *,
         model: nn.Module | None = None,
         per_rank: bool = False,
-    ):
+    ) -> None:
         if not isinstance(base_optimizer, torch.optim.Optimizer) or isinstance(base_optimizer, SAM):
             raise TypeError(
                 "base_optimizer must be an instance of an optimizer, such as "
@@ -539,9 +563,10 @@ class SAM(torch.optim.Optimizer):
         super().__setstate__({"base_optimizer": base_optimizer})
         self.model, self.per_rank, self.skipped = model, per_rank, 0
         self._settings = settings
-        self._phase = None  # between first_step() and its end: "perturbed" or "skip"
+        self._phase: str | None = None  # between first_step() and its end: "perturbed" or "skip"
         self._weights, self._buffers = _Store(), _Store()  # what they were before first_step()
-        self._start = self._after = None  # random states, before and after the first pass
+        self._start: RandomState | None = None  # before the first pass, and after it
+        self._after: RandomState | None = None
         for group in self.param_groups:
             self._complete(group)
         if model is not None:
@@ -550,18 +575,18 @@ class SAM(torch.optim.Optimizer):
     # The base optimizer's own: nothing is copied, so nothing can differ.
     param_groups, state, defaults = (
         property(
-            lambda self, name=name: getattr(self.base_optimizer, name),
-            lambda self, value, name=name: setattr(self.base_optimizer, name, value),
+            lambda self, name=name: getattr(self.base_optimizer, name),  # type: ignore[misc]
+            lambda self, value, name=name: setattr(self.base_optimizer, name, value),  # type: ignore[misc]
         )
         for name in ("param_groups", "state", "defaults")
-    )
+    )  # (mypy infers no lambda with a default)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; the group may have ``rho``, ``p``, ``adaptive`` and ``eta``."""
         self._complete(param_group)
         self.base_optimizer.add_param_group(param_group)
 
-    def _complete(self, group: dict) -> None:
+    def _complete(self, group: dict[str, Any]) -> None:
         for name, value in self._settings.items():
             group.setdefault(name, value)
         _check(group["rho"], group["p"], group["eta"])
@@ -575,7 +600,10 @@ class SAM(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------ steps
 
     @_eager
-    def step(self, closure: Callable | Iterable[Callable] | None = None, scaler=None):
+    def step(
+        self, closure: Callable[[], Any] | Iterable[Callable[[], Any]] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Any:  # fmt: skip
         """Both passes and the base optimizer's step; without a closure, what follows them.
 
         Parameters
@@ -601,7 +629,8 @@ class SAM(torch.optim.Optimizer):
         closures = [closure] if callable(closure) else list(closure)
         if not closures:
             raise ValueError(f"closure must be one function, or several, got {closure!r}")
-        losses, sums = [], {}
+        losses: list[Any] = []
+        sums: dict[Tensor, Tensor] = {}
         for one in closures:
             loss, finite = self._both_passes(one)
             losses.append(loss)
@@ -613,7 +642,7 @@ class SAM(torch.optim.Optimizer):
         scaled = scaler is not None and scaler.is_enabled()
         if not finite:
             self._skip(silently=scaled)
-        if scaled:
+        if scaler is not None and scaled:
             if not finite:
                 self._spoil()  # so that the scaler of every process lowers its scale
             scaler.step(self.base_optimizer)
@@ -621,7 +650,7 @@ class SAM(torch.optim.Optimizer):
             self.base_optimizer.step()
         return losses[0] if callable(closure) else losses
 
-    def _both_passes(self, closure):
+    def _both_passes(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """The loss of the first, and whether there was a second, whose gradient is in ``.grad``."""
         before = self._random_state()
         with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
@@ -733,14 +762,14 @@ class SAM(torch.optim.Optimizer):
                              "is that of all processes")  # fmt: skip
         return balls
 
-    def _gradients(self) -> tuple[list[Tensor], list]:
+    def _gradients(self) -> tuple[list[Tensor], list[Layout]]:
         every = _Ball()
         for group in self.param_groups:
             every.fill(group["params"])
         return every.grads, every.layouts
 
     @torch.no_grad()
-    def _accumulate(self, sums: dict, count: int, last: bool) -> None:
+    def _accumulate(self, sums: dict[Tensor, Tensor], count: int, last: bool) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -766,16 +795,17 @@ class SAM(torch.optim.Optimizer):
 
     # ------------------------------------------------------------- what the second pass leaves
 
-    def _random_state(self) -> dict:
+    def _random_state(self) -> RandomState:
         devices = {p.device for group in self.param_groups for p in group["params"]}
+        modules = () if self.model is None else self.model.modules()
         return {None: torch.get_rng_state()} | {
             d: torch.get_device_module(d).get_rng_state(*_index(d))
             for d in devices if d.type not in ("cpu", "meta")
-        }  # fmt: skip
+        } | {module: module.counter.clone() for module in modules if isinstance(module, Dropout)}  # fmt: skip
 
     def _replay(self) -> None:
         """From here on, the random numbers of the first pass again; restore() ends it."""
-        _set_random_state(self._start)
+        _set_random_state(self._start)  # type: ignore[arg-type]  # there is one, or nobody calls
         self._start = None
 
     def _before_forward(self) -> None:
@@ -787,12 +817,12 @@ class SAM(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------- checkpoints
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, with SAM's settings in its groups."""
         self._check_at_rest("state_dict()")
         return self.base_optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From :meth:`state_dict`, or from the base optimizer's alone (the settings stay then)."""
         self._check_at_rest("load_state_dict()")
         ours = [{name: group[name] for name in self._settings} for group in self.param_groups]
@@ -801,26 +831,26 @@ class SAM(torch.optim.Optimizer):
             for name, value in settings.items():
                 group.setdefault(name, value)
 
-    def register_state_dict_pre_hook(self, *args, **kwargs):
+    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         return self.base_optimizer.register_state_dict_pre_hook(*args, **kwargs)
 
-    def register_state_dict_post_hook(self, *args, **kwargs):
+    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         return self.base_optimizer.register_state_dict_post_hook(*args, **kwargs)
 
-    def register_load_state_dict_pre_hook(self, *args, **kwargs):
+    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         return self.base_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
 
-    def register_load_state_dict_post_hook(self, *args, **kwargs):
+    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         self._check_at_rest("pickle or deepcopy")
         kept = {"model": self.model, "per_rank": self.per_rank, "skipped": self.skipped}
         return {"base_optimizer": self.base_optimizer} | self._settings | kept
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         skipped = state.pop("skipped")
-        self.__init__(**state)
+        self.__init__(**state)  # type: ignore[misc]  # a subclass keeps this signature
         self.skipped = skipped
 
     def _check_at_rest(self, what: str) -> None:
@@ -838,11 +868,15 @@ class SAM(torch.optim.Optimizer):
 class _Ball:
     """Parameters that have a gradient, and the settings that they share."""
 
-    def __init__(self, rho=0.0, p=2.0, adaptive=False, eta=0.0):
+    def __init__(
+        self, rho: float = 0.0, p: float = 2.0, adaptive: bool = False, eta: float = 0.0
+    ) -> None:
         self.rho, self.p, self.adaptive, self.eta = float(rho), float(p), adaptive, float(eta)
-        self.weights, self.grads, self.layouts = [], [], []
+        self.weights: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.layouts: list[Layout] = []
 
-    def fill(self, params: Iterable[Tensor]) -> None:
+    def fill(self, params: Iterable[Any]) -> None:
         dtensor = _dtensor()
         for p in params:
             g, layout = p.grad, None
@@ -871,14 +905,17 @@ class _Ball:
 class _Store:
     """Room for a copy of some tensors: one piece of memory for all of one type and place."""
 
-    def __init__(self):
-        self.kinds, self.pieces, self.copies, self.saved = [], {}, [], []
+    def __init__(self) -> None:
+        self.kinds: list[tuple[Any, ...]] = []
+        self.pieces: dict[tuple[Any, ...], Tensor] = {}
+        self.copies: list[Tensor] = []
+        self.saved: list[Tensor] = []
 
-    def make_room(self, tensors: list[Tensor], layouts: list) -> None:
+    def make_room(self, tensors: list[Tensor], layouts: list[Layout]) -> None:
         kinds = [(x.shape, x.dtype, x.device, y) for x, y in zip(tensors, layouts, strict=True)]
         if kinds == self.kinds:
             return
-        sizes: dict[tuple, list[int]] = {}
+        sizes: dict[tuple[Any, ...], list[int]] = {}
         for shape, *place in kinds:
             sizes.setdefault(tuple(place), []).append(shape.numel())
         self.pieces = {
@@ -935,7 +972,7 @@ def _climb(balls: list[_Ball], length: float) -> None:
 
 
 @torch.no_grad()
-def _finite(grads: list[Tensor], layouts: list) -> bool:
+def _finite(grads: list[Tensor], layouts: list[Layout]) -> bool:
     """Whether there is no infinity and no NaN, in any shard."""
     kinds = [(g.device, g.dtype) for g in grads]
     found = {kind: torch.zeros((), device=kind[0]) for kind in set(kinds)}
@@ -952,7 +989,7 @@ def _finite(grads: list[Tensor], layouts: list) -> bool:
     return not _total_of_shards([found[kind] for kind in kinds], "amax", layouts=layouts)
 
 
-def _total_of_shards(parts: list[Tensor], op: str, power: float = 1, *, layouts: list) -> Tensor:
+def _total_of_shards(parts: list[Tensor], op: str, power: float = 1, *, layouts: list[Layout]) -> Tensor:
     """One number of one a tensor, from all shards of those that are sharded."""
     if not any(layouts):
         return _total(parts, op, power)
@@ -971,7 +1008,7 @@ def _total_of_shards(parts: list[Tensor], op: str, power: float = 1, *, layouts:
     return _total(totals, op)
 
 
-def _dtensor():
+def _dtensor() -> Any:
     """The class DTensor; if nobody has imported it, no tensor is one."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
@@ -980,14 +1017,16 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, _dtensor()) else x
 
 
-def _index(device: torch.device) -> tuple:
+def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-def _set_random_state(states: dict) -> None:
+def _set_random_state(states: RandomState) -> None:
     for device, state in states.items():
         if device is None:
             torch.set_rng_state(state)
+        elif isinstance(device, Dropout):
+            device.counter.copy_(state)
         else:
             torch.get_device_module(device).set_rng_state(state, *_index(device))
 
@@ -995,13 +1034,13 @@ def _set_random_state(states: dict) -> None:
 class _BeforeForward:
     """A hook that tells SAM of the model's forward passes; a copy of the model has an idle one."""
 
-    def __init__(self, owner: SAM | None = None):
+    def __init__(self, owner: SAM | None = None) -> None:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
 
-    def __call__(self, module: nn.Module, args) -> None:
+    def __call__(self, module: nn.Module, args: Any) -> None:
         owner = self.owner()
         if owner is not None and module.training:
             owner._before_forward()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return _BeforeForward, ()

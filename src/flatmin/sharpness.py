@@ -15,7 +15,7 @@ and :class:`AverageSharpness` hold the same to a whole stack of networks.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,9 @@ class _Ball:
         return {name: x * factor for name, x in u.items()}
 
 
-def _sharpness(loss: Callable, slope: Callable, w: Params, ball: _Ball, steps: int,
-               starts: list[Params]) -> Tensor:  # fmt: skip
+def _sharpness(loss: Callable[[Params], Tensor],
+               slope: Callable[[Params], tuple[Params, Tensor]], w: Params, ball: _Ball,
+               steps: int, starts: list[Params]) -> Tensor:  # fmt: skip
     r"""The kernel, of one shard: ``loss(w)`` and ``slope(u) = (gradient, loss) at w + Tu``.
 
     The first start is SAM's :math:`\hat\epsilon`.  With ``steps=1`` and no other it is the result;
@@ -102,7 +103,8 @@ def _sharpness(loss: Callable, slope: Callable, w: Params, ball: _Ball, steps: i
 
 
 def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, ball: _Ball, *,
-                 m, steps, restarts, seed, batch_size, chunk_size) -> Tensor:  # fmt: skip
+                 m: int | None, steps: int, restarts: int, seed: int, batch_size: int,
+                 chunk_size: int) -> Tensor:  # fmt: skip
     """The mean over all shards, each with its number of examples."""
     n = len(x)
     m = min(m or n, n)
@@ -111,7 +113,7 @@ def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, 
     def of(rows: Tensor) -> Tensor:
         mean = _MeanLoss(network, loss, x[rows], y[rows], batch_size)
 
-        def slope(u):  # one batch after another: the graph of each is gone before the next
+        def slope(u: Params) -> Any:  # one batch after another: the graph of each is gone before the next
             climb = grad_and_value(lambda u, *batch: mean.of(ball.at(w, u), *batch))
             found = [climb(u, *batch) for batch in mean.batches]
             return {name: sum(g[name] for g, _ in found) for name in u}, sum(v for _, v in found)
@@ -124,7 +126,7 @@ def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, 
 
 
 def _around(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, ball: _Ball, *,
-            directions, seed, batch_size) -> Tensor:  # fmt: skip
+            directions: int, seed: int, batch_size: int) -> Tensor:  # fmt: skip
     """How much the loss rises, as the mean of two opposite points of the sphere: [directions]."""
     value = _MeanLoss(network, loss, x, y, batch_size)
 
@@ -341,7 +343,7 @@ class Sharpness:
     batch_size: int = 1000
     chunk_size: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_ball(self.rho, self.p, self.eta)
         for name in ("steps", "restarts", "batch_size", "chunk_size"):
             whole(name, getattr(self, name))
@@ -350,7 +352,7 @@ class Sharpness:
                 whole(name, getattr(self, name))
         whole("seed", self.seed, 0)
 
-    def __call__(self, network, params, x, y) -> Tensor:
+    def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with _plain_attention():
             return _over_shards(
                 network, self.loss, params, x[: self.examples], y[: self.examples],
@@ -389,7 +391,7 @@ class AverageSharpness:
     loss: Loss = example_losses
     batch_size: int = 1000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_ball(self.rho, 2, self.eta)
         whole("directions", self.directions, 2)
         whole("batch_size", self.batch_size)
@@ -397,7 +399,7 @@ class AverageSharpness:
             whole("examples", self.examples)
         whole("seed", self.seed, 0)
 
-    def __call__(self, network, params, x, y) -> Tensor:
+    def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with _plain_attention():
             rise = _around(
                 network, self.loss, params, x[: self.examples], y[: self.examples],

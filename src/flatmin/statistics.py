@@ -1,12 +1,16 @@
 """Means with error bars: every comparison of the book goes through here."""
 
-import xarray as xr
-from scipy.stats import t as student
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["mean_interval", "pm"]
 
 
-def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dataset:
+def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0.95) -> xr.Dataset:
     r"""The mean over ``dim`` and its Student-t confidence interval.
 
     .. math:: \bar v \pm t_{(1+c)/2,\,n-1}\; s/\sqrt n
@@ -31,11 +35,15 @@ def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dat
 
     Examples
     --------
+    >>> import xarray as xr
     >>> v = xr.DataArray([1.0, 2.0, 3.0], dims="seed")
     >>> m = mean_interval(v)
     >>> round(float(m["mean"]), 3), round(float(m["low"]), 3), round(float(m["high"]), 3)
     (2.0, -0.484, 4.484)
     """
+    import xarray as xr  # here: importing flatmin takes no longer than torch
+    from scipy.special import stdtrit
+
     if not isinstance(values, xr.DataArray):
         raise TypeError(f"values must be a DataArray, got {type(values).__name__}")
     if dim not in values.dims:
@@ -47,15 +55,16 @@ def mean_interval(values, dim: str = "seed", confidence: float = 0.95) -> xr.Dat
         raise ValueError(f"values must be at least 2 along {dim!r} for an interval, got {n}")
     values = values.astype("float64")
     mean = values.mean(dim, skipna=False)
-    half = values.std(dim, ddof=1, skipna=False) * student.ppf((1 + confidence) / 2, n - 1) / n**0.5
+    half = values.std(dim, ddof=1, skipna=False) * stdtrit(n - 1, (1 + confidence) / 2) / n**0.5
     return xr.Dataset({"mean": mean, "low": mean - half, "high": mean + half, "half": half})
 
 
-def pm(values, digits: int = 2, dim: str = "seed") -> str:
+def pm(values: xr.DataArray, digits: int = 2, dim: str = "seed") -> str:
     """``"mean ± half"`` of :func:`mean_interval` as text, for tables and sentences.
 
     Examples
     --------
+    >>> import xarray as xr
     >>> pm(xr.DataArray([1.0, 2.0, 3.0], dims="seed"), 1)
     '2.0 ± 2.5'
     """

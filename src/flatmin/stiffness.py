@@ -27,13 +27,14 @@ import inspect
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call, grad, vjp, vmap
@@ -57,6 +58,10 @@ __all__ = [
     "stiffness",
     "within_classes",
 ]
+
+Params = dict[str, Tensor]
+Network = Callable[[Params, Tensor], Any]
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,9 @@ def stiffness(
         slices = lambda a, n: [slice(i, min(i + chunk, n)) for i in range(a, n, chunk)]
         dtype = _full(next(model.parameters())).dtype
         inner = torch.zeros(n1, len(x1 if x2 is None else x2), dtype=dtype, device=x1.device)
-        norms1, norms2 = [], []  # of the chunks: squares of the gradients' norms, and units
+        # of the chunks: squares of the gradients' norms, and units
+        norms1: list[tuple[Tensor, Tensor]] = []
+        norms2: list[tuple[Tensor, Tensor]] = []
         for a in range(0, n1, block):
             kept = [(rows, passes(x1[rows], y1[rows])) for rows in slices(a, min(a + block, n1))]
             for i, (rows, features) in enumerate(kept):
@@ -217,7 +224,7 @@ def stiffness(
                     for columns, others in kept[i + 1 :]:
                         inner[rows, columns] = _inner(features, others)
                         inner[columns, rows] = inner[rows, columns].mT
-            x, y, first = (x1, y1, a + block) if x2 is None else (x2, y2, 0)
+            x, y, first = (x1, y1, a + block) if x2 is None or y2 is None else (x2, y2, 0)
             for columns in slices(first, len(x)):
                 others = passes(x[columns], y[columns])
                 for rows, features in kept:
@@ -227,9 +234,9 @@ def stiffness(
                 if x2 is not None and a == 0:
                     norms2.append((others.squares, others.unit))
             del kept
-    norms1 = [torch.cat(part) for part in zip(*norms1)]
-    norms2 = norms1 if x2 is None else [torch.cat(part) for part in zip(*norms2)]
-    return _result(inner, *norms1, *norms2)
+    squares1, unit1 = (torch.cat(part) for part in zip(*norms1))
+    squares2, unit2 = (torch.cat(part) for part in zip(*(norms1 if x2 is None else norms2)))
+    return _result(inner, squares1, unit1, squares2, unit2)
 
 
 def network_stiffness(
@@ -280,7 +287,9 @@ def network_stiffness(
     with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other attention
         plan = _functional_plan(network, params, x1)
         one = _functional_pass(network, params, loss, plan, x1, y1)
-        two = one if x2 is None else _functional_pass(network, params, loss, plan, x2, y2)
+        two = one
+        if x2 is not None and y2 is not None:
+            two = _functional_pass(network, params, loss, plan, x2, y2)
     inner = _inner(one, two) if x2 is not None else _symmetric(_inner(one, one))
     return _result(inner, one.squares, one.unit, two.squares, two.unit)
 
@@ -315,14 +324,14 @@ def residual_stiffness(
     if (logits2 is None) != (y2 is None):
         raise ValueError("logits2 and y2 must be given both or neither")
 
-    def features(logits, y):
+    def features(logits: Tensor, y: Tensor) -> _Features:
         # computed as the cross-entropy's gradient, so that it is rounded as in the bias itself
         residual = grad(lambda z: example_losses(z, y).sum())(logits)
         unit = _unit([residual], len(logits))
         return _Features({"": _Formed(_full(residual / unit[:, None]))}, unit)
 
     one = features(logits1, y1)
-    two = one if logits2 is None else features(logits2, y2)
+    two = one if logits2 is None or y2 is None else features(logits2, y2)
     return _result(_inner(one, two), one.squares, one.unit, two.squares, two.unit)
 
 
@@ -373,7 +382,7 @@ def class_matrix(
         )
     same = classes2 is None
     one = F.one_hot(classes1.long(), num_classes).to(values.dtype)
-    two = one if same else F.one_hot(classes2.long(), num_classes).to(values.dtype)
+    two = one if classes2 is None else F.one_hot(classes2.long(), num_classes).to(values.dtype)
     if same:
         values = values.clone()
         values.diagonal().zero_()
@@ -432,7 +441,7 @@ class ClassStiffness:
     examples: int | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = example_losses
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole("num_classes", self.num_classes)
         if self.examples is not None:
             whole("examples", self.examples)
@@ -440,7 +449,7 @@ class ClassStiffness:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
-    def __call__(self, network, params, x, y) -> Tensor:
+    def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         x, y = x[: self.examples], y[: self.examples]
         pairs = getattr(network_stiffness(network, params, x, y, loss=self.loss), self.measure)
         return _MEANS[self.of](class_matrix(pairs, y, num_classes=self.num_classes))
@@ -556,10 +565,11 @@ def critical_length(
     if not 0 < number("confidence", confidence, 0, 1) < 1:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     same = classes2 is None
-    pairs = classes1[:, None] == (classes1 if same else classes2)
+    pairs: Any = classes1[:, None] == (classes1 if same else classes2)
     if same:
         pairs = pairs & ~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
-    nothing = CriticalLength(*[math.nan] * 3, 0.0, *[math.nan] * 2)
+    nan = math.nan
+    nothing = CriticalLength(nan, nan, nan, 0.0, nan, nan)
     if not pairs.any():
         return nothing
     s, d = values.double(), distance.double()
@@ -569,7 +579,7 @@ def critical_length(
     terms = [torch.ones_like(d), centred, centred**2, s, centred * s]
     terms = [torch.where(pairs, term, 0) for term in terms]
 
-    def lines(weights1: Tensor, weights2: Tensor):
+    def lines(weights1: Tensor, weights2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted least squares; example weights [B, n1] and [B, n2] make weights of pairs."""
         w, wd, wdd, ws, wds = [((weights1 @ t) * weights2).sum(1) for t in terms]
         slope = (w * wds - wd * ws) / (w * wdd - wd**2)
@@ -610,7 +620,7 @@ class _Formed:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.gradient,)
 
-    def inner(self, other: "_Formed") -> Tensor:
+    def inner(self, other: Any) -> Tensor:  # of the same kind
         return self.gradient @ other.gradient.mT
 
     def squares(self) -> Tensor:
@@ -636,7 +646,7 @@ class _Outer:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.a, self.d
 
-    def inner(self, other: "_Outer") -> Tensor:
+    def inner(self, other: Any) -> Tensor:  # of the same kind
         groups, n1, t1, _ = self.d.shape
         _, n2, t2, _ = other.d.shape
         if t1 == t2 == groups == 1:
@@ -697,11 +707,13 @@ def _symmetric(inner: Tensor) -> Tensor:
     return (inner + inner.mT) / 2
 
 
-def _sum(tensors) -> Tensor:
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(operator.add, tensors)  # sum() would copy the first, onto 0
 
 
-def _result(inner: Tensor, squares1, unit1, squares2, unit2) -> Stiffness:
+def _result(
+    inner: Tensor, squares1: Tensor, unit1: Tensor, squares2: Tensor, unit2: Tensor
+) -> Stiffness:
     norms1, norms2 = squares1.clamp(min=0).sqrt(), squares2.clamp(min=0).sqrt()
     inverse1, inverse2 = (torch.where(norms == 0, 0, 1 / norms) for norms in (norms1, norms2))
     cosine = (inner * inverse1[:, None]).mul_(inverse2).clamp(-1, 1)  # NaN, times 0, stays
@@ -732,9 +744,9 @@ class _Operation(NamedTuple):
 
     weight: Any
     bias: Any
-    saved: Tensor | None
+    saved: Any  # a tensor, or None
     kind: str  # "outer": factors(saved, δ) = a, d;  "scale": factors(saved, δ) = the two gradients
-    factors: Callable[[Tensor | None, Tensor], tuple]
+    factors: Callable[[Any, Tensor], tuple[Any, ...]]
     groups: int = 1
     channel: int = -1  # the dimension of δ that the bias has
     form: Callable[[Tensor, Tensor], Tensor] | None = None  # a faster way to Σ_t δ_t a_tᵀ
@@ -745,11 +757,13 @@ def _tokens(t: Tensor) -> Tensor:
     return t.reshape(1, t.shape[0], -1, t.shape[-1])
 
 
-def _linear(input, weight, bias=None):
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Operation:
     return _Operation(weight, bias, input, "outer", lambda a, delta: (_tokens(a), _tokens(delta)))
 
 
-def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+                 padding: Any = 0, dilation: Any = 1,
+                 groups: int = 1) -> _Operation | None:  # fmt: skip
     size = weight.shape[2:]
     if input.ndim != weight.ndim:  # one image without a batch dimension
         return None
@@ -757,12 +771,12 @@ def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
     stride, dilation = each(stride), each(dilation)
     if padding == "same":
         spread = [dil * (k - 1) for dil, k in zip(dilation, size)]
-        sides = [(s // 2, s - s // 2) for s in spread]
+        pairs = [(s // 2, s - s // 2) for s in spread]
     else:
-        sides = [(p, p) for p in each(0 if padding == "valid" else padding)]
-    sides = [side for pair in reversed(sides) for side in pair]  # F.pad counts from the last
+        pairs = [(p, p) for p in each(0 if padding == "valid" else padding)]
+    sides = [side for pair in reversed(pairs) for side in pair]  # F.pad counts from the last
 
-    def factors(image, delta):
+    def factors(image: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         patches = F.pad(image, sides)
         for dim, (k, step, dil) in enumerate(zip(size, stride, dilation), start=2):
             patches = patches.unfold(dim, dil * (k - 1) + 1, step)[..., ::dil]
@@ -774,7 +788,7 @@ def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
             delta.reshape(n, groups, -1, out).movedim(1, 0).mT,
         )
 
-    def form(image, delta):
+    def form(image: Tensor, delta: Tensor) -> Any:
         """n gradients as the one gradient of a convolution with n groups."""
         n, beside = len(delta), lambda t: t.reshape(1, -1, *t.shape[2:])
         shape = (n * weight.shape[0], *weight.shape[1:])
@@ -782,18 +796,20 @@ def _convolution(input, weight, bias=None, stride=1, padding=0, dilation=1, grou
         image, delta = beside(F.pad(image, sides)), beside(delta)
         return make(image, shape, delta, stride, 0, dilation, n * groups).reshape(n, -1)
 
-    form = form if input.device.type == "cpu" else None  # there 1.1 to 2.7 times as fast as patches
-    return _Operation(weight, bias, input, "outer", factors, groups, 1, form)
+    faster = input.device.type == "cpu"  # there 1.1 to 2.7 times as fast as patches
+    return _Operation(weight, bias, input, "outer", factors, groups, 1, form if faster else None)
 
 
-def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
-               scale_grad_by_freq=False, sparse=False):  # fmt: skip
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None,
+               max_norm: float | None = None, norm_type: float = 2.0,
+               scale_grad_by_freq: bool = False,
+               sparse: bool = False) -> _Operation | None:  # fmt: skip
     if max_norm is not None or scale_grad_by_freq:
         return None
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
 
-    def factors(index, delta):
+    def factors(index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         if padding_idx is not None:
             delta = torch.where((index == padding_idx)[..., None], 0, delta)
         return index.reshape(1, len(index), -1), _tokens(delta)
@@ -801,12 +817,13 @@ def _embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
     return _Operation(weight, None, input, "outer", factors)
 
 
-def _norm(function):
+def _norm(function: Callable[..., Tensor]) -> Callable[..., _Operation | None]:
     """Layer, group, instance, RMS and batch norm: a scale and a bias after something fixed."""
     signature = inspect.signature(function)
 
-    def operation(*args, **kwargs):
+    def operation(*args: Any, **kwargs: Any) -> _Operation | None:
         arguments = signature.bind(*args, **kwargs).arguments
+        input: Any
         input, weight, bias = (arguments.get(name) for name in ("input", "weight", "bias"))
         shape = getattr(weight if weight is not None else bias, "shape", None)
         if shape is None:
@@ -815,7 +832,7 @@ def _norm(function):
             shape = (*shape, *[1] * (input.ndim - 2))
         plain = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
 
-        def factors(x, delta):
+        def factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
             return _sum_to(delta * function(x, **plain), shape), _sum_to(delta, shape)
 
         return _Operation(weight, bias, input, "scale", factors)
@@ -823,33 +840,35 @@ def _norm(function):
     return operation
 
 
-def _scale(parameter, other):
+def _scale(parameter: Tensor, other: Tensor) -> _Operation:
     """A parameter times activations."""
     factors = lambda x, delta: (_sum_to(delta * x, parameter.shape), None)
     return _Operation(parameter, None, other, "scale", factors)
 
 
-def _shift(parameter, other):
+def _shift(parameter: Tensor, other: Tensor) -> _Operation:
     """A parameter plus activations."""
     factors = lambda _, delta: (_sum_to(delta, parameter.shape), None)
     return _Operation(parameter, None, None, "scale", factors)
 
 
-def _sum_to(t: Tensor, shape) -> Tensor:
+def _sum_to(t: Tensor, shape: Sequence[int]) -> Tensor:
     """[n, ...] summed over the dimensions along which a parameter of this shape is repeated."""
     shape = [1] * (t.ndim - 1 - len(shape)) + list(shape)[-(t.ndim - 1) :]
     repeated = [dim for dim, size in enumerate(shape, start=1) if size == 1]
     return (t.sum(repeated) if repeated else t).reshape(t.shape[0], -1)
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[Any, Callable[..., _Operation | None]] = {
     F.linear: _linear,
     **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
     F.embedding: _embedding,
     **{f: _norm(f) for f in (F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm)},
     F.batch_norm: _norm(F.batch_norm),
 }
-_COMMUTATIVE = {torch.mul: _scale, Tensor.mul: _scale, torch.add: _shift, Tensor.add: _shift}
+_COMMUTATIVE: dict[Any, Callable[[Tensor, Tensor], _Operation]] = {
+    torch.mul: _scale, Tensor.mul: _scale, torch.add: _shift, Tensor.add: _shift,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------- what a network does with its parameters
@@ -860,7 +879,7 @@ class _Use(NamedTuple):
 
     weight: str | None
     bias: str | None
-    shape: torch.Size  # of the weight
+    shape: Any  # of the weight, if there is one
     operation: _Operation
     output: Any  # what the tape's ``mark`` said of the output
 
@@ -880,14 +899,16 @@ class _Tape(TorchFunctionMode):
         Detach the parameters of the known operations: what still has a gradient has another use.
     """
 
-    def __init__(self, params, n: int, mark=lambda out: (out.shape, out), cut: bool = False):
+    def __init__(self, params: Params, n: int,
+                 mark: Callable[[Any], tuple[Any, Any]] = lambda out: (out.shape, out),
+                 cut: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.names = {id(p): name for name, p in params.items()}
         self.n, self.mark, self.cut = n, mark, cut
         self.uses: list[_Use] = []
         self.others: set[str] = set()  # have a use that is not known
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
             _check_batch_norm(inspect.signature(func).bind(*args, **kwargs).arguments)
@@ -904,17 +925,18 @@ class _Tape(TorchFunctionMode):
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
-        if known and out.shape[:1] == (self.n,):
-            names = [self.names.get(id(p)) for p in operation[:2]]
+        if operation and known and out.shape[:1] == (self.n,):
+            weight, bias = (self.names.get(id(p)) for p in operation[:2])
             shape = getattr(operation.weight, "shape", None)
             noted, out = self.mark(out)
-            self.uses.append(_Use(*names, shape, operation._replace(weight=None, bias=None), noted))
+            bare = operation._replace(weight=None, bias=None)
+            self.uses.append(_Use(weight, bias, shape, bare, noted))
             here -= known
         if any(isinstance(v, Tensor) for v in tree_leaves(out)):
             self.others |= {self.names[i] for i in here}
         return out
 
-    def _operation(self, func, args, kwargs) -> _Operation | None:
+    def _operation(self, func: Any, args: Any, kwargs: Any) -> _Operation | None:
         if func in _COMMUTATIVE:
             if kwargs or len(args) != 2 or not all(isinstance(v, Tensor) for v in args):
                 return None
@@ -923,11 +945,11 @@ class _Tape(TorchFunctionMode):
         return _OPERATIONS[func](*args, **kwargs) if func in _OPERATIONS else None
 
     @property
-    def calls(self) -> list[tuple]:
+    def calls(self) -> list[tuple[str | None, str | None]]:
         return [(use.weight, use.bias) for use in self.uses]
 
 
-def _check_batch_norm(arguments) -> None:
+def _check_batch_norm(arguments: dict[str, Any]) -> None:
     if arguments.get("training"):
         raise ValueError(
             "model must not normalize with the statistics of the batch: then examples act on each "
@@ -936,9 +958,11 @@ def _check_batch_norm(arguments) -> None:
         )
 
 
-def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict:
+def _parts(
+    uses: list[_Use], deltas: list[Tensor], rest: Tensor
+) -> dict[str, _Formed | _Outer]:
     """The parts of the gradients, from what went into the operations and what came back."""
-    formed = defaultdict(list)  # the gradients of each use
+    formed: dict[str, list[Tensor]] = defaultdict(list)  # the gradients of each use
     outer = defaultdict(list)
     for use, delta in zip(uses, deltas, strict=True):
         if use.operation.kind == "outer":
@@ -954,7 +978,7 @@ def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict:
         (w, b): owners[w] == owners[b] == len(calls)
         for (w, b), calls in outer.items() if None not in (w, b)
     }  # fmt: skip
-    weights = defaultdict(list)
+    weights: dict[str | None, list[tuple[_Use, Tensor]]] = defaultdict(list)
     for (weight, _), calls in outer.items():
         weights[weight] += calls
     parts: dict[str, _Formed | _Outer] = {}
@@ -966,18 +990,18 @@ def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict:
                 channels = delta.movedim(use.operation.channel, -1)
                 gradient = _full(channels).reshape(len(delta), -1, channels.shape[-1]).sum(1)
                 formed[use.bias].append(gradient)
-        if paired:
+        if paired and weight is not None:
             factors = [use.operation.factors(use.operation.saved, delta) for use, delta in calls]
             a, d = (_full(_join(part, 2)) for part in zip(*factors))
             parts[weight] = _Outer(a, d, bool(riding))
         elif weight is not None:
             formed[weight] += [_form(use, delta) for use, delta in calls]
     formed[""] = [rest]  # no parameter is called "" or "."
-    formed = {name: _sum(gradients) for name, gradients in formed.items()}
-    small = [name for name, gradient in formed.items() if gradient.shape[1] < 1000]
+    sums = {name: _sum(gradients) for name, gradients in formed.items()}
+    small = [name for name, gradient in sums.items() if gradient.shape[1] < 1000]
     if small:  # one matrix product instead of many
-        formed["."] = torch.cat([formed.pop(name) for name in small], 1)
-    return parts | {name: _Formed(gradient) for name, gradient in formed.items()}
+        sums["."] = torch.cat([sums.pop(name) for name in small], 1)
+    return parts | {name: _Formed(gradient) for name, gradient in sums.items()}
 
 
 def _sizes(use: _Use, delta: Tensor) -> tuple[int, int, int]:
@@ -1019,12 +1043,13 @@ def _form(use: _Use, delta: Tensor) -> Tensor:
     return torch.cat(gradients)
 
 
-def _rest(network, params, names, loss, x, y, unit) -> Tensor:
+def _rest(network: Network, params: Params, names: list[str], loss: Loss, x: Tensor, y: Tensor,
+          unit: Tensor) -> Tensor:  # fmt: skip
     """Gradients with respect to the parameters with other uses, [n, P], by vmap(grad)."""
     if not names:
         return _full(unit).new_zeros(len(x), 0)
 
-    def scaled_loss(some, x, y, unit):
+    def scaled_loss(some: Params, x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
         return (loss(network({**params, **some}, x[None]), y[None]) / unit).sum()
 
     some = {name: params[name].detach() for name in names}
@@ -1033,7 +1058,8 @@ def _rest(network, params, names, loss, x, y, unit) -> Tensor:
     return torch.cat([_full(g).reshape(len(x), -1) for g in gradients.values()], 1)
 
 
-def _rest_in_a_loop(network, params, names, loss, x, y, unit) -> Tensor:
+def _rest_in_a_loop(network: Network, params: Params, names: list[str], loss: Loss, x: Tensor,
+                    y: Tensor, unit: Tensor) -> Tensor:  # fmt: skip
     """The same, for what vmap cannot run (torch.nn.LSTM, a branch that depends on the data)."""
     some = [params[name] for name in names]
     rows = []
@@ -1048,11 +1074,12 @@ class _Passes:
     """Forward and backward passes of a module: ``passes(x, y)`` gives features of the examples."""
 
     @torch.enable_grad()
-    def __init__(self, model: nn.Module, loss, x: Tensor, y: Tensor):
+    def __init__(self, model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled model hides its operations
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self.network = lambda params, x: functional_call(model, (params, buffers), (x,))
-        self.loss, self.calls = loss, None
+        self.loss = loss
+        self.calls: list[tuple[str | None, str | None]] | None = None
         renormalized = any(getattr(m, "max_norm", None) is not None for m in model.modules())
         own = lambda p: p.detach().clone() if renormalized else p.detach()  # in place, as it runs
         self.params = {
@@ -1089,7 +1116,7 @@ class _Passes:
     def __call__(self, x: Tensor, y: Tensor) -> _Features:
         n = len(x)
 
-        def mark(out):  # its place in autograd's graph, which no in-place operation later moves
+        def mark(out: Tensor) -> tuple[Any, Tensor]:  # its place in autograd's graph, which no in-place operation later moves
             return (get_gradient_edge(out) if out.requires_grad else None, out.shape), out
 
         with _Tape(self.known, n, mark) as tape:
@@ -1108,10 +1135,10 @@ class _Passes:
             return _Features(_parts(tape.uses, deltas, rest), unit)
 
     @staticmethod
-    def _backward(losses: Tensor, output, places) -> tuple[Tensor, list[Tensor]]:
+    def _backward(losses: Tensor, output: Any, places: list[Any]) -> tuple[Tensor, list[Tensor]]:
         """The units of the losses' gradients, and the δ at each place of the graph."""
 
-        def gradients(at, weights, **options) -> list[Tensor | None]:
+        def gradients(at: list[Any], weights: Tensor, **options: Any) -> list[Tensor | None]:
             if not (at and losses.requires_grad):
                 return [None] * len(at)
             return [*torch.autograd.grad(losses, at, weights, allow_unused=True, **options)]
@@ -1135,7 +1162,7 @@ class _Plan(NamedTuple):
     shapes: list[torch.Size]  # of the operations' outputs, for one example
 
 
-def _functional_plan(network, params, x) -> _Plan:
+def _functional_plan(network: Network, params: Params, x: Tensor) -> _Plan:
     # Under vmap nothing tells whether a gradient exists. But there every use is an operation.
     others, seen = set(), []
     for n in (2, 3):
@@ -1148,11 +1175,12 @@ def _functional_plan(network, params, x) -> _Plan:
     return _Plan({k: p for k, p in params.items() if k in known}, sorted({*params} - known), shapes)
 
 
-def _functional_pass(network, params, loss, plan: _Plan, x, y) -> _Features:
+def _functional_pass(network: Network, params: Params, loss: Loss, plan: _Plan, x: Tensor,
+                     y: Tensor) -> _Features:  # fmt: skip
     n = len(x)
-    uses = []
+    uses: list[_Use] = []
 
-    def run(probes):
+    def run(probes: list[Tensor]) -> Any:
         """Probes are zeros, added to the operations' outputs: their gradients are the δ."""
         probe = iter(probes)
         with _Tape(plan.known, n, mark=lambda out: (None, out + next(probe))) as tape:
@@ -1164,7 +1192,8 @@ def _functional_pass(network, params, loss, plan: _Plan, x, y) -> _Features:
 
     dtype = next(iter(params.values())).dtype
     probes = [torch.zeros(n, *shape, dtype=dtype, device=x.device) for shape in plan.shapes]
-    _, backward, (output, saved) = vjp(run, probes, has_aux=True)
+    found: Any = vjp(run, probes, has_aux=True)
+    _, backward, (output, saved) = found
     unit = _unit([grad(lambda output: loss(output, y).sum())(output)], n)
     (deltas,) = backward(1 / unit)
     uses = [u._replace(operation=u.operation._replace(saved=s)) for u, s in zip(uses, saved)]
@@ -1191,7 +1220,7 @@ def _copies(t: Tensor, n: int) -> Tensor:
     return torch.cat([t[:1]] * n)
 
 
-def _join(tensors, dim: int) -> Tensor:
+def _join(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)  # cat copies even one
 
 
@@ -1200,7 +1229,7 @@ def _full(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def _check_examples(which: str, x, y) -> int:
+def _check_examples(which: str, x: Any, y: Any) -> int:
     for name, value in {"x": x, "y": y}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}{which} must be a tensor, got {type(value).__name__}")
@@ -1212,7 +1241,7 @@ def _check_examples(which: str, x, y) -> int:
     return len(x)
 
 
-def _check_losses(losses, n: int) -> Tensor:
+def _check_losses(losses: Any, n: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(

@@ -7,6 +7,8 @@ A training step is a pipeline, and a :class:`Recipe` says what sits in each of i
 :func:`fit` runs the pipeline for a whole stack of networks side by side (``torch.func.vmap``).
 """
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import hashlib
@@ -22,11 +24,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
@@ -39,7 +40,12 @@ from .data import Data
 from .flooding import Flooding
 from .optimizers import SGD, lr_factor
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 Stacked = dict[str, Tensor]
+Network = Callable[[Stacked, Tensor], Tensor]
+Instrument = Callable[[Network, Stacked, Tensor, Tensor], Tensor]
 
 
 def example_losses(logits: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +53,9 @@ def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(logits, target, reduction="none")
 
 
-def plain_gradient(objective: Callable, params: Stacked, buffers: Stacked):
+def plain_gradient(
+    objective: Callable[..., Any], params: Stacked, buffers: Stacked
+) -> tuple[Stacked, Tensor, Stacked]:
     """The gradient place, filled with the gradient itself.
 
     Whatever sits here gets ``objective(params, buffers) -> (loss, new buffers)`` and the point to
@@ -94,10 +102,10 @@ class Recipe:
     ['flood_level', 'lr', 'momentum', 'weight_decay']
     """
 
-    loss: Callable = field(default_factory=Flooding)
-    gradient: Callable = plain_gradient
+    loss: Callable[[Tensor], Tensor] = field(default_factory=Flooding)
+    gradient: Callable[..., tuple[Stacked, Tensor, Stacked]] = plain_gradient
     optimizer: Any = field(default_factory=SGD)
-    criterion: Callable = example_losses
+    criterion: Callable[[Tensor, Tensor], Tensor] = example_losses
     batch: Any = field(default=None, kw_only=True)
 
     def hyperparameters(self) -> dict[str, tuple[str, float]]:
@@ -110,7 +118,7 @@ class Recipe:
         return {name: of[0] for name, of in self._numbers().items() if len(of) == 1}
 
     def _numbers(self) -> dict[str, list[tuple[str, float]]]:
-        found: dict[str, list] = {}
+        found: dict[str, list[tuple[str, float]]] = {}
         for place in ("batch", "loss", "gradient", "optimizer"):
             part = getattr(self, place)
             if dataclasses.is_dataclass(part):
@@ -121,10 +129,10 @@ class Recipe:
                         found.setdefault(f.name, []).append((place, value))
         return found
 
-    def with_values(self, values: Mapping[str, float | Tensor]) -> "Recipe":
+    def with_values(self, values: Mapping[str, float | Tensor]) -> Recipe:
         """This recipe with other hyperparameters; tensors are allowed (``vmap`` passes them)."""
         places = self.hyperparameters()
-        changed: dict[str, dict] = {}
+        changed: dict[str, dict[str, float | Tensor]] = {}
         for name, value in values.items():
             if name not in places:
                 if doubled := [place for place, _ in self._numbers().get(name, [])]:
@@ -142,7 +150,7 @@ class Recipe:
         )
 
 
-def _sets_a_shape(f: dataclasses.Field) -> bool:
+def _sets_a_shape(f: dataclasses.Field[Any]) -> bool:
     """Whether a field is declared ``int`` or ``int | None``, as a type or in a string."""
     names = {"int"} if f.type is int else {*re.findall(r"\w+", str(f.type))}
     return "int" in names and names <= {"int", "None", "Optional", "Union", "typing"}
@@ -189,13 +197,15 @@ class Networks:
     template: nn.Module
     params: Stacked
     buffers: Stacked
-    coords: dict[str, list]
+    coords: dict[str, list[Any]]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(len(values) for values in self.coords.values())
 
-    def measure(self, instrument: Callable, data: Data | Sequence[Data], split: str = "test"):
+    def measure(
+        self, instrument: Instrument, data: Data | Sequence[Data], split: str = "test"
+    ) -> xr.DataArray:
         """Hold an instrument to every network at once.
 
         Parameters
@@ -213,17 +223,19 @@ class Networks:
             Dimensions: the grid's names, ``seed``, and ``dim_0, …`` for what the instrument
             returns beyond a number.
         """
+        import xarray as xr  # here: importing flatmin takes no longer than torch
+
         device = next(iter(self.params.values())).device
         x, y, per_run = _split(data, split, self.shape[-1], device, self._dtype)
         if per_run:
             runs = torch.arange(math.prod(self.shape), device=device) % self.shape[-1]
             x, y = x[runs], y[runs]
-        values = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
-        values = values.cpu().numpy()
+        found = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
+        values = found.cpu().numpy()
         dims = [*self.coords, *(f"dim_{i}" for i in range(values.ndim - 1))]
         return xr.DataArray(values.reshape(*self.shape, *values.shape[1:]), self.coords, dims)
 
-    def select(self, **coords) -> "Networks":
+    def select(self, **coords: Any) -> Networks:
         """Some of the networks: ``networks.select(flood_level=[0.0, 0.1])`` keeps all seeds."""
         keep = []
         for name in coords:
@@ -238,7 +250,7 @@ class Networks:
         chosen = {name: [v[i] for i in at] for (name, v), at in zip(self.coords.items(), keep)}
         return Networks(self.template, take(self.params), take(self.buffers), chosen)
 
-    def module(self, **coords) -> nn.Module:
+    def module(self, **coords: Any) -> nn.Module:
         """One network as an ordinary module: ``networks.module(flood_level=0.1, seed=3)``."""
         if set(coords) != set(self.coords):
             raise ValueError(f"module() needs a value for each of {list(self.coords)}, got {coords}")
@@ -256,8 +268,42 @@ class Networks:
         return int(hits[0])
 
     @property
-    def _dtype(self):
+    def _dtype(self) -> torch.dtype:
         return next(iter(self.params.values())).dtype
+
+
+class _Options(TypedDict, total=False):
+    """What :func:`fit` takes in both of its forms."""
+
+    batch_size: int | None
+    grid: Mapping[str, Sequence[float]] | None
+    seeds: int | Sequence[int]
+    evaluate_at: int | Sequence[int]
+    splits: Sequence[str] | None
+    instruments: Mapping[str, Instrument] | None
+    select_by: str
+    chunk_size: int | None
+    evaluation_batch_size: int
+    device: str | torch.device | None
+    dtype: torch.dtype
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    expect_divergence: bool
+    progress: Callable[[int], bool] | None
+
+
+@overload
+def fit(
+    model: nn.Module | Callable[[], nn.Module], data: Data | Sequence[Data], recipe: Recipe = ...,
+    *, steps: int, networks: None = None, **options: Unpack[_Options],
+) -> xr.Dataset: ...  # fmt: skip
+
+
+@overload
+def fit(
+    model: nn.Module | Callable[[], nn.Module], data: Data | Sequence[Data], recipe: Recipe = ...,
+    *, steps: int, networks: Literal["last", "best"], **options: Unpack[_Options],
+) -> tuple[xr.Dataset, Networks]: ...  # fmt: skip
 
 
 def fit(
@@ -271,17 +317,18 @@ def fit(
     seeds: int | Sequence[int] = 5,
     evaluate_at: int | Sequence[int] = 20,
     splits: Sequence[str] | None = None,
-    instruments: Mapping[str, Callable] | None = None,
-    networks: str | None = None,
+    instruments: Mapping[str, Instrument] | None = None,
+    networks: Literal["last", "best"] | None = None,
     select_by: str = "validation_error",
     chunk_size: int | None = None,
     evaluation_batch_size: int = 1000,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
     expect_divergence: bool = False,
-):
+    progress: Callable[[int], bool] | None = None,
+) -> xr.Dataset | tuple[xr.Dataset, Networks]:
     """Train every combination of ``grid`` and ``seeds`` at once, and label what came out.
 
     Runs that share a seed start from the same weights and see the same batches, whatever their
@@ -326,9 +373,13 @@ def fit(
         Default: the GPU where there is one, and float32.
     checkpoint : path
         Where to save the state every ``checkpoint_every`` steps.  A call with the same arguments
-        picks up from there, and on a CPU ends with bitwise the same results.
+        picks up from there, and on a CPU ends with bitwise the same results.  With another
+        ``chunk_size`` it picks up from the last chunk that was finished.
     expect_divergence : bool
         Say that loss of some runs may become infinite or NaN, so that claims may follow.
+    progress : callable
+        Is called after each step with its number of gradients of single examples, in place of the
+        progress bar.  If it returns true, the checkpoint is saved, and ``KeyboardInterrupt`` raised.
 
     Returns
     -------
@@ -343,6 +394,12 @@ def fit(
     ValueError
         For a grid that is empty or names no hyperparameter of the recipe, values out of range,
         sizes or shapes that disagree, or a checkpoint of another experiment.
+
+    Notes
+    -----
+    One call trains on one device.  Under ``torchrun`` the experiments of
+    :mod:`flatmin.experiments` are sharded over the ranks: each rank calls ``fit`` for the stacks
+    that are its own.
 
     Examples
     --------
@@ -359,15 +416,20 @@ def fit(
     )  # fmt: skip
     started = time.perf_counter()
     saved = _Checkpoint(checkpoint, checkpoint_every, plan)
-    chunks = [plan.run_index[a : a + plan.chunk_size] for a in range(0, plan.runs, plan.chunk_size)]
-    bar = tqdm(
-        total=plan.steps * len(chunks), unit="step", leave=False, dynamic_ncols=True,
-    )  # fmt: skip
-    with bar:
-        for k, runs in enumerate(chunks):
-            bar.update(plan.steps * (k < len(saved.finished)))
-            if k == len(saved.finished):
-                saved.finish(_train(plan, runs, saved, bar))
+    batch = plan.batch_size or plan.train_size
+    off = {"disable": True} if progress else {}  # else TQDM_DISABLE decides
+    with tqdm(
+        total=plan.steps * plan.runs, unit="step", leave=False, dynamic_ncols=True, **off
+    ) as bar:
+
+        def advance(steps: int) -> bool:  # of single runs
+            bar.update(steps)
+            return progress is not None and bool(progress(steps * batch))
+
+        advance(plan.steps * saved.runs)
+        while saved.runs < plan.runs:
+            runs = plan.run_index[saved.runs :][: plan.chunk_size]
+            saved.finish(_train(plan, runs, saved, advance))
     values = {
         name: torch.cat([chunk["values"][name] for chunk in saved.finished])
         for name in saved.finished[0]["values"]
@@ -387,7 +449,9 @@ def fit(
     return dataset, Networks(plan.template.eval(), **stacked, coords=plan.coords)
 
 
-def best_step(runs: xr.Dataset, by: str = "validation_error", patience: int | None = None):
+def best_step(
+    runs: xr.Dataset, by: str = "validation_error", patience: int | None = None
+) -> xr.Dataset:
     """What each run would have reported had it stopped early: no second training.
 
     Parameters
@@ -407,6 +471,7 @@ def best_step(runs: xr.Dataset, by: str = "validation_error", patience: int | No
 
     Examples
     --------
+    >>> import xarray as xr
     >>> loss = xr.DataArray([[3.0, 2.0, 2.5, 2.6, 1.0]], dims=("seed", "step"))
     >>> runs = xr.Dataset({"validation_loss": loss}, coords={"step": range(5)})
     >>> best_step(runs, "validation_loss").step.values
@@ -414,7 +479,7 @@ def best_step(runs: xr.Dataset, by: str = "validation_error", patience: int | No
     >>> best_step(runs, "validation_loss", patience=2).step.values
     array([1])
     """
-    names = sorted(name for name, v in runs.data_vars.items() if "step" in v.dims)
+    names = sorted(str(name) for name, v in runs.data_vars.items() if "step" in v.dims)
     if by not in names:
         raise ValueError(f"by must be one of {names}, got {by!r}")
     score = runs[by].fillna(np.inf)
@@ -442,11 +507,11 @@ class _Plan:
     recipe: Recipe
     steps: int
     batch_size: int | None
-    grid: dict
+    grid: dict[str, Any]
     seeds: Any
     evaluate_at: Any
     splits: Any
-    instruments: dict
+    instruments: dict[str, Any]
     networks: str | None
     select_by: str
     chunk_size: int | None
@@ -454,7 +519,7 @@ class _Plan:
     device: torch.device
     dtype: torch.dtype
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "evaluation_batch_size", "batch_size", "chunk_size"):
             value = getattr(self, name)
             if value is not None or name in ("steps", "evaluation_batch_size"):
@@ -462,8 +527,7 @@ class _Plan:
         if self.networks not in (None, "last", "best"):
             raise ValueError(f"networks must be None, 'last' or 'best', got {self.networks!r}")
         if isinstance(self.seeds, Integral):
-            whole("seeds", self.seeds)
-            self.seeds = claims.seeds(self.seeds)
+            self.seeds = claims.seeds(whole("seeds", self.seeds))
         integral = all(isinstance(seed, Integral) for seed in self.seeds)
         if not integral or not len(self.seeds) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
@@ -481,8 +545,8 @@ class _Plan:
                 self.recipe.with_values({name: value})  # raises for a bad name or value
         self._check_data()
         if isinstance(self.evaluate_at, Integral):
-            whole("evaluate_at", self.evaluate_at)
-            self.evaluate_at = np.linspace(0, self.steps, self.evaluate_at + 1).round()
+            count = whole("evaluate_at", self.evaluate_at)
+            self.evaluate_at = np.linspace(0, self.steps, count + 1).round()
         inside = [0 <= t <= self.steps and t == int(t) for t in self.evaluate_at]
         if not inside or not all(inside):
             raise ValueError(
@@ -510,13 +574,13 @@ class _Plan:
         }
         self.template = initial_module(self.model, self.seeds[0]).to(self.device, self.dtype)
         for name, m in self.template.named_modules():
-            if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", 1):
+            if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", True):
                 raise ValueError(
                     "model must have no random layer but flatmin.models.Dropout, "
                     f"got {m} at {name!r}"
                 )
 
-    def _check_data(self):
+    def _check_data(self) -> None:
         first = _one_or_many(self.data, len(self.seeds))
         if self.splits is None:
             self.splits = ["train", *["validation"] * (len(first.x_validation) > 0), "test"]
@@ -530,7 +594,7 @@ class _Plan:
         n = len(first.x_train)
         if self.batch_size is not None and self.batch_size > n:
             raise ValueError(f"batch_size must be at most the {n} training examples, "
-                             f"got {self.batch_size}")  # fmt: skip
+                             f"or None for the full batch, got {self.batch_size}")  # fmt: skip
         self.train_size, self.num_classes = n, first.num_classes
         self.steps_per_epoch = math.ceil(n / self.batch_size) if self.batch_size else 1
 
@@ -538,6 +602,8 @@ class _Plan:
         return dict(zip(self.grid, self.points[run // len(self.seeds)]))
 
     def label(self, values: dict[str, Tensor]) -> xr.Dataset:
+        import xarray as xr
+
         shape = tuple(len(v) for v in self.coords.values())
         coords = self.coords | {
             "step": self.evaluate_at,
@@ -552,7 +618,7 @@ class _Plan:
             coords,
         )
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         first = self.data if isinstance(self.data, Data) else self.data[0]
         return {
             "data": first.name,
@@ -580,23 +646,25 @@ class _Plan:
                 "data": content.hexdigest(), "weights": weights.hexdigest(), "grid": self.grid,
                 "seeds": self.seeds, "evaluate_at": self.evaluate_at, "splits": list(self.splits),
                 "instruments": sorted(self.instruments), "networks": self.networks,
-                "select_by": self.select_by, "chunk_size": self.chunk_size,
+                "select_by": self.select_by,
             }
         )  # fmt: skip
 
 
-def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
+def _train(
+    plan: _Plan, runs: Tensor, saved: _Checkpoint, advance: Callable[[int], bool]
+) -> dict[str, Any]:
     """Train one chunk of runs to the end."""
     seed_of_run = plan.seed_of_run[runs].to(plan.device)
     hyper = {name: v[runs].to(plan.device) for name, v in plan.hyper_of_run.items()}
     step, evaluate = _step(plan), _evaluate(plan)
-    resumed = saved.current
+    resumed = saved.current_of(runs)
     if resumed:
         t = resumed["t"]
         state, records = (_to(resumed[part], plan.device) for part in ("state", "records"))
-        bar.update(t)
     else:
         t, state, records = 0, _start(plan, seed_of_run, hyper), []
+    stop = advance(t * len(runs))
     batches, draws = _batches(plan, seed_of_run, t), _draws(plan, runs, t)
     while True:
         if t in plan.evaluate_at and not resumed:  # a saved state has been evaluated already
@@ -605,13 +673,15 @@ def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
                 state["best"] = _better(state, values[plan.select_by])
             records.append(values)
         if not resumed:
-            saved.save(t, state, records)
+            saved.save(t, state, records, now=stop)
         if t == plan.steps:
             break
+        if stop:
+            raise KeyboardInterrupt
         factor = lr_factor(plan.recipe.optimizer.schedule, t / plan.steps)
         state |= step(state, hyper, next(batches), next(draws), t, factor)
         t, resumed = t + 1, None
-        bar.update()
+        stop = advance(len(runs))
     values = {name: torch.stack([r[name] for r in records], 1).cpu() for name in records[0]}
     values["diverged_at"] = state["diverged_at"].cpu()
     final = state["best"] if plan.networks == "best" else state
@@ -619,7 +689,7 @@ def _train(plan: _Plan, runs: Tensor, saved: "_Checkpoint", bar) -> dict:
     return {"values": values} | {part: _to(final[part], "cpu") for part in keep}
 
 
-def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict:
+def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict[str, Any]:
     modules = [initial_module(plan.model, seed) for seed in plan.seeds]
     params, buffers = stack_module_state(modules)
     for name in [name for name, w in params.items() if not w.requires_grad]:
@@ -634,27 +704,32 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict:
     return {"params": params, "buffers": buffers, "optimizer": optimizer, "diverged_at": never}
 
 
-def _step(plan: _Plan) -> Callable:
+def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
     """One step of the pipeline, for all runs of a chunk at once."""
 
-    def one(params, buffers, optimizer, hyper, draw, batch, t, factor):
+    def one(params: Stacked, buffers: Stacked, optimizer: Any, hyper: Stacked, draw: Stacked,
+            batch: tuple[Tensor, ...], *, t: int, factor: float) -> Any:  # fmt: skip
         recipe = plan.recipe.with_values(hyper)
         x, y, *other = batch
         if recipe.batch is not None:
             x, y = recipe.batch(x, y, draw, plan.num_classes, *other)
 
-        def objective(params, buffers, rows=..., loss=recipe.loss):
+        def objective(
+            params: Stacked, buffers: Stacked, rows: Any = ..., loss: Any = recipe.loss
+        ) -> tuple[Tensor, Stacked]:
             buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
             logits = functional_call(plan.template, (params, buffers), (x[rows],))
             return loss(recipe.criterion(logits, y[rows])), buffers
 
-        objective.raw, objective.examples = partial(objective, loss=torch.mean), len(x)
+        about: Any = objective
+        about.raw, about.examples = partial(objective, loss=torch.mean), len(x)
 
         gradient, loss, buffers = recipe.gradient(objective, params, buffers)
         params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
         return params, buffers, optimizer, loss
 
-    def step(state, hyper, batch, draw, t, factor):
+    def step(state: dict[str, Any], hyper: Stacked, batch: tuple[Tensor, ...], draw: Stacked,
+             t: int, factor: float) -> dict[str, Any]:  # fmt: skip
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
         stacked = vmap(
@@ -674,25 +749,25 @@ def _step(plan: _Plan) -> Callable:
     return step
 
 
-def _evaluate(plan: _Plan) -> Callable:
+def _evaluate(plan: _Plan) -> Callable[..., Stacked]:
     """Losses, errors and instruments of all runs of a chunk."""
 
-    def one(params, buffers, x, y):
+    def one(params: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = functional_call(plan.template, (params, buffers), (x,))
         return plan.recipe.criterion(logits, y).sum(), (logits.argmax(-1) != y).sum()
 
     @torch.no_grad()
-    def evaluate(state, seed_of_run, t):
+    def evaluate(state: dict[str, Any], seed_of_run: Tensor, t: int) -> Stacked:
         plan.template.eval()
         # The last step may have spoiled the weights without a loss that shows it yet.
-        finite = [w.flatten(1).isfinite().all(1) for w in state["params"].values()]
+        finite = [w.reshape(len(w), -1).isfinite().all(1) for w in state["params"].values()]
         broken = ~torch.stack(finite).all(0) & (state["diverged_at"] < 0)
         state["diverged_at"] = torch.where(broken, t, state["diverged_at"])
         values = {}
         for split in plan.splits:
             x, y, per_run = plan.tensors[split]
             n = x.shape[1] if per_run else x.shape[0]
-            loss, error = 0.0, 0.0
+            loss = error = x.new_zeros((), dtype=torch.float64)
             for part in torch.arange(n, device=x.device).split(plan.evaluation_batch_size):
                 rows = (seed_of_run[:, None], part) if per_run else part
                 dim = 0 if per_run else None
@@ -717,8 +792,9 @@ def _evaluate(plan: _Plan) -> Callable:
     return evaluate
 
 
-def _measure(template, instrument, params, buffers, x, y, per_run: bool) -> Tensor:
-    def one(params, buffers, x, y):
+def _measure(template: nn.Module, instrument: Instrument, params: Stacked, buffers: Stacked,
+             x: Tensor, y: Tensor, per_run: bool) -> Tensor:  # fmt: skip
+    def one(params: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> Tensor:
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
 
@@ -790,7 +866,7 @@ def _draws(plan: _Plan, runs: Tensor, t: int) -> Iterator[Stacked]:
         }
 
 
-def _better(state: dict, score: Tensor) -> dict:
+def _better(state: dict[str, Any], score: Tensor) -> Any:
     """The weights with the lowest score so far."""
     now = {"params": state["params"], "buffers": state["buffers"], "score": score}
     old = state.get("best", now)
@@ -802,10 +878,12 @@ def _better(state: dict, score: Tensor) -> dict:
 class _Checkpoint:
     """Finished chunks in memory and, if there is a path, on disk, with the chunk being trained."""
 
-    def __init__(self, path, every: int, plan: _Plan):
+    def __init__(self, path: str | os.PathLike[str] | None, every: int, plan: _Plan) -> None:
         whole("checkpoint_every", every)
         self.path = Path(path) if path is not None else None
-        self.every, self.finished, self.current = every, [], None
+        self.every = every
+        self.finished: list[dict[str, Any]] = []
+        self.current: dict[str, Any] | None = None
         self.fingerprint = plan.fingerprint() if path is not None else ""
         if self.path is not None and self.path.exists():
             content = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -818,17 +896,30 @@ class _Checkpoint:
                 )
             self.finished, self.current = content["finished"], content["current"]
 
-    def save(self, t: int, state: dict, records: list) -> None:
-        if self.path is not None and t and t % self.every == 0:
+    @property
+    def runs(self) -> int:
+        """How many runs are finished."""
+        return sum(len(chunk["values"]["diverged_at"]) for chunk in self.finished)
+
+    def current_of(self, runs: Tensor) -> dict[str, Any] | None:
+        """The state of the chunk being trained, if it was cut like this one."""
+        same = self.current and len(self.current["state"]["diverged_at"]) == len(runs)
+        return self.current if same else None
+
+    def save(
+        self, t: int, state: dict[str, Any], records: list[Stacked], now: bool = False
+    ) -> None:
+        if self.path is not None and (now or t and t % self.every == 0):
             self._write({"t": t, "state": _to(state, "cpu"), "records": _to(records, "cpu")})
 
-    def finish(self, chunk: dict) -> None:
+    def finish(self, chunk: dict[str, Any]) -> None:
         self.finished.append(chunk)
         self.current = None
-        if self.path is not None:
-            self._write()
+        self._write()
 
-    def _write(self, current: dict | None = None) -> None:
+    def _write(self, current: dict[str, Any] | None = None) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"fingerprint": self.fingerprint, "finished": self.finished, "current": current}
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
@@ -841,7 +932,7 @@ class _Checkpoint:
             raise
 
 
-def _one_or_many(data, seeds: int) -> Data:
+def _one_or_many(data: Any, seeds: int) -> Data:
     """The first Data, once it is clear that there is one, or one a seed."""
     if isinstance(data, Data):
         return data
@@ -852,7 +943,9 @@ def _one_or_many(data, seeds: int) -> Data:
     return data[0]
 
 
-def _split(data, split: str, seeds: int, device, dtype):
+def _split(
+    data: Any, split: str, seeds: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, bool]:
     """x, y of a split on the device, and whether they have a leading dimension of seeds."""
     if isinstance(data, Data):
         x, y = data.split(split)
@@ -879,7 +972,7 @@ def _warn_of_divergence(dataset: xr.Dataset, expected: bool) -> None:
                       "results are NaN from there.", stacklevel=3)  # fmt: skip
 
 
-def _name(thing) -> str:
+def _name(thing: Any) -> str:
     """A description without memory addresses, the same in every process."""
     if dataclasses.is_dataclass(thing):
         parts = (f"{f.name}={_name(getattr(thing, f.name))}" for f in dataclasses.fields(thing))
@@ -891,7 +984,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _to(tree, device):
+def _to(tree: Any, device: torch.device | str) -> Any:
     return torch.utils._pytree.tree_map(
         lambda v: v.to(device) if isinstance(v, Tensor) else v, tree
     )

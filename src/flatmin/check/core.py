@@ -11,11 +11,11 @@ import linecache
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ..statistics import mean_interval
 class Mistake(Exception):
     """What is wrong with an answer: a sentence, then lines of (label, text)."""
 
-    def __init__(self, sentence: str, **lines: Any):
+    def __init__(self, sentence: str, **lines: Any) -> None:
         super().__init__(sentence)
         self.lines = {"": sentence, **{k: v for k, v in lines.items() if v}}
 
@@ -71,7 +71,7 @@ class OutOfTime(BaseException):
 
 
 @contextmanager
-def time_limit(seconds: float):
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise :class:`OutOfTime` in the body after so many seconds.
 
     In the main thread of Linux and macOS (Jupyter, Colab, scripts) by an alarm, which also ends a
@@ -83,7 +83,7 @@ def time_limit(seconds: float):
 
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
 
-        def ring(*_):
+        def ring(*_: Any) -> None:
             if running:
                 raise OutOfTime
 
@@ -101,12 +101,12 @@ def time_limit(seconds: float):
 
     thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
 
-    def ring():
+    def late() -> None:
         with lock:
             if running:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(OutOfTime))
 
-    timer = threading.Timer(seconds, ring)
+    timer = threading.Timer(seconds, late)
     timer.daemon = True
     timer.start()
     try:
@@ -117,13 +117,13 @@ def time_limit(seconds: float):
         timer.cancel()
 
 
-def _where(error: BaseException, answer: Callable) -> str:
+def _where(error: BaseException, answer: Callable[..., Any]) -> str:
     """The last line of the student's own code on the way to an error."""
     home = getattr(getattr(answer, "__code__", None), "co_filename", None)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == home]
     if not frames:
         return ""
-    text = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno).strip()
+    text = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
     return f"in line {frames[-1].lineno} of your cell" + (f": {text}" if text else "")
 
 
@@ -189,6 +189,7 @@ def difference(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> s
     if got is None:
         return "None came back: is a `return` missing?"
     got_, want_ = _tensor(got), _tensor(want)
+    assert want_ is not None, "a check wants a tensor, or what becomes one"
     if got_ is None:
         kind = "tensor" if want_.ndim else "number"
         return f"a {kind} should have come back, not {type(got).__name__}"
@@ -225,7 +226,7 @@ def changed(before: Any, after: Any) -> bool:
 class Trial:
     """One run of a check on one answer, with random numbers of its own."""
 
-    def __init__(self, answer: Callable, seed: int, seconds: float, report: Report):
+    def __init__(self, answer: Callable[..., Any], seed: int, seconds: float, report: Report) -> None:
         self.answer, self.seed, self.seconds, self.report = answer, seed, seconds, report
         self.generator = torch.Generator().manual_seed(1000 + seed)
 
@@ -256,7 +257,7 @@ class Trial:
         part: str,
         inputs: Mapping[str, Any],
         changes: Collection[str] = (),
-        through: Callable | None = None,
+        through: Callable[..., Any] | None = None,
     ) -> Any:
         """What the answer returns for copies of the inputs.
 
@@ -339,7 +340,7 @@ class Trial:
         want: Any,
         *,
         changes: Collection[str] = (),
-        through: Callable | None = None,
+        through: Callable[..., Any] | None = None,
         **compared: Any,
     ) -> Any:
         """Call, and compare what comes back with ``want``."""
@@ -350,8 +351,8 @@ class Trial:
 
     def experiment(
         self,
-        truth: Callable,
-        rivals: Mapping[str, Callable] | None = None,
+        truth: Callable[..., Any],
+        rivals: Mapping[str, Callable[..., Any]] | None = None,
         seeds: int = 5,
         atol: float = 1e-3,
     ) -> None:
@@ -394,7 +395,7 @@ class Trial:
                 )
 
 
-def _is_experiment(got: Any, want: Mapping) -> bool:
+def _is_experiment(got: Any, want: Mapping[str, Any]) -> bool:
     return isinstance(got, Mapping) and all(
         key in got and isinstance(got[key], (tuple, list)) and len(got[key]) == 2 for key in want
     )
@@ -402,7 +403,8 @@ def _is_experiment(got: Any, want: Mapping) -> bool:
 
 def verdict_of(differences: Any) -> tuple[float, float, str]:
     """The 95 % interval of the mean of paired differences, and what it says."""
-    m = mean_interval(xr.DataArray(_tensor(differences).double().numpy(), dims="seed"))
+    values = np.asarray(_tensor(differences), dtype=float)
+    m = mean_interval(xr.DataArray(values, dims="seed"))
     low, high = float(m.low), float(m.high)
     return low, high, "lower" if high < 0 else "higher" if low > 0 else "undecided"
 
@@ -418,11 +420,13 @@ class Check:
         Of the check's random inputs.  The autograder uses others than 0.
     """
 
-    def __init__(self, ask: Callable[[Trial], None], seconds: float):
+    __name__: str  # of the function
+
+    def __init__(self, ask: Callable[[Trial], None], seconds: float) -> None:
         update_wrapper(self, ask)
         self.ask, self.seconds = ask, seconds
 
-    def run(self, answer: Callable, seed: int = 0) -> Report:
+    def run(self, answer: Callable[..., Any], seed: int = 0) -> Report:
         """The report, without printing it."""
         report = Report(f"check.{self.__name__}")
         try:
@@ -441,12 +445,12 @@ class Check:
             report.mistake = mistake
         return report
 
-    def __call__(self, answer: Callable, seed: int = 0) -> Report:
+    def __call__(self, answer: Callable[..., Any], seed: int = 0) -> Report:
         report = self.run(answer, seed)
         print(report)
         return report
 
-    def verify(self, answer: Callable, seed: int = 0) -> None:
+    def verify(self, answer: Callable[..., Any], seed: int = 0) -> None:
         """For the autograder: raise an AssertionError with the report, or pass in silence."""
         report = self.run(answer, seed)
         if not report:
@@ -456,6 +460,14 @@ class Check:
         return f"<check.{self.__name__}>"
 
 
-def question(ask: Callable | None = None, *, seconds: float = 10):
+@overload
+def question(ask: Callable[[Trial], None]) -> Check: ...
+
+
+@overload
+def question(*, seconds: float = 10) -> Callable[[Callable[[Trial], None]], Check]: ...
+
+
+def question(ask: Callable[[Trial], None] | None = None, *, seconds: float = 10) -> Any:
     """Make a check of a function that poses trials; a call of the answer may take ``seconds``."""
     return Check(ask, seconds) if ask else lambda ask: Check(ask, seconds)

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +12,11 @@ from ..flooding import Flooding
 from ..models import MLP
 from ..optimizers import SGD
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 @question
-def fraction_up(trial):
+def fraction_up(trial: Trial) -> None:
     """The fraction of steps up of a walk on a bowl, with one rate down and another up."""
     a, b = trial.number(0.1, 0.3), trial.number(0.35, 0.6)
     walk = lambda down, up: -math.log(1 - down) / (math.log(1 + up) - math.log(1 - down))
@@ -34,7 +35,7 @@ def fraction_up(trial):
 
 
 @question
-def flooded(trial):
+def flooded(trial: Trial) -> None:
     """The flooded loss of a batch, of its mean or example by example."""
     losses, b = trial.rand(6), trial.number(0.4, 0.6)
     losses[:3] = 0.1 * losses[:3]  # on both sides of the level
@@ -63,7 +64,7 @@ def flooded(trial):
 
 
 @question
-def accumulate(trial):
+def accumulate(trial: Trial) -> None:
     """The gradient of the flooded mean loss of a batch that comes in microbatches."""
     x, y = trial.randn(12, 4), trial.integers(3, 12)
     loss = nn.functional.cross_entropy
@@ -91,7 +92,8 @@ def accumulate(trial):
         stale = [trial.randn(*w.shape) for w in weights]
         for w, old in zip(weights, stale):
             w.grad = old.clone()
-        seen, before = [], [w.detach().clone() for w in weights]
+        seen: list[int] = []
+        before = [w.detach().clone() for w in weights]
 
         def counted(z, target, seen=seen):
             seen.append(len(target))
@@ -124,7 +126,7 @@ def accumulate(trial):
 
 
 @question
-def flooded_step(trial):
+def flooded_step(trial: Trial) -> None:
     """A step of gradient descent with flooding and with weight decay."""
     w, g = trial.randn(3), trial.randn(3)
     b, lr, decay = trial.number(0.2, 0.4), 0.1, 0.5
@@ -141,7 +143,7 @@ def flooded_step(trial):
 
 
 @lru_cache
-def _flooding_effect(seeds):
+def _flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
     end = fit(lambda: MLP(40, 32, 10), data, recipe, steps=400, seeds=list(seeds),
@@ -151,7 +153,7 @@ def _flooding_effect(seeds):
 
 
 @question(seconds=120)
-def flooding_effect(trial):
+def flooding_effect(trial: Trial) -> None:
     """What flooding changes in the test loss and in the test error."""
     trial.experiment(_flooding_effect, atol=0.01, rivals={
         "The difference is the wrong way round: flooded minus not flooded.":

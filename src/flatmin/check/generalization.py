@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from scipy.stats import t as student
@@ -10,11 +11,11 @@ from ..data import mnist1d
 from ..models import MLP
 from ..optimizers import SGD
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 @question
-def lucky(trial):
+def lucky(trial: Trial) -> None:
     """The chance that the best of M coin-flipping networks makes no error on n examples."""
     few = int(trial.integers(20)) + 5
     for part, n, M in (
@@ -35,7 +36,7 @@ def lucky(trial):
 
 
 @question
-def margins(trial):
+def margins(trial: Trial) -> None:
     """How far the right class is ahead of the best wrong one, example by example."""
     for part, n, k in (("five examples, three classes", 5, 3), ("two classes", 4, 2)):
         z, y = trial.randn(n, k), trial.integers(k, n)
@@ -55,7 +56,7 @@ def margins(trial):
 
 
 @question
-def paired_interval(trial):
+def paired_interval(trial: Trial) -> None:
     """Mean and half width of the 95 % interval of a paired difference."""
     for part, n in (("five pairs", 5), ("twelve pairs", 12)):
         common = 3 * trial.randn(n)
@@ -83,7 +84,7 @@ def paired_interval(trial):
 
 
 @question
-def stopped_early(trial):
+def stopped_early(trial: Trial) -> None:
     """Each run's test error at the step at which its own validation loss is lowest."""
     validation, test = trial.rand(4, 9), trial.rand(4, 9)
     validation[torch.arange(4), torch.tensor([2, 5, 7, 3])] -= 1  # every run turns elsewhere
@@ -104,7 +105,7 @@ def stopped_early(trial):
 
 
 @lru_cache
-def _memorization(seeds):
+def _memorization(seeds: tuple[int, ...]) -> dict[str, Any]:
     def end(noise):
         data = [mnist1d(train_size=200, label_noise=noise, seed=s) for s in seeds]
         recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
@@ -117,7 +118,7 @@ def _memorization(seeds):
 
 
 @question(seconds=120)
-def memorization(trial):
+def memorization(trial: Trial) -> None:
     """What random labels change in the training error and in the test error."""
     trial.experiment(_memorization, atol=0.01, rivals={
         "The difference is the wrong way round: random labels minus true labels.":

@@ -1,6 +1,7 @@
 """Checks of assignment 5: mixup."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from scipy.special import beta as beta_function
@@ -11,11 +12,11 @@ from ..mixup import Mixup
 from ..models import MLP
 from ..optimizers import SGD
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 @question
-def expected_mixing(trial):
+def expected_mixing(trial: Trial) -> None:
     """E[λ(1-λ)] for each weight of a Dirichlet distribution."""
     a, b = trial.number(0.2, 0.9), trial.number(1.1, 3.0)
     for part, alphas in (
@@ -37,7 +38,7 @@ def expected_mixing(trial):
 
 
 @question
-def mixed_loss(trial):
+def mixed_loss(trial: Trial) -> None:
     """The loss on mixed labels from two ordinary losses, with one λ an example."""
     z, y = trial.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     partners = torch.arange(6).roll(-1)  # of other classes, all of them
@@ -62,7 +63,7 @@ def mixed_loss(trial):
 
 
 @question(seconds=30)
-def dirichlet_mixup(trial):
+def dirichlet_mixup(trial: Trial) -> None:
     """Mix k examples with Dirichlet weights, one vector of weights an example."""
     n, k, K = 24, 3, 4
     eye = torch.eye(n, dtype=torch.float64)  # so row i of the result holds the weights of mixture i
@@ -137,7 +138,7 @@ def dirichlet_mixup(trial):
 
 
 @question
-def shrunk(trial):
+def shrunk(trial: Trial) -> None:
     """The data on which mixup is empirical risk minimization, up to a perturbation of mean zero."""
     x, one = trial.randn(8, 3) + 2, F.one_hot(torch.arange(8) % 4, 4).double()
     to = lambda c, v: v.mean(0) + c * (v - v.mean(0))
@@ -157,7 +158,7 @@ def shrunk(trial):
 
 
 @lru_cache
-def _mixup_effect(seeds):
+def _mixup_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
     recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
     end = fit(lambda: MLP(40, 32, 10), data, recipe, steps=300, seeds=list(seeds),
@@ -168,7 +169,7 @@ def _mixup_effect(seeds):
 
 
 @question(seconds=120)
-def mixup_effect(trial):
+def mixup_effect(trial: Trial) -> None:
     """What mixup changes under label noise, in the test loss and in the test error."""
     trial.experiment(_mixup_effect, atol=0.01, rivals={
         "The difference is the wrong way round: mixup minus none.":

@@ -1,6 +1,7 @@
 """Checks of assignment 3: flooding is a gradient penalty."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.func import grad, hessian, jvp
@@ -10,7 +11,7 @@ from ..flooding import Flooding
 from ..models import MLP
 from ..optimizers import SGD
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 def _smooth(trial, size=5):
@@ -25,7 +26,7 @@ def _smooth(trial, size=5):
 
 
 @question
-def effective_objective(trial):
+def effective_objective(trial: Trial) -> None:
     """The rate and the penalty of a sequence of steps with any rates."""
     a, b, c = trial.number(0.3, 0.5), trial.number(0.05, 0.2), trial.number(0.05, 0.2)
     for part, rates in (
@@ -54,7 +55,7 @@ def effective_objective(trial):
 
 
 @question
-def remainder(trial):
+def remainder(trial: Trial) -> None:
     """What a step down and a step up leave, after the penalty's step has been taken away."""
     L, theta, g, H = _smooth(trial)
     for part, eps in (("a long step", 0.4), ("a short step", 0.05)):
@@ -77,7 +78,7 @@ def remainder(trial):
 
 
 @question
-def two_rate_loss(trial):
+def two_rate_loss(trial: Trial) -> None:
     """The objective that a step down and a smaller step up descend, and its gradient."""
     L, theta, g, H = _smooth(trial)
     e1, e2 = trial.number(0.4, 0.6), trial.number(0.1, 0.3)
@@ -98,7 +99,7 @@ def two_rate_loss(trial):
 
 
 @question
-def difference_penalty(trial):
+def difference_penalty(trial: Trial) -> None:
     """The penalized gradient from two gradients, without a Hessian."""
     L, theta, g, _ = _smooth(trial)
     lam, r, calls = trial.number(0.2, 0.5), 0.01, []
@@ -135,7 +136,7 @@ def _slope(network, params, x, y):
 
 
 @lru_cache
-def _level_walk(seeds):
+def _level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
     early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
     runs = fit(lambda: MLP(40, 16, 10, activation=torch.nn.Tanh), mnist1d(train_size=100),
                Recipe(Flooding(0.5), optimizer=SGD(lr=1.0)), steps=600, batch_size=None,
@@ -146,7 +147,7 @@ def _level_walk(seeds):
 
 
 @question(seconds=120)
-def level_walk(trial):
+def level_walk(trial: Trial) -> None:
     """What a flooded walk along the level changes in ‖g‖² and in the test error."""
     trial.experiment(_level_walk, atol=5e-3, rivals={
         "The difference is the wrong way round: late minus early.":

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,11 @@ from ..models import MLP
 from ..optimizers import SGD
 from ..sam import SAMGradient, dual_norm_perturbation
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 @question
-def sharpest_stable(trial):
+def sharpest_stable(trial: Trial) -> None:
     """The largest curvature at which unnormalized SAM with a given rate does not diverge."""
     for part, eta, rho in (
         ("a rate and a radius", trial.number(0.1, 0.5), trial.number(0.1, 0.9)),
@@ -35,7 +36,7 @@ def sharpest_stable(trial):
 
 
 @question
-def climb(trial):
+def climb(trial: Trial) -> None:
     """ε̂ for a list of tensors and any p."""
     g = [trial.randn(3, 2), trial.randn(4)]
     g[1] *= 3
@@ -82,7 +83,7 @@ def climb(trial):
 
 
 @question
-def sam_step(trial):
+def sam_step(trial: Trial) -> None:
     """One step of SAM with any base optimizer, p = 2."""
     x, y = trial.randn(10, 4), trial.integers(3, 10)
     rho = trial.number(0.2, 0.5)
@@ -142,7 +143,7 @@ def sam_step(trial):
 
 
 @question
-def adaptive_climb(trial):
+def adaptive_climb(trial: Trial) -> None:
     """ε̂ of adaptive SAM for p = 2."""
     w, g = trial.randn(6), trial.randn(6)
     rho = trial.number(0.1, 0.9)
@@ -165,7 +166,7 @@ def adaptive_climb(trial):
 
 
 @lru_cache
-def _sam_effect(seeds):
+def _sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
     sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
 
@@ -179,7 +180,7 @@ def _sam_effect(seeds):
 
 
 @question(seconds=120)
-def sam_effect(trial):
+def sam_effect(trial: Trial) -> None:
     """What SAM changes at an equal number of gradients, in training error and test error."""
     trial.experiment(_sam_effect, atol=0.01, rivals={
         "The difference is the wrong way round: SAM minus SGD.":

@@ -2,6 +2,7 @@
 
 import itertools
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.func import grad
@@ -11,11 +12,11 @@ from ..models import MLP
 from ..optimizers import SGD
 from ..spectrum import HessianEigenvalues
 from ..training import Recipe, fit
-from .core import Mistake, question
+from .core import Mistake, Trial, question
 
 
 @question
-def probe_variance(trial):
+def probe_variance(trial: Trial) -> None:
     """The variance of zᵀHz over all vectors of signs."""
     for part, size in (("a 3×3 matrix", 3), ("a 7×7 matrix", 7)):
         H = trial.randn(size, size)
@@ -40,7 +41,7 @@ def probe_variance(trial):
 
 
 @question
-def m_sharpness(trial):
+def m_sharpness(trial: Trial) -> None:
     """The mean over shards of the rise of the loss at each shard's own ε̂."""
     X, t = trial.randn(10, 4), trial.randn(10)
     w, rho = trial.randn(4), trial.number(0.1, 0.5)
@@ -79,7 +80,7 @@ def m_sharpness(trial):
 
 
 @question
-def lanczos(trial):
+def lanczos(trial: Trial) -> None:
     """Lanczos' α, β and Q, with a basis that stays orthogonal."""
 
     def problem(part, values, steps, dtype=torch.float64):
@@ -144,7 +145,7 @@ def show_few(values):
 
 
 @question
-def hutchinson(trial):
+def hutchinson(trial: Trial) -> None:
     """Trace and standard error from given probes."""
     n, k = 12, 9
     H = trial.randn(n, n)
@@ -166,7 +167,7 @@ def hutchinson(trial):
 
 
 @lru_cache
-def _sharpness_effect(seeds):
+def _sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     runs, networks = fit(lambda: MLP(40, 16, 10, activation=torch.nn.Tanh), data,
                          Recipe(optimizer=SGD()), steps=600, grid={"lr": [0.05, 0.3]},
@@ -179,7 +180,7 @@ def _sharpness_effect(seeds):
 
 
 @question(seconds=120)
-def sharpness_effect(trial):
+def sharpness_effect(trial: Trial) -> None:
     """What a larger rate changes in the largest eigenvalue and in the test error."""
     trial.experiment(_sharpness_effect, atol=0.01, rivals={
         "The difference is the wrong way round: the larger rate minus the smaller.":

@@ -1,6 +1,7 @@
 """Checks of assignment 4: stiffness."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -9,11 +10,11 @@ from ..models import MLP
 from ..optimizers import SGD
 from ..stiffness import ClassStiffness
 from ..training import Recipe, fit
-from .core import question
+from .core import Trial, question
 
 
 @question
-def one_answer_cosine(trial):
+def one_answer_cosine(trial: Trial) -> None:
     """The cosine of the residuals of two classes where the network answers with a third."""
     for part, K, p in (
         ("three classes", 3, trial.number(0.5, 0.9)),
@@ -40,7 +41,7 @@ def one_answer_cosine(trial):
 
 
 @question
-def sequence_gram(trial):
+def sequence_gram(trial: Trial) -> None:
     """The Gram matrix of the gradients of a linear layer that sees T positions."""
     for part, n, T, I, O in (
         ("one position", 4, 1, 3, 2),
@@ -68,7 +69,7 @@ def sequence_gram(trial):
 
 
 @question
-def class_means(trial):
+def class_means(trial: Trial) -> None:
     """Class by class, the mean over pairs of different examples."""
     n, K = 9, 4
     values = trial.randn(n, n)
@@ -105,7 +106,7 @@ def class_means(trial):
 
 
 @question
-def cosines(trial):
+def cosines(trial: Trial) -> None:
     """Cosine stiffness from raw inner products."""
     g = trial.randn(5, 3)
     unit = g / g.norm(dim=1, keepdim=True)
@@ -130,7 +131,7 @@ def cosines(trial):
 
 
 @lru_cache
-def _stiffness_effect(seeds):
+def _stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     def within(noise):
         data = [mnist1d(train_size=200, label_noise=noise, seed=s) for s in seeds]
         runs = fit(lambda: MLP(40, 32, 10), data, Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
@@ -144,7 +145,7 @@ def _stiffness_effect(seeds):
 
 
 @question(seconds=120)
-def stiffness_effect(trial):
+def stiffness_effect(trial: Trial) -> None:
     """What random labels change in the stiffness within classes, before and after training."""
     trial.experiment(_stiffness_effect, atol=5e-3, rivals={
         "The difference is the wrong way round: random labels minus true labels.":

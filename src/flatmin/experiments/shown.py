@@ -1,0 +1,91 @@
+"""What the book shows of an experiment: its figure and where it comes from, or that there is none."""
+
+from __future__ import annotations
+
+import base64
+import html
+import inspect
+import io
+import json
+from typing import TYPE_CHECKING
+
+from .records import experiment, plot, record
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from IPython.display import HTML
+
+__all__ = ["caption", "full_scale", "origin", "picture"]
+
+
+def full_scale(name: str, size: str | None = None) -> HTML:
+    """An experiment in a chapter: the figure of its record, or how to make one.
+
+    Parameters
+    ----------
+    name : str
+        One of ``NAMES``.
+    size : str, optional
+        Default: the experiment's default size.
+
+    Returns
+    -------
+    HTML
+        For a notebook.
+
+    Examples
+    --------
+    >>> "Ishida et al. 2020" in full_scale("flooding_synthetic").data
+    True
+    """
+    from IPython.display import HTML
+
+    source = html.escape(experiment(name).SOURCE)
+    command = f"python -m flatmin.experiments {name}" + (f" --size {size}" if size else "")
+    try:
+        found = record(name, size)
+    except FileNotFoundError:
+        return HTML(f"<p><em>Not yet recorded</em> ({source}). "
+                    f"This makes the record: <code>{html.escape(command)}</code></p>")  # fmt: skip
+    image = base64.b64encode(picture(found)).decode()
+    words = html.escape(caption(name))
+    return HTML(
+        f'<img src="data:image/png;base64,{image}" alt="{words}" style="max-width:100%">'
+        f'<div class="figure-caption"><p>{words} ({source}; {html.escape(origin(found))}.)</p></div>'
+    )
+
+
+def caption(name: str) -> str:
+    """What an experiment's figure shows, in words."""
+    return " ".join(inspect.cleandoc(experiment(name).plot.__doc__).split())
+
+
+def origin(record: xr.Dataset) -> str:
+    """Where a record was made, from what, and in how long.
+
+    Examples
+    --------
+    >>> from flatmin.experiments import record
+    >>> origin(record("flooding_synthetic")).startswith("size demo, 10 seeds, generated: ")
+    True
+    """
+    about = record.attrs
+    seconds = float(about["seconds"])
+    took = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+    return (f"size {about['size']}, {len(json.loads(about['seeds']))} seeds, {about['data']}; "
+            f"on {about['device']}, PyTorch {about['torch']}, in {took}")  # fmt: skip
+
+
+def picture(record: xr.Dataset) -> bytes:
+    """The figure of a record, as PNG."""
+    import matplotlib.pyplot as plt
+
+    from ..plotting import use_style
+
+    with plt.rc_context():
+        use_style()
+        figure = plot(record.attrs["experiment"], record)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=160)
+        plt.close(figure)
+    return file.getvalue()

@@ -1,0 +1,38 @@
+"""What a chapter shows of an experiment, recorded or not."""
+
+import base64
+import re
+
+import pytest
+
+from flatmin import experiments
+from flatmin.experiments import shown
+
+RECORDED = "flooding_synthetic"
+
+
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_a_caption_is_plain_words(name):
+    assert len(shown.caption(name)) > 40 and not re.search(r"[`*\n]|  ", shown.caption(name))
+
+
+def test_a_record_is_drawn_with_where_it_comes_from():
+    text = experiments.full_scale(RECORDED).data
+    [(image, alt)] = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
+    assert base64.b64decode(image).startswith(b"\x89PNG") and alt == shown.caption(RECORDED)
+    assert shown.origin(experiments.record(RECORDED)) in text
+
+
+@pytest.mark.parametrize("size", [None, "paper"])
+def test_without_a_record_it_says_so_and_how_to_make_one(size, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments.records, "FOLDERS", [tmp_path])
+    text = experiments.full_scale(RECORDED, size).data
+    command = f"python -m flatmin.experiments {RECORDED}" + (" --size paper" if size else "")
+    assert "Not yet recorded" in text and f"<code>{command}</code>" in text and "<img" not in text
+
+
+def test_bad_names_are_errors():
+    with pytest.raises(ValueError, match="name must be one of .* got 'flood'"):
+        experiments.full_scale("flood")
+    with pytest.raises(ValueError, match="size must be one of .* got 'huge'"):
+        experiments.full_scale(RECORDED, "huge")

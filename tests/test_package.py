@@ -1,0 +1,287 @@
+"""What a user of the package gets: few dependencies, a quick import, types, and a README that runs."""
+
+import inspect
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import xarray as xr
+from packaging.requirements import Requirement
+
+import flatmin
+
+ROOT = Path(__file__).resolve().parent.parent
+project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CORE = {Requirement(line).name for line in project["dependencies"]}
+EXTRAS = ["IPython", "matplotlib", "matplotlib_inline", "mnist1d", "pooch", "requests", "sklearn"]
+
+# As where nothing but flatmin's own dependencies is installed.
+ONLY_CORE = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.split(".")[0] in {EXTRAS}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def python(code, **options):
+    """Run code in a process of its own; what it printed."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_flatmin_imports_little_but_torch():
+    """pandas and scipy.stats would take as long as torch itself."""
+    heavy = ["pandas", "scipy", "xarray", *EXTRAS]
+    code = "import sys, torch; had = {*sys.modules}; import flatmin; print(*({*sys.modules} - had))"
+    loaded = {name.split(".")[0] for name in python(code).split()}
+    assert "flatmin" in loaded and loaded & {*heavy} == set()
+
+
+def test_methods_and_fit_need_no_extra():
+    code = """
+    import torch
+    from torch import nn
+    import flatmin
+    from flatmin import MLP, SAM, BatchTransform, Flooding, Mixup, Recipe, SAMGradient
+    from flatmin import fit, flood, flood_gradients_, gradient_penalty, pm, two_gaussians
+
+    torch.manual_seed(0)
+    data, model = two_gaussians(train_size=40, test_size=40), MLP(10, 8, 2)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    mixed = BatchTransform(Mixup(0.4), num_classes=2)
+    x, y = mixed(data.x_train, data.y_train)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = flood(nn.functional.cross_entropy(model(x), y), 0.05)
+        (loss + gradient_penalty(loss, model.parameters(), 0.01)).backward()
+        return loss
+
+    before = [w.clone() for w in model.parameters()]
+    optimizer.step(closure)
+    assert not any(torch.equal(v, w) for v, w in zip(before, model.parameters()))
+    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(Flooding(), SAMGradient()), steps=3, seeds=2,
+               batch_size=None, grid={"flood_level": [0.0, 0.1]})
+    assert "±" in pm(runs.test_loss.isel(step=-1, flood_level=0))
+    print(round(flatmin.eigenvalues(torch.diag(torch.tensor([1.0, 2.0, 4.0]))).values.item(), 3))
+    """
+    assert "4.0" in python(ONLY_CORE + textwrap.dedent(code))
+
+
+def test_what_needs_an_extra_says_which():
+    needs = {
+        "flatmin.mnist1d()": ("mnist1d()", "mnist1d", "data"),
+        "flatmin.digits()": ("digits()", "sklearn", "data"),
+        "import flatmin.plotting": ("flatmin.plotting", "matplotlib", "plot"),
+        "import flatmin.explorable": ("flatmin.explorable", "matplotlib", "plot"),
+    }
+    attempt = "try:\n    {}\nexcept ImportError as error:\n    print(error)\n"
+    out = python(ONLY_CORE + "import flatmin\n" + "".join(map(attempt.format, needs)))
+    assert out.splitlines() == [
+        f"{what} needs the package {package!r}, which is not installed: pip install 'flatmin[{extra}]'"
+        for what, package, extra in needs.values()
+    ]
+
+
+def test_a_download_without_the_extra_says_which(monkeypatch, tmp_path):
+    monkeypatch.delenv("FLATMIN_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(ImportError, match=r"pip install 'flatmin\[data\]'"):
+        flatmin.cifar10()
+
+
+# ---------------------------------------------------------------------------------------- README
+
+
+def blocks():
+    """The README's Python, with fewer steps."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [re.sub(r"\bsteps=3000\b", "steps=30", block) for block in found]
+
+
+def test_the_line_for_a_loop_of_your_own_runs():
+    one_line = next(block for block in blocks() if "flood(criterion" in block)
+    model = torch.nn.Linear(3, 2)
+    names = {"criterion": torch.nn.CrossEntropyLoss(), "model": model,
+             "x": torch.zeros(5, 3), "y": torch.zeros(5, dtype=torch.int64)}  # fmt: skip
+    exec(one_line, names)
+    raw = names["criterion"](model(names["x"]), names["y"])
+    assert torch.equal(names["loss"], (raw - 0.05).abs() + 0.05)
+
+
+def test_the_study_runs(capsys):
+    study = next(block for block in blocks() if "fit(" in block)
+    assert "steps=30," in study
+    names = {}
+    exec(study, names)
+    assert isinstance(names["runs"], xr.Dataset) and names["runs"].sizes["seed"] == 5
+    assert capsys.readouterr().out.count("<xarray.") == 2
+
+
+def test_what_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    also = re.search(r"Also there.*", text)[0]
+    names = [name for name in re.findall(r"`([\w.]+)`", also)]
+    assert len(names) > 5
+    for name in names:
+        owner, _, attribute = name.removeprefix("flatmin.").rpartition(".")
+        module = __import__(f"flatmin.{owner}", fromlist=[""]) if owner else flatmin
+        assert hasattr(module, attribute), name
+
+
+# ------------------------------------------------------------------------------------- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [path] = folder.glob("flatmin-*.whl")
+    return path
+
+
+def test_the_wheel_has_types_records_and_the_licence(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    records = {f"flatmin/results/{path.name}" for path in (ROOT / "results").glob("*.nc")}
+    assert {"flatmin/py.typed", "flatmin/sam.py"} | records <= names and records
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not [name for name in names if name.split("/")[0].split("-")[0] != "flatmin"]
+
+
+def test_the_wheel_runs_from_another_folder(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tmp_path)
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(tmp_path)!r})
+    import flatmin
+    from flatmin.experiments import record
+    assert flatmin.__file__.startswith({str(tmp_path)!r}), flatmin.__file__
+    print(len(record("flooding_synthetic").data_vars) > 0, flatmin.__version__)
+    """
+    assert python(textwrap.dedent(code), cwd=tmp_path).split() == ["True", project["version"]]
+
+
+def test_the_wheel_asks_for_the_core_alone(wheel):
+    file = zipfile.ZipFile(wheel)
+    [path] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = re.findall(r"^Requires-Dist: (.*)$", file.read(path).decode(), re.M)
+    always = {r.name for r in map(Requirement, lines) if r.marker is None}
+    assert always == CORE == {"torch", "numpy", "scipy", "xarray", "tqdm"}
+
+
+# ------------------------------------------------------------------------------------------ types
+
+USER = """
+# mypy: disallow-untyped-calls, warn-return-any
+from typing import assert_type
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+import flatmin
+from flatmin import MLP, SAM, SGD, Attack, BatchTransform, Flooding, FloodingLoss, Mixup, Networks
+from flatmin import Recipe, SAMGradient, Sharpness, fit, flood, mean_interval, pm, two_gaussians
+from flatmin.plotting import band
+
+
+def curvature(network: flatmin.training.Network, params: dict[str, Tensor], x: Tensor,
+              y: Tensor) -> Tensor:
+    return flatmin.gradient_norm(network, params, x, y)
+
+
+data = two_gaussians(label_noise=0.1)
+recipe = Recipe(Flooding(0.1), SAMGradient(rho=0.1), SGD(lr=0.1), batch=Mixup(0.2))
+runs = fit(lambda: MLP(10, 8, 2), data, recipe, steps=10, grid={"flood_level": [0, 0.1]},
+           instruments={"curvature": curvature, "sharpness": Sharpness(rho=0.1)})
+assert_type(runs, xr.Dataset)
+runs, networks = fit(MLP(10, 2), data, steps=3, networks="last", seeds=[1, 2])
+assert_type(networks, Networks)
+assert_type(networks.measure(Attack(eps=0.1), data), xr.DataArray)
+assert_type(networks.module(seed=1), nn.Module)
+assert_type(mean_interval(runs.test_loss), xr.Dataset)
+assert_type(pm(runs.test_loss), str)
+
+model = nn.Linear(10, 2)
+optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+criterion = FloodingLoss(nn.CrossEntropyLoss(), 0.1)
+x, y = BatchTransform(Mixup(0.2), num_classes=2)(data.x_train, data.y_train)
+assert_type(x, Tensor)
+assert_type(flood(torch.zeros(3), 0.1), Tensor)
+
+
+def closure() -> Tensor:
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+    return loss
+
+
+optimizer.step(closure)
+optimizer.first_step(zero_grad=True)
+optimizer.second_step()
+fit(MLP(10, 2), data, steps=3, networks="first")  # error: call-overload
+fit(MLP(10, 2), data, steps="3")  # error: call-overload
+flood(torch.zeros(3), "high")  # error: arg-type
+"""
+
+
+def test_types_pass_the_strict_checker_here_and_in_a_users_program(tmp_path):
+    """mypy --strict, and what it says of wrong calls; torch's own types differ by version."""
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for name in ("mypy", "torch", "numpy", "xarray"):
+        if version(name).split("+")[0] != pins[name]:
+            pytest.skip(f"types are checked with {name} {pins[name]}, here is {version(name)}")
+    program = tmp_path / "program.py"
+    program.write_text(USER)
+    command = ["mypy", "--cache-dir", tmp_path / "cache", "--no-pretty", "src/flatmin", program]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    errors = re.findall(r"^(.*?):(\d+): error: (.*)  \[([\w-]+)\]$", done.stdout, re.M)
+    ours = [error for error in errors if not error[0].endswith("program.py")]
+    assert ours == [], done.stdout
+    wanted = {
+        (number, kind)
+        for number, line in enumerate(USER.splitlines(), 1)
+        for kind in re.findall(r"# error: ([\w-]+)", line)
+    }
+    assert {(int(number), kind) for _, number, _, kind in errors} == wanted, done.stdout
+
+
+def test_everything_that_is_exported_is_declared():
+    """A strict checker lets users import only what __all__ names."""
+    public = {name for name, thing in vars(flatmin).items()
+              if name[0] != "_" and not isinstance(thing, type(flatmin))}  # fmt: skip
+    assert sorted(public) == sorted(flatmin.__all__)
+
+
+def test_everything_that_is_exported_is_annotated():
+    """Parameters and results of all public functions, and of the methods of all public classes."""
+    missing = []
+    for name in flatmin.__all__:
+        thing = getattr(flatmin, name)
+        methods = [m for n, m in vars(thing).items() if inspect.isfunction(m) and n[0] != "_"]
+        for function in methods if inspect.isclass(thing) else [thing]:
+            signature = inspect.signature(function)
+            kinds = [p.annotation for n, p in signature.parameters.items() if n != "self"]
+            if signature.empty in (*kinds, signature.return_annotation):
+                missing.append(f"{name}: {function.__qualname__}")
+    assert missing == []
