@@ -5,36 +5,24 @@
 Two passes and one step of the base optimizer are the least that SAM can cost: that is 1.00.  Beside
 it stand ``flatmin.SAM``, the one of ``pytorch-optimizer`` (from PyPI; left out where it is not
 installed), and the textbook's: the algorithm written down as in most public implementations, with
-its ``first_step`` and ``second_step`` as loops over the parameters.  All take turns in one process,
-so that a machine that slows down slows down all; what is compared are the ratios of each turn, and
-their median.
+its ``first_step`` and ``second_step`` as loops over the parameters.
 
-``shards`` times one m-SAM gradient, its shards side by side (``vmap``) and one after the other, and
-``memory`` counts the bytes that one step of SAM allocates beyond what two plain passes do.
+*networks* has a ResNet, where the passes are everything, and a network of 122 small tensors, where
+they are not; and the memory that SAM makes beyond that of two passes, in copies of the weights.
+*parameters* is the growth with the width of a small network at a small batch, where SAM's own
+reading and writing of the weights weighs most.
 """
 
-import argparse
-import json
-import statistics
-import time
-from functools import partial
-from pathlib import Path
-
+from common import Benchmark, gradient_multiplications, size  # isort: skip  (quiets progress bars)
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatmin import MLP, resnet20
-from flatmin.sam import SAM, SAMGradient
+from flatmin.sam import SAM
 
-try:
-    from stack import setting
-except ImportError:  # imported as benchmarks.sam
-    from benchmarks.stack import setting
-
-RECORD = Path(__file__).resolve().parent.parent / "results" / "benchmark_sam.json"
-WARM_UP = 3
+BATCH = 32
+WIDTHS = (32, 128, 512, 1024)
 
 
 class Textbook:
@@ -97,79 +85,27 @@ class PytorchOptimizer:
         return loss
 
 
-def sides() -> dict:
-    found = {"two_passes": TwoPasses, "flatmin": SAM, "textbook": Textbook}
-    try:
-        import pytorch_optimizer  # noqa: F401
-
-        found["pytorch_optimizer"] = PytorchOptimizer
-    except ImportError:
-        print("pytorch-optimizer is not installed: not measured\n")
-    return found
-
-
-NETWORKS = {
-    "ResNet-20, batch 32": (lambda: resnet20(10), (32, 3, 32, 32)),
-    "60 layers of 64 units, batch 32": (lambda: MLP(*[64] * 60, 10), (32, 64)),
-}
+SIDES = {"two passes": TwoPasses, "flatmin": SAM, "textbook": Textbook}
+PEER = "pytorch-optimizer"
 
 
 class Loop:
     """One network, one batch, one optimizer, ready to step."""
 
-    def __init__(self, network, side, device):
-        make, shape = NETWORKS[network]
+    def __init__(self, make, x, side, device):
         torch.manual_seed(0)
-        self.module = make().to(device).train()
-        x = torch.randn(*shape, device=device)
-        y = torch.randint(10, (len(x),), device=device)
+        self.module, self.x = make().to(device).train(), x.to(device)
+        y = torch.randint(10, (len(x),)).to(device)
         base = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
         self.optimizer = side(base, 0.05)
 
         def closure():
             self.module.zero_grad()
-            loss = nn.functional.cross_entropy(self.module(x), y)
+            loss = nn.functional.cross_entropy(self.module(self.x), y)
             loss.backward()
             return loss
 
         self.step = lambda: self.optimizer.step(closure)
-
-
-def take_turns(functions: dict, seconds: float, device: str) -> dict[str, list[float]]:
-    """Milliseconds of each call; they take turns of one call, for ``seconds`` in all."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times = {name: [] for name in functions}
-    for _ in range(WARM_UP):
-        for function in functions.values():
-            function()
-    end, order = time.perf_counter() + seconds, list(functions.items())
-    while time.perf_counter() < end:
-        order = [*order[1:], order[0]]  # so that none always follows the same other
-        for name, function in order:
-            wait()
-            started = time.perf_counter()
-            function()
-            wait()
-            times[name].append(1e3 * (time.perf_counter() - started))
-    return times
-
-
-def medians(times: dict, unit: str) -> dict:
-    """Median milliseconds of each side, and the median over the turns of its ratio to ``unit``."""
-    row = {"turns": len(times[unit])}
-    for name, each in times.items():
-        row[f"{name}_ms"] = statistics.median(each)
-        row[f"{name}_ratio"] = statistics.median(
-            a / b for a, b in zip(each, times[unit], strict=True)
-        )
-    return row
-
-
-def compare(network, *, seconds, device="cpu") -> dict:
-    """Milliseconds a step of each side, and the ratio to two plain passes and a step."""
-    loops = {name: Loop(network, side, device) for name, side in sides().items()}
-    times = take_turns({name: loop.step for name, loop in loops.items()}, seconds, device)
-    return {"network": network} | medians(times, "two_passes")
 
 
 class Allocations(TorchDispatchMode):
@@ -190,78 +126,58 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def memory(network) -> dict:
-    """Memory that the first and a later first_step() make, in copies of the weights."""
-    loop = Loop(network, sides()["flatmin"], "cpu")
-    size = sum(p.numel() * p.element_size() for p in loop.module.parameters())
-    copies = []
+def copies(make, x, device="cpu") -> list[float]:
+    """Memory that the first and a later first_step() of ours make, in copies of the weights."""
+    loop = Loop(make, x, SAM, device)
+    found = []
     for _ in range(2):
         loss = sum((p**2).sum() for p in loop.module.parameters())
         loss.backward()
         with Allocations() as made:
             loop.optimizer.first_step()
         loop.optimizer.restore()
-        copies.append(made.bytes / size)
-    return {"network": network, "first_step_copies": copies[0], "later_step_copies": copies[1]}
+        found.append(made.bytes / (4 * size(loop.module)))
+    return found
 
 
-def shards(*, seconds, device="cpu", n=128) -> list[dict]:
-    """Milliseconds of an m-SAM gradient, side by side and in a loop."""
-    torch.manual_seed(0)
-    module = MLP(40, 100, 100, 10).to(device)
-    x, y = torch.randn(n, 40, device=device), torch.randint(10, (n,), device=device)
-    params = {name: p.detach() for name, p in module.named_parameters()}
+def compare(bench, make, x) -> tuple[dict, dict]:
+    """Seconds a step, and their floor.
 
-    def objective(params, buffers, rows=...):
-        logits = functional_call(module, params, (x[rows],))
-        return nn.functional.cross_entropy(logits, y[rows]), buffers
-
-    objective.examples = n
-    rows = []
-    for m in (4, 16, 64):
-        places = {"vmapped": SAMGradient(m=m), "looped": SAMGradient(m=m, chunk_size=1)}
-        run = {name: partial(place, objective, params, {}) for name, place in places.items()}
-        times = take_turns(run, seconds / 3, device)
-        rows.append({"m": m, "shards": n // m} | medians(times, "vmapped"))
-    return rows
+    Bytes: each pass reads the weights twice and writes a gradient; the way up reads weights and
+    gradient and writes weights, and keeps the old ones, which come back; and SGD with momentum
+    reads three and writes two.
+    """
+    sides = SIDES | ({PEER: PytorchOptimizer} if PEER in bench.setting else {})
+    loops = {name: Loop(make, x, side, bench.device) for name, side in sides.items()}
+    row = bench.turns({name: loop.step for name, loop in loops.items()}, "two passes")
+    module = loops["flatmin"].module
+    least = bench.floor(
+        multiplications=2 * len(x) * gradient_multiplications(module, x.to(bench.device)),
+        bytes=(2 * 3 + 3 + 2 + 2 + 5) * 4 * size(module),
+        footprint=4 * 4 * size(module),
+    )
+    return row, least
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each comparison")
-    parser.add_argument("--record", nargs="?", type=Path, const=RECORD, help="write results here")
-    chosen = parser.parse_args(arguments)
-    if chosen.seconds <= 0:
-        parser.error("--seconds must be positive")
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device on this machine")
-
-    size = {"seconds": chosen.seconds, "device": chosen.device}
-    about = setting(chosen.device, seconds=chosen.seconds)
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    rows = []
-    for network in NETWORKS:
-        row = compare(network, **size)
-        rows.append(row)
-        print(network, flush=True)
-        for name in (key[:-3] for key in row if key.endswith("_ms")):
-            print(f"  {name:<18} {row[f'{name}_ms']:8.2f} ms  {row[f'{name}_ratio']:.3f}×")
-    print("\nm-SAM gradient, MLP 40-100-100-10, 128 examples: in turn / side by side")
-    m_sam = shards(**size)
-    for row in m_sam:
-        print(f"  m = {row['m']:<3} {row['shards']:>3} shards  {row['looped_ms']:7.2f} ms / "
-              f"{row['vmapped_ms']:6.2f} ms = {row['looped_ratio']:.1f}×")  # fmt: skip
-    print("\nmemory made by first_step(), in copies of the weights: the first time, and later")
-    copies = [memory(network) for network in NETWORKS]
-    for row in copies:
-        print(f"  {row['network']}: {row['first_step_copies']:.4f}, {row['later_step_copies']:.4f}")
-    if chosen.record:
-        chosen.record.parent.mkdir(parents=True, exist_ok=True)
-        content = {"setting": about, "steps": rows, "shards": m_sam, "memory": copies}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        chosen.record.write_text(text + "\n", encoding="utf-8")
-        print(f"\nwritten: {chosen.record}")
+    bench = Benchmark("sam", __doc__, arguments, peers=[PEER])
+    networks = {
+        "ResNet-20": (lambda: resnet20(10), (BATCH, 3, 32, 32)),
+        "60 layers of 64 units": (lambda: MLP(*[64] * 60, 10), (BATCH, 64)),
+    }
+    if bench.quick:
+        networks = {"3 layers of 64 units": (lambda: MLP(64, 64, 64, 10), (BATCH, 64))}
+    part = bench.part("networks", "A step, batch 32", "two passes")
+    for name, (make, shape) in networks.items():
+        row, least = compare(bench, make, torch.randn(*shape))
+        row["sides"]["flatmin"]["copies"] = copies(make, torch.randn(*shape), bench.device)
+        part.add({"network": name, "parameters": size(make())}, row, least)
+    part = bench.part("parameters", "A step, MLP 64-w-w-10, batch 32", "two passes")
+    for width in WIDTHS[:1] if bench.quick else WIDTHS:
+        make = lambda width=width: MLP(64, width, width, 10)
+        row = compare(bench, make, torch.randn(BATCH, 64))
+        part.add({"w": width, "parameters": size(make())}, *row)
+    bench.finish()
 
 
 if __name__ == "__main__":

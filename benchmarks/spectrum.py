@@ -1,33 +1,36 @@
 """How fast are λmax and the spectral density, at equal accuracy?
 
-    python benchmarks/spectrum.py [--turns 3] [--record]
+    python benchmarks/spectrum.py [--device cuda] [--record]
 
 Beside ``flatmin.spectrum`` stand PyHessian (power iteration for λmax, Lanczos with full
 reorthogonalization for the density) and curvlinops (SciPy's ARPACK on its Hessian for λmax, Lanczos
 without reorthogonalization for the density), both from PyPI and left out where not installed.  All
-get the same trained network, the same batch and the same precision, and take turns in one process;
-what is compared are the ratios of each turn, and their median.  Making the operator counts.
+get the same trained network, the same batch and the same precision.  Making the operator counts.
 
-- *λmax*: each side at the loosest of its tolerances that reaches a relative error of 1e-4, or of
-  3e-6, from all of three starting vectors; the reference is a run of ours in double precision, to 1e-8.
-- *density*: the same number of probes and steps for all.  Equal accuracy is checked: the mean
+- *lambda_max*: each side at the loosest of its tolerances that reaches a relative error of 1e-4, or
+  of 3e-6, from all of three starting vectors; the time is of all three.  The reference is a run of
+  ours in double precision, to 1e-8.
+- *density*: ten probes of 80 steps, two in each of five turns.  Equal accuracy is checked: the mean
   eigenvalue that the quadratures give, which has a standard error, and how many nodes per probe lie
   above half of the tenth largest eigenvalue, where there are ten or a few more (ghosts are extra).
+- *steps*: the density's growth with the number of Lanczos steps, for one probe.
 - *stack*: λmax and density of 20 networks at once, against a loop over them.
+
+Nearly all of the time goes into Hessian-vector products, so that their number is recorded for each
+side, and *bare products* is a side of its own: as many as ours takes, by plain autograd on a graph
+that is there already, and nothing else.  Who has the same number of products can be faster by what
+lies between, and no more.  The floor is the multiplications of that many products.
 """
 
-import argparse
 import copy
-import itertools
-import json
-import os
-import statistics
-import time
-from functools import partial
-from pathlib import Path
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+import warnings
 
-os.environ.setdefault("TQDM_DISABLE", "1")
-
+from common import Benchmark, product_multiplications  # isort: skip  (quiets progress bars)
 import numpy as np
 import torch
 from torch import nn
@@ -41,45 +44,58 @@ from flatmin.spectrum import (
     spectral_density,
 )
 
-try:
-    from stack import setting
-except ImportError:  # imported as benchmarks.spectrum
-    from benchmarks.stack import setting
-
-RECORD = Path(__file__).resolve().parent.parent / "results" / "benchmark_spectrum.json"
 TARGETS = (1e-4, 3e-6)  # relative errors of λmax; single precision ends at about 1e-6
 TOLERANCES = [10 ** (-k / 2) for k in range(2, 17)]
 SEEDS = range(3)
+STEPS, PROBES, TURNS = 80, 2, 5
+GROWTH = (10, 20, 40, 80, 160)
 criterion = nn.CrossEntropyLoss()
 NETWORKS = {
     "MLP 64-128-128-10, 500 examples": (lambda: MLP(64, 128, 128, 10), (64,), 500),
     "ResNet-8, 100 examples": (lambda: ResNet(8, 10, 1, batch_norm=False), (1, 8, 8), 100),
 }
+QUICK = {"MLP 64-16-10, 50 examples": (lambda: MLP(64, 16, 10), (64,), 50)}
 
 
 class Flatmin:
     def __init__(self, model, x, y):
-        self.operator = hessian_operator(model, criterion, x, y)
+        operator, self.products = hessian_operator(model, criterion, x, y), 0
+
+        def counted(vs):
+            self.products += len(vs)
+            return operator.products(vs)
+
+        self.operator = dataclasses.replace(operator, products=counted)
 
     def largest(self, tol, seed):
         return eigenvalues(self.operator, tol=tol, max_steps=1000, seed=seed).values.item()
 
-    def density(self, steps, probes):
-        found = spectral_density(self.operator, steps=steps, probes=probes)
-        return found.nodes.numpy(), found.weights.numpy()
+    def density(self, steps, probes, seed):
+        found = spectral_density(self.operator, steps=steps, probes=probes, seed=seed)
+        return found.nodes.cpu().numpy(), found.weights.cpu().numpy()
 
 
 class PyHessian:
     def __init__(self, model, x, y):
         import pyhessian
 
-        self.hessian = pyhessian.hessian(copy.deepcopy(model), criterion, data=(x, y), cuda=False)
+        module, self.products = sys.modules["pyhessian.hessian"], 0
+        product = inspect.unwrap(module.hessian_vector_product)
+
+        @functools.wraps(product)
+        def counted(*args):
+            self.products += 1
+            return product(*args)
+
+        module.hessian_vector_product = counted
+        self.hessian = pyhessian.hessian(copy.deepcopy(model), criterion, (x, y), cuda=x.is_cuda)
 
     def largest(self, tol, seed):
         torch.manual_seed(seed)
         return self.hessian.eigenvalues(maxIter=1000, tol=tol)[0][0]
 
-    def density(self, steps, probes):
+    def density(self, steps, probes, seed):
+        torch.manual_seed(seed)
         torch.eig, old = eig_of_before, torch.eig
         try:
             nodes, weights = self.hessian.density(iter=steps, n_v=probes)
@@ -102,6 +118,13 @@ class Curvlinops:
         self.operator = HessianLinearOperator(
             model.eval(), criterion, params, [(x, y)], check_deterministic=False
         )
+        product, self.products = self.operator._matmat, 0
+
+        def counted(vectors):
+            self.products += vectors[0].shape[-1]
+            return product(vectors)
+
+        self.operator._matmat = counted
 
     def largest(self, tol, seed):
         from scipy.sparse.linalg import eigsh
@@ -111,29 +134,30 @@ class Curvlinops:
                       return_eigenvectors=False)  # fmt: skip
         return float(found[0])
 
-    def density(self, steps, probes):
+    def density(self, steps, probes, seed):
         from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
+        torch.manual_seed(seed)
         found = [fast_lanczos(self.operator, steps) for _ in range(probes)]
         weights = [vectors[0] ** 2 for _, vectors in found]
-        return torch.stack([values for values, _ in found]).numpy(), torch.stack(weights).numpy()
+        nodes, weights = torch.stack([values for values, _ in found]), torch.stack(weights)
+        return nodes.cpu().numpy(), weights.cpu().numpy()
 
 
-def sides() -> dict:
-    found = {"flatmin": Flatmin}
-    for name, module, side in [("pyhessian", "pyhessian", PyHessian),
-                               ("curvlinops", "curvlinops", Curvlinops)]:  # fmt: skip
-        try:
-            __import__(module)
-            found[name] = side
-        except ImportError:
-            print(f"{name} is not installed: not measured\n")
-    return found
+PEERS = {"pyhessian": PyHessian, "curvlinops-for-pytorch": Curvlinops}
 
 
-def trained(name):
+def bare_products(model, x, y, count: int):
+    """So many Hessian-vector products by plain autograd, and nothing else."""
+    params = list(model.parameters())
+    gradient = torch.autograd.grad(criterion(model(x), y), params, create_graph=True)
+    v = [torch.randn_like(p) for p in params]
+    product = lambda: torch.autograd.grad(gradient, params, v, retain_graph=True)
+    return lambda: [product() for _ in range(count)]
+
+
+def trained(make, shape, n, device):
     """The network after 300 steps of Adam on the digits, and a batch of their training part."""
-    make, shape, n = NETWORKS[name]
     torch.manual_seed(0)
     x, y = digits().split("train")
     x, model = x.view(-1, *shape), make()
@@ -143,126 +167,144 @@ def trained(name):
         optimizer.zero_grad()
         criterion(model(x[rows]), y[rows]).backward()
         optimizer.step()
-    return model, x[:n], y[:n]
+    return model.to(device), x[:n].to(device), y[:n].to(device)
 
 
-def turns(functions: dict, count: int) -> tuple[dict, dict]:
-    """Seconds, and the median over the turns of each side's ratio to the first; and results."""
-    times, results, order = {name: [] for name in functions}, {}, list(functions.items())
-    for _ in range(count):
-        for name, function in order:
-            started = time.perf_counter()
-            results[name] = function()
-            times[name].append(time.perf_counter() - started)
-        order = [*order[1:], order[0]]  # so that none always follows the same other
-    first = next(iter(functions))
-    ratio = lambda name: statistics.median(a / b for a, b in zip(times[name], times[first]))
-    return {name: {"seconds": statistics.median(each), "ratio": ratio(name)}
-            for name, each in times.items()}, results  # fmt: skip
+class Problem:
+    """A trained network with its batch, the sides, and what they have in common."""
 
-
-def largest(name, target, count) -> dict:
-    """λmax: the loosest tolerance that is good enough for all starts, and the time it takes."""
-    model, x, y = trained(name)
-    double = hessian_operator(model, criterion, x, y, dtype=torch.float64)
-    exact = eigenvalues(double, tol=1e-8, max_steps=1000).values.item()
-    chosen, functions = {}, {}
-    for side, make in sides().items():
-        run = lambda make, tol: [make(model, x, y).largest(tol, seed) for seed in SEEDS]
-        for tol in TOLERANCES:
-            error = max(abs(value - exact) for value in run(make, tol)) / abs(exact)
-            if error <= target:
-                break
-        chosen[side] = {"tolerance": tol, "error": error}
-        functions[side] = partial(run, make, tol)
-    times, _ = turns(functions, 3 * count)
-    return {"network": name, "lambda_max": exact, "target": target,
-            **{side: chosen[side] | times[side] for side in chosen}}  # fmt: skip
-
-
-def densities(name, count, steps, probes) -> dict:
-    model, x, y = trained(name)
-    top = eigenvalues(hessian_operator(model, criterion, x, y), 10, tol=1e-3).values
-    run = lambda make: make(model, x, y).density(steps, probes)
-    torch.manual_seed(0)
-    row, found = turns({side: partial(run, make) for side, make in sides().items()}, count)
-    for side, (nodes, weights) in found.items():
-        means = (nodes * weights).sum(1)
-        row[side] |= {
-            "mean_eigenvalue": means.mean().item(),
-            "standard_error": (means.std(ddof=1) / len(means) ** 0.5).item(),
-            "outer_nodes": (nodes > top[-1].item() / 2).sum(1).mean().item(),
+    def __init__(self, bench, name, make, shape, n):
+        self.bench, self.name = bench, name
+        self.model, self.x, self.y = trained(make, shape, n, bench.device)
+        self.sides = {"flatmin": Flatmin} | {
+            name: side for name, side in PEERS.items() if name in bench.setting
         }
-        ours = row["flatmin"]
-        error = (row[side]["standard_error"] ** 2 + ours["standard_error"] ** 2) ** 0.5
-        if abs(row[side]["mean_eigenvalue"] - ours["mean_eigenvalue"]) > 5 * error:
-            raise AssertionError(f"{side} and flatmin disagree: {row}")
-    return {"network": name, "steps": steps, "probes": probes, **row}
+
+    def compare(self, functions: dict, products: dict, **turns) -> tuple[dict, dict]:
+        """A row and its floor; ``functions`` of the sides, and how many products each takes."""
+        count = products["flatmin"]
+        bare = bare_products(self.model, self.x, self.y, count)
+        row = self.bench.turns(functions | {"bare products": bare}, "flatmin", **turns)
+        for side, found in row["sides"].items():
+            found["products"] = products.get(side, count)
+        bare = row["sides"]["bare products"]
+        bare["product_seconds"] = bare["seconds"] / count
+        each = product_multiplications(self.model, self.x)
+        return row, self.bench.floor(multiplications=count * len(self.x) * each)
+
+    def largest(self, part) -> None:
+        """λmax: for each target the loosest tolerance that is good enough for all starts."""
+        double = hessian_operator(self.model, criterion, self.x, self.y, dtype=torch.float64)
+        exact = eigenvalues(double, tol=1e-8, max_steps=1000).values.item()
+
+        @functools.cache
+        def run(side, tol):
+            """The largest relative error, and the number of products."""
+            made = [(self.sides[side](self.model, self.x, self.y), seed) for seed in SEEDS]
+            errors = [abs(one.largest(tol, seed) / exact - 1) for one, seed in made]
+            return max(errors), sum(one.products for one, _ in made)
+
+        for target in TARGETS[:1] if self.bench.quick else TARGETS:
+            chosen = {}
+            for side in self.sides:
+                good = (tol for tol in TOLERANCES if run(side, tol)[0] <= target)
+                chosen[side] = next(good, TOLERANCES[-1])
+            functions = {side: functools.partial(run.__wrapped__, side, tol)
+                         for side, tol in chosen.items()}  # fmt: skip
+            products = {side: run(side, tol)[1] for side, tol in chosen.items()}
+            row, least = self.compare(functions, products)
+            for side, tol in chosen.items():
+                row["sides"][side] |= {"tolerance": tol, "error": run(side, tol)[0]}
+            part.add({"network": self.name, "to": target}, row, least)
+
+    def density(self, part, steps=STEPS, probes=PROBES, turns=TURNS) -> None:
+        """The density, whose probes are spread over the turns."""
+        found, products = {side: [] for side in self.sides}, {}
+        top = min(10, self.x[0].numel())
+        hessian = hessian_operator(self.model, criterion, self.x, self.y)
+        outer = eigenvalues(hessian, top, tol=1e-3).values
+
+        def call(side):
+            one = self.sides[side](self.model, self.x, self.y)
+            found[side].append(one.density(steps, probes, seed=len(found[side])))
+            products[side] = one.products
+
+        functions = {side: functools.partial(call, side) for side in self.sides}
+        row, least = self.compare(
+            functions, {"flatmin": steps * probes}, least=turns, seconds=0, warm_up=False
+        )
+        means = {}
+        for side, each in found.items():
+            nodes, weights = (np.concatenate(part) for part in zip(*each, strict=True))
+            mean = (nodes * weights).sum(1)
+            means[side] = mean.mean(), mean.std(ddof=1) / math.sqrt(len(mean))
+            row["sides"][side] |= {
+                "products": products[side],
+                "mean_eigenvalue": float(means[side][0]),
+                "standard_error": float(means[side][1]),
+                "outer_nodes": float((nodes > outer[-1].item() / 2).sum(1).mean()),
+            }
+        for side, (mean, error) in means.items():
+            ours = means["flatmin"]
+            if abs(mean - ours[0]) > 5 * math.hypot(error, ours[1]):
+                raise AssertionError(f"{side} and flatmin disagree: {row}")
+        part.add({"network": self.name, "probes a turn": probes}, row, least)
+
+    def steps(self, part, steps: int) -> None:
+        functions = {side: lambda make=make: make(self.model, self.x, self.y).density(steps, 1, 0)
+                     for side, make in self.sides.items()}  # fmt: skip
+        products = dict.fromkeys(self.sides, steps)
+        part.add({"steps": steps}, *self.compare(functions, products))
 
 
-def stacks(count, runs=20) -> list[dict]:
-    """λmax (30 steps) and the density (80 steps, 2 probes) of ``runs`` networks."""
-    data = digits()
+def stacks(bench, part, runs: int, sizes) -> None:
+    """λmax (30 steps) and the density (one probe of 40 steps) of so many networks."""
+    data, device = digits(), bench.device
     make = lambda: MLP(64, 100, 100, 10)
     recipe = Recipe(optimizer=Adam(lr=1e-3))
-    _, networks = fit(make, data, recipe, seeds=runs, steps=100, networks="last")
-    x, y = data.split("train")
+    _, networks = fit(make, data, recipe, seeds=runs, steps=100, networks="last", device=device)
+    x, y = (part.to(device) for part in data.split("train"))
     x = x.flatten(1)
-    modules = [networks.module(seed=seed) for seed in networks.coords["seed"]]
-    rows = []
-    for what, instrument in {"λmax": HessianEigenvalues, "density": HessianDensity}.items():
-        for n in (100, 500):
-            if what == "λmax":
-                stacked = partial(networks.measure, instrument(steps=30, examples=n), data, "train")
-                one = partial(eigenvalues, tol=0, max_steps=30)
-            else:
-                stacked = partial(networks.measure, instrument(80, 2, examples=n), data, "train")
-                one = partial(spectral_density, steps=80, probes=2)
-            loop = lambda one, n: [
-                one(hessian_operator(module, criterion, x[:n], y[:n])) for module in modules
-            ]
-            times, _ = turns({"stack": stacked, "loop": partial(loop, one, n)}, count)
-            rows.append({"what": what, "networks": runs, "examples": n} | times)
-    return rows
+    modules = [networks.module(seed=seed).to(device) for seed in networks.coords["seed"]]
+    each = product_multiplications(modules[0], x)
+    kinds = {
+        "λmax": (30, HessianEigenvalues, {}, lambda H: eigenvalues(H, tol=0, max_steps=30)),
+        "density": (40, HessianDensity, {"probes": 1},
+                    lambda H: spectral_density(H, steps=40, probes=1)),
+    }  # fmt: skip
+    for what, (steps, instrument, more, one) in kinds.items():
+        for n in sizes:
+            stacked = instrument(steps=steps, examples=n, **more)
+            functions = {
+                "stack": lambda at=stacked: networks.measure(at, data, "train"),
+                "loop": lambda n=n, one=one: [
+                    one(hessian_operator(module, criterion, x[:n], y[:n])) for module in modules
+                ],
+            }
+            row = bench.turns(functions, "stack")
+            least = bench.floor(multiplications=runs * steps * n * each)
+            part.add({"what": what, "examples": n}, row, least)
 
 
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--turns", type=int, default=3, help="of each side")
-    parser.add_argument("--steps", type=int, default=80, help="Lanczos steps of a density")
-    parser.add_argument("--probes", type=int, default=10, help="random vectors of a density")
-    parser.add_argument("--networks", type=int, default=20, help="in the stack")
-    parser.add_argument("--record", nargs="?", type=Path, const=RECORD, help="write results here")
-    chosen = parser.parse_args(arguments)
-    if min(chosen.turns, chosen.steps, chosen.networks) < 1 or chosen.probes < 2:
-        parser.error("--turns, --steps and --networks must be at least 1, --probes at least 2")
-
-    about = setting("cpu", turns=chosen.turns)
-    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
-    tops, curves = [], []
-    for name, target in itertools.product(NETWORKS, TARGETS):
-        tops.append(row := largest(name, target, chosen.turns))
-        print(f"λmax to {target:g}, {name}: {row['lambda_max']:.4g}, from {len(SEEDS)} starts")
-        for side in list(row)[3:]:
-            print(f"  {side:<11} {row[side]['seconds']:8.2f} s  {row[side]['ratio']:6.2f}×   "
-                  f"tolerance {row[side]['tolerance']:.0e}, error {row[side]['error']:.1g}", flush=True)  # fmt: skip
-    for name in NETWORKS:
-        curves.append(row := densities(name, chosen.turns, chosen.steps, chosen.probes))
-        print(f"\ndensity, {chosen.probes} probes of {chosen.steps} steps, {name}")
-        for side in list(row)[3:]:
-            print(f"  {side:<11} {row[side]['seconds']:8.2f} s  {row[side]['ratio']:6.2f}×   "
-                  f"{row[side]['outer_nodes']:.1f} outer nodes a probe", flush=True)  # fmt: skip
-    print(f"\n{chosen.networks} networks, MLP 64-100-100-10: loop / stack")
-    together = stacks(chosen.turns, chosen.networks)
-    for row in together:
-        print(f"  {row['what']:<8} {row['examples']:>4} examples  {row['loop']['seconds']:6.2f} s / "
-              f"{row['stack']['seconds']:6.2f} s = {row['loop']['ratio']:.2f}×")  # fmt: skip
-    if chosen.record:
-        chosen.record.parent.mkdir(parents=True, exist_ok=True)
-        content = {"setting": about, "lambda_max": tops, "density": curves, "stack": together}
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        chosen.record.write_text(text + "\n", encoding="utf-8")
-        print(f"\nwritten: {chosen.record}")
+    bench = Benchmark("spectrum", __doc__, arguments, peers=PEERS)
+    warnings.filterwarnings("ignore", "after .* steps the errors")  # as many as asked for
+    warnings.filterwarnings("ignore", "Using backward")  # PyHessian's
+    networks = QUICK if bench.quick else NETWORKS
+    problems = [Problem(bench, name, *how) for name, how in networks.items()]
+    part = bench.part("lambda_max", "λmax to a relative error, from three starts", "flatmin")
+    for problem in problems:
+        problem.largest(part)
+    part = bench.part("density", f"Spectral density, {STEPS} steps", "flatmin")
+    for problem in problems:
+        problem.density(part, *((10, 6, 1) if bench.quick else ()))
+    part = bench.part("steps", f"Spectral density of one probe, {problems[0].name}", "flatmin")
+    for steps in GROWTH[:1] if bench.quick else GROWTH:
+        problems[0].steps(part, steps)
+    runs = 2 if bench.quick else 20
+    part = bench.part("stack", f"{runs} networks, MLP 64-100-100-10", "stack")
+    stacks(bench, part, runs, (20,) if bench.quick else (100, 500))
+    bench.finish()
 
 
 if __name__ == "__main__":
