@@ -4,6 +4,9 @@ VENV   ?= .venv
 PYTHON ?= python3
 # chapters for `make notebooks`, or assignments for `make assignments`, e.g. N=02_flooding
 N      ?=
+# of `make new-chapter`
+NAME   ?=
+TITLE  ?=
 # hidden tests of `make assignments` take this seed; submissions and table of `make grade`
 SEED   ?= 2026
 FROM   ?= submissions
@@ -20,32 +23,32 @@ RENDER = $(BIN)/jupyter-book build -W --keep-going -n --quiet
 CHECKED := _build/check/_build/html
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-fast test-units test-notebooks test-book test-assignments test-web notebooks claims assignments grade lab clean
+.PHONY: help book pdf test test-fast test-units test-notebooks test-book test-assignments test-web notebooks claims colab bench new-chapter assignments grade lab clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(READY): pyproject.toml constraints.txt
-	@echo "setup: installing flatmin and its tools into $(VENV)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,test,course]'
-	@touch $@
+	@command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON) here. Install Python 3.11 or newer, or name yours: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) tools/install.py $(VENV)
 
 book: $(READY)  ## execute what changed since the last time, on this machine, and render the book
-	$(BIN)/python tools/notebooks.py book
-	$(RENDER) _build/source/book --path-output .
-	@echo "book: _build/html/index.html"
+	@$(BIN)/python tools/notebooks.py book
 
-test: test-units test-notebooks test-book test-assignments  ## everything but the browser
-	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning; $(words $(wildcard assignments/[0-9]*.md)) assignments graded by Otter)"
+pdf: book  ## the whole book as one PDF, by headless Chromium
+	@$(BIN)/python tools/pdf.py
+
+STAGES := units notebooks book assignments
+test: $(READY)  ## everything but the browser
+	@for stage in $(STAGES); do $(MAKE) --no-print-directory test-$$stage || { echo "test: FAILED in the stage above; alone: make test-$$stage"; exit 1; }; done
+	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning; a chapter run as in Colab; $(words $(wildcard assignments/[0-9]*.md)) assignments graded by Otter)"
 
 test-fast: test-units  ## unit tests and doctests, under 3 minutes
 	@echo "test-fast: passed (notebooks, book, Otter and browser not run: make test test-web)"
 
 test-units: $(READY)
 	@echo "test: unit tests and doctests"
-	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web and not course" --junitxml=_build/reports/units.xml
+	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web and not course and not colab" --junitxml=_build/reports/units.xml
 
 test-notebooks: $(READY)
 	@echo "test: every notebook, re-executed and compared with what it stores"
@@ -55,6 +58,8 @@ test-notebooks: $(READY)
 test-book: $(READY)
 	@echo "test: the book from the committed notebooks, warnings are errors"
 	$(RENDER) book --path-output _build/check
+	@echo "test: a chapter alone in an empty folder, as in Colab"
+	$(ONE) $(BIN)/python -m pytest -q -m colab tests/book --junitxml=_build/reports/colab.xml
 
 test-assignments: $(READY)
 	@echo "test: reference, blank and wrong answers to the assignments, graded by Otter"
@@ -70,6 +75,18 @@ notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (on
 
 claims: $(READY)  ## authors: do all claims hold for five other seeds?
 	$(BIN)/python tools/claims.py $(N)
+
+# timm without what it depends on: only its mixup is measured, which needs nothing
+bench: $(READY)  ## authors: measure our parts beside their peers on an idle machine, 10 minutes; benchmarks/README.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps timm
+	$(ONE) $(QUIET) $(BIN)/python benchmarks/run_all.py --record
+
+colab: $(READY)  ## every chapter alone, without flatmin, as in Colab (one: N=02_flooding; with Colab's versions: COLAB=python3.12)
+	$(BIN)/python tools/colab.py $(if $(COLAB),--python $(COLAB)) $(N)
+
+new-chapter: $(READY)  ## authors: a skeleton that runs and passes all tests: NAME=weight_averaging TITLE="Weight averaging"
+	$(BIN)/python tools/new_chapter.py "$(NAME)" --title "$(TITLE)"
 
 assignments: $(READY)  ## instructors: student notebooks, solutions and autograders (one: N=02_flooding)
 	$(BIN)/python tools/assignments.py build --seed $(SEED) $(N)

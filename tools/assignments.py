@@ -135,7 +135,7 @@ def otter_master(path, hidden_seed):
         "tests": {"files": True, "ok_format": False},
         "generate": {"pdf": False, "show_stdout": False, "show_hidden": False, "print_summary": False},
         "requirements": ["--extra-index-url https://download.pytorch.org/whl/cpu", "otter-grader>=7",
-                         f"flatmin @ git+{url}"],
+                         f"flatmin[all] @ git+{url}"],
     }  # fmt: skip
 
     def marked(cell):
@@ -169,6 +169,12 @@ def otter_test(name, worth, seed):
 def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
     """Write student notebook, solution and autograder; prove that the first holds no solution."""
     from otter.assign import main as assign
+
+    from flatmin import check
+
+    for name in questions(read(path)):
+        if not hasattr(check, name):
+            sys.exit(f"{path.stem}: there is no check.{name}; write it in src/flatmin/check/ and export it in its __init__.py")
 
     for folder in ("student", "solution", "autograder"):
         (out / folder).mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,6 @@ from importlib.util import find_spec
 
 if find_spec("flatmin") is None:  # as in Colab: install the book's package, and keep the torch that is there
     keep = [f"{name}=={version(name)}" for name in ("torch", "numpy") if find_spec(name)]
-    package = os.environ.get("FLATMIN_PIP", "git+REPOSITORY")
+    package = os.environ.get("FLATMIN_PIP", "flatmin[all] @ git+REPOSITORY")
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", package, *keep])
     invalidate_caches()

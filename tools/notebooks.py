@@ -3,14 +3,16 @@
     python tools/notebooks.py sync  [NAME ...]   text half -> notebook, keeping the outputs of unchanged cells
     python tools/notebooks.py run   [NAME ...]   sync, then execute in place: what gets committed
     python tools/notebooks.py check              are both halves equal?
-    python tools/notebooks.py book               fill _build/source with chapters executed on this machine
+    python tools/notebooks.py book               the book, from chapters executed on this machine
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -115,16 +117,18 @@ def execute(notebook, threads=1, **environment):
 
 def execute_all(jobs):
     """Execute the (name, notebook, keywords) of `jobs`, several at once. Returns {name: error}."""
+    done = itertools.count(1)
+
     def one(job):
         name, notebook, keywords = job
-        start = time.monotonic()
+        start, outcome = time.monotonic(), None
         try:
             execute(notebook, **keywords)
         except CRASHES as error:
-            print(f"  {name}: FAILED\n{error}", flush=True)
-            return name, error
-        print(f"  {name}: executed in {time.monotonic() - start:.0f} s", flush=True)
-        return name, None
+            outcome = error
+        said = f"FAILED\n{outcome}" if outcome else f"executed in {time.monotonic() - start:.0f} s"
+        print(f"  [{next(done)}/{len(jobs)}] {name}: {said}", flush=True)
+        return name, outcome
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {name: error for name, error in pool.map(one, jobs) if error}
@@ -194,7 +198,7 @@ def book(build=ROOT / "_build"):
             stale.append(path.stem)
         notebooks[path.stem] = notebook, key
 
-    print(f"book: {len(stale)} of {len(notebooks)} chapters to execute", flush=True)
+    print(f"book: {len(stale)} of {len(notebooks)} chapters to execute{', one to four minutes each' if stale else ''}", flush=True)
     threads = max(1, os.cpu_count() // max(1, len(stale)))
     failed = execute_all([(name, notebooks[name][0], {"threads": threads}) for name in stale])
     for name, (notebook, key) in notebooks.items():
@@ -203,6 +207,29 @@ def book(build=ROOT / "_build"):
             notebook.metadata["made_from"] = key
             write(notebook, executed / f"{name}.ipynb")
     return failed
+
+
+def render(build=ROOT / "_build"):
+    """_build/source as web pages, in _build/html: only those that changed. Returns the exit status."""
+    print("book: rendering (a minute and a half at first, then seconds)", flush=True)
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "-W", "--keep-going", "-n", "--quiet"]
+    done = subprocess.run([*command, build / "source" / "book", "--path-output", build.parent], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + done.stderr, flush=True)
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)  # so that the next time warns again
+    return done.returncode
+
+
+def make_book():
+    """Execute, render, and say in one line what came out."""
+    start = time.monotonic()
+    if failed := book():
+        print(f"book: NOT rendered, for these failed, see above: {', '.join(failed)}")
+        return failed
+    status, page = render(), ROOT / "_build" / "html" / "index.html"
+    took = f"{time.monotonic() - start:.0f} s"
+    print(f"book: rendering FAILED after {took}, see the warnings above" if status else f"book: ready in {took}, open {page}")
+    return status
 
 
 def main():
@@ -218,7 +245,7 @@ def main():
         case "run":
             return run(paths)
         case "book":
-            return book()
+            return make_book()
         case "check":
             found = [line for path in paths for line in differences(path)]
             print("\n".join(found) or f"{len(paths)} chapters, both halves equal")

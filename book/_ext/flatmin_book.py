@@ -1,20 +1,27 @@
 """The book's own directives, role and cross-references, all made from what the chapters and the package hold.
 
 `{claims-list}` lists every claim that a chapter asserts, `{papers-list}` every row of the tables *The paper beside us*,
-`{records-list}` every recorded result; `` {colab}`02_flooding` `` links a chapter to Colab.  Each chapter ends with
+`{records-list}` every experiment, `{benchmarks-list}` every recorded benchmark; `` {colab}`02_flooding` `` links a chapter to Colab.  Each chapter ends with
 links to what it imports from the package, and each entry of the API reference names the chapters that do.
 """
 
 import ast
 import functools
+import inspect
 import json
+import os
 from pathlib import Path
 
-import flatmin
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+import flatmin
+from flatmin import experiments
+from flatmin.experiments.__main__ import duration
+from flatmin.plotting import use_style
+
+PROVENANCE = ("device", "machine", "python", "numpy", "torch", "cuda", "flatmin", "commit", "data")
 COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{book}/{name}.ipynb"
 
 
@@ -62,16 +69,29 @@ def papers_in(path):
     return rows
 
 
-def records_in(folder):
-    """(name, setting) of each recorded result."""
-    import xarray
+def records_of(name):
+    """The records of an experiment, of whatever size."""
+    for size in experiments.experiment(name).SETTINGS:
+        try:
+            yield size, experiments.record(name, size)
+        except FileNotFoundError:
+            pass
 
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".json":
-            yield path.name, json.loads(path.read_text())["setting"]
-        elif path.suffix == ".nc":
-            with xarray.open_dataset(path) as record:
-                yield path.name, {key: str(value) for key, value in record.attrs.items()}
+
+def benchmarks_in(folder):
+    """(name, setting) of each recorded benchmark."""
+    for path in sorted(Path(folder).glob("benchmark_*.json")):
+        yield path.name, json.loads(path.read_text())["setting"]
+
+
+def first_paragraph(thing):
+    """Of a docstring, in one line."""
+    return " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
+
+
+def command(name, size):
+    """The one line that makes a record."""
+    return f"python -m flatmin.experiments {name}" + ("" if size == experiments.default_size(name) else f" --size {size}")
 
 
 def chapters(env):
@@ -130,15 +150,68 @@ class PapersList(Table):
 
 
 class RecordsList(Table):
-    """A table of the recorded results: file, device, versions, settings."""
+    """A section an experiment: what it repeats, its commands and their time, and its records with their figures."""
 
     def run(self):
-        first, rows = ("device", "machine", "python", "torch", "flatmin", "commit"), []
-        for name, setting in records_in(Path(self.env.srcdir).parent / "results"):
-            setting = setting | {"commit": setting.get("commit", "–")[:8]}
-            where = ", ".join(f"{key} {setting[key]}" for key in first if key in setting)
-            rest = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in first)
-            rows.append((f"`{name}`", where, rest))
+        sections = []
+        for name in experiments.NAMES:
+            module = experiments.experiment(name)
+            self.env.note_dependency(module.__file__)
+            section = nodes.section(ids=[nodes.make_id(name)], names=[name])
+            section += nodes.title("", name)
+            self.state.document.note_implicit_target(section)
+            section += self.text(f"{first_paragraph(module)} It repeats: {module.SOURCE}.")
+            known = dict(records_of(name))
+            section += self.table((15, 55, 30), ("Size", "Command", "Record"), [
+                (size, f"`{command(name, size)}`", self.state_of(name, size, known)) for size in module.SETTINGS if size != "tiny"
+            ], "records")
+            for size, record in known.items():
+                section += self.text(", ".join(f"{key} {record.attrs[key]}" for key in PROVENANCE) + ".")
+                section += self.figure(name, size, record)
+            sections.append(section)
+        return sections
+
+    def text(self, words):
+        return nodes.paragraph("", "", *self.state.inline_text(words, self.lineno)[0])
+
+    def state_of(self, name, size, known):
+        if size in known:
+            attrs = known[size].attrs
+            seeds = len(json.loads(attrs["seeds"]))
+            return f"recorded on {attrs['device']}, {seeds} seeds, {duration(float(attrs['seconds']))}"
+        estimate = experiments.plan(name, size).seconds()
+        if estimate is None:
+            return "not yet recorded"
+        seconds, by = estimate
+        return f"not yet recorded; at the rate of {by.attrs['size']} on {by.attrs['device']} about {duration(seconds)}"
+
+    def figure(self, name, size, record):
+        """The figure as the experiment's module draws it, with its docstring as caption."""
+        import matplotlib
+
+        path = Path(self.env.app.doctreedir) / "records" / f"{name}-{size}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        caption = " ".join(first_paragraph(experiments.experiment(name).plot).split())
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            use_style()
+            drawn = experiments.plot(name, record)
+            drawn.savefig(path, metadata={"Date": None})
+            matplotlib.pyplot.close(drawn)
+        here = Path(self.env.doc2path(self.env.docname)).parent
+        image = nodes.image(uri=os.path.relpath(path, here), alt=f"{name}, {size}: {caption}", width="100%")
+        return nodes.figure("", image, nodes.caption("", "", *self.state.inline_text(caption, self.lineno)[0]))
+
+
+class BenchmarksList(Table):
+    """A table of the recorded benchmarks: file, device, versions, settings."""
+
+    def run(self):
+        rows = []
+        for folder in experiments.FOLDERS:
+            for name, setting in benchmarks_in(folder):
+                where = ", ".join(f"{key} {setting[key]}" for key in PROVENANCE if key in setting)
+                rest = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in PROVENANCE)
+                rows.append((f"`{name}`", where, rest))
         return self.table((20, 30, 50), ("Record", "Where", "Settings"), rows, "records")
 
 
@@ -196,6 +269,7 @@ def setup(app):
     app.add_directive("claims-list", ClaimsList)
     app.add_directive("papers-list", PapersList)
     app.add_directive("records-list", RecordsList)
+    app.add_directive("benchmarks-list", BenchmarksList)
     app.add_role("colab", Colab())
     app.connect("doctree-read", link_chapter_to_package)
     app.connect("missing-reference", resolve_public_name)

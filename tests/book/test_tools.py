@@ -147,5 +147,16 @@ def test_bootstrap_does_nothing_here_and_keeps_torch_elsewhere(monkeypatch):
     exec(bootstrap(), {})
     kept = [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
     assert [command[-3:] for command in commands] == [
-        [f"git+{notebooks.repository()['url']}", *kept], ["flatmin-0.1.0-py3-none-any.whl", *kept],
+        [f"flatmin[all] @ git+{notebooks.repository()['url']}", *kept], ["flatmin-0.1.0-py3-none-any.whl", *kept],
     ]
+
+
+def test_the_book_ends_with_one_line_that_says_what_came_out(tree, monkeypatch, capsys):
+    [path] = chapters()
+    last = lambda: capsys.readouterr().out.rstrip().splitlines()[-1]
+    monkeypatch.setattr(notebooks, "book", lambda: {})
+    for status, says in ((0, "book: ready in 0 s, open "), (1, "book: rendering FAILED after 0 s, see the warnings above")):
+        monkeypatch.setattr(notebooks, "render", lambda status=status: status)
+        assert notebooks.make_book() == status and last().startswith(says)
+    monkeypatch.setattr(notebooks, "book", lambda: {path.stem: "error"})
+    assert notebooks.make_book() and last() == "book: NOT rendered, for these failed, see above: 01_try"

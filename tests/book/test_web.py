@@ -1,15 +1,19 @@
-"""The built book in a real browser: offline, complete, readable on a phone and in the dark.
+"""The built book in a real browser: offline, light, complete, readable on a phone, in the dark and by screen reader.
 
 Reads FLATMIN_HTML (`make test-web`: the book of `make test`), leaves pictures in _build/screenshots.
 """
 
 import os
+import re
 import shutil
 import threading
 from functools import partial
+from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
 from pathlib import Path
 
+import pdf
 import pytest
 from notebooks import ROOT
 
@@ -17,6 +21,8 @@ pytestmark = pytest.mark.web
 
 HTML = ROOT / os.environ.get("FLATMIN_HTML", "_build/check/_build/html")
 PAGES = sorted(path.name for path in HTML.glob("*.html"))
+CHAPTERS = [name for name in PAGES if name[0].isdigit()]
+SOURCES = sorted(str(path.relative_to(HTML)) for path in HTML.glob("_modules/**/*.html"))
 SHOTS = ROOT / "_build" / "screenshots"
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -33,6 +39,32 @@ TOO_WIDE = """() => {
     return [...document.querySelectorAll('.bd-article *')]
         .filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement) && !e.closest('mjx-assistive-mml'))
         .map(e => e.outerHTML.slice(0, 120));
+}"""
+
+
+# All WCAG 2 rules to AA, and axe-core's own best practice (headings in order, everything in a landmark).  Contrast is
+# asked separately, because it takes nine tenths of the time: of one text of each pair of colours, size and weight.  A
+# formula is no text to axe-core, so that `empty-table-header` finds headings empty that are not: test_page asks itself.
+RULES = """{resultTypes: ['violations'], preload: false, rules: {'color-contrast': {enabled: false}, 'empty-table-header': {enabled: false}},
+    runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}"""
+AXE = "([context, options]) => axe.run(context, options).then(found => found.violations.flatMap(" \
+    "v => v.nodes.map(n => `${v.id}: ${n.target} ${n.html.slice(0, 120)} ${n.failureSummary}`)))"
+ONE_OF_EACH = """() => {
+    const seen = new Set();
+    const clear = color => color === 'transparent' || color.endsWith(', 0)');
+    const ground = e => !e ? '' : clear(getComputedStyle(e).backgroundColor) ? ground(e.parentElement) : getComputedStyle(e).backgroundColor;
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const e = texts.currentNode.parentElement;
+        if (!texts.currentNode.data.trim() || e.closest('mjx-assistive-mml, script, style') || !e.checkVisibility()) continue;
+        const style = getComputedStyle(e);
+        const look = [style.color, ground(e), style.fontSize, style.fontWeight, style.opacity].join();
+        if (!seen.has(look)) e.setAttribute('data-one-of-each', '');
+        seen.add(look);
+    }
+    for (const code of document.querySelectorAll('pre'))  // thousands of coloured words, which only contrast asks about
+        if (!code.querySelector('[data-one-of-each]')) code.textContent = code.textContent;
+    return seen.size;
 }"""
 
 
@@ -56,47 +88,197 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def address():
+def serve(folder):
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=HTML))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def address():
+    yield from serve(HTML)
+
+
+@pytest.fixture(scope="module", params=["file", "server", "sub-path"])
+def anywhere(request):
+    """The book as a folder of files, as a server's root, and as one of its folders."""
+    if request.param == "file":
+        yield HTML.as_uri()
+    else:
+        start = serve(HTML if request.param == "server" else HTML.parent)
+        yield next(start) + (f"/{HTML.name}" if request.param == "sub-path" else "")
+        next(start, None)
+
+
+def text(name):
+    return (HTML / name).read_text()
+
+
+def opened(page, address):
+    page.goto(address, wait_until="load")
+    page.wait_for_function(RENDERED, timeout=60000)
+    return page
+
+
+def watched(browser, address, **options):
+    """A new page, and the list that everything that goes wrong in it is added to."""
+    page, troubles = browser.new_page(**options), []
+    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or troubles.append(f"leaves the host: {r.url}"))
+    page.on("requestfailed", lambda r: troubles.append(f"failed: {r.url}"))
+    page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
+    page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
+    page.on("pageerror", lambda e: troubles.append(f"script: {e}"))
+    return page, troubles
+
+
 def test_there_is_a_book(browser):
-    assert "index.html" in PAGES and any(name[0].isdigit() for name in PAGES)
+    assert "index.html" in PAGES and CHAPTERS and SOURCES
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("name", PAGES)
 def test_page(browser, address, name, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    troubles = []
-    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or troubles.append(f"leaves the host: {r.url}"))
-    page.on("requestfailed", lambda r: troubles.append(f"failed: {r.url}"))
-    page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
-    page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
-    page.on("pageerror", lambda e: troubles.append(f"script: {e}"))
+    page, troubles = watched(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme)
     try:
-        page.goto(f"{address}/{name}", wait_until="networkidle")
-        page.wait_for_function(RENDERED, timeout=15000)
+        opened(page, f"{address}/{name}")
         assert page.evaluate("document.documentElement.dataset.theme") == scheme
         assert page.locator("mjx-merror, .MathJax_Error").count() == 0, "a formula does not parse"
         silent = page.locator("img").evaluate_all("all => all.filter(i => !i.alt.trim()).map(i => i.src)")
         assert silent == [], "pictures without alt text"
-        broken = page.locator("img").evaluate_all("all => all.filter(i => i.complete && !i.naturalWidth && i.checkVisibility()).map(i => i.src)")
-        assert broken == []
+        page.locator(".bd-article img:visible").evaluate_all("all => Promise.all(all.map(i => { i.loading = 'eager'; return i.decode(); }))")
+        assert page.locator("h1:visible").count() == 1
+        assert page.locator("th").evaluate_all("all => all.filter(e => !e.textContent.trim()).length") == 0
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / f"{Path(name).stem}-{width}-{scheme}.png", full_page=True)
+        page.screenshot(path=SHOTS / f"{Path(name).stem}-{width}-{scheme}.jpg", full_page=True, type="jpeg", quality=80)
+        page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+        assert page.evaluate(ONE_OF_EACH) > 3
+        contrast = [{"include": [["[data-one-of-each]"]]}, {"runOnly": ["color-contrast"], "resultTypes": ["violations"], "preload": False}]
+        assert page.evaluate(AXE, contrast) == []
+        if scheme == "light":  # the rest does not depend on colours
+            assert page.evaluate(f"({AXE})([document, {RULES}])") == []
         assert troubles == []
     finally:
         page.close()
+
+
+def test_the_package_s_source_fits_a_phone(browser, address):
+    page, troubles = watched(browser, address, viewport={"width": 390, "height": 900})
+    for name in SOURCES:
+        page.goto(f"{address}/{name}", wait_until="load")
+        assert page.evaluate(TOO_WIDE) == [] and page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    assert troubles == []
+    page.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_light(name):
+    """Its text and its pictures, those included that load later; what all pages share, once."""
+    size = lambda places: sum((HTML / place).stat().st_size for place in set(places))
+    page = text(name)
+    assert size([name, *re.findall(r'<img [^>]*src="([^":?]*)', page)]) < 1.5e6
+    scripts, styles = (re.findall(pattern, page) for pattern in (r'<script [^>]*src="([^"?]*)', r'<link [^>]*href="([^"?]*\.css)'))
+    assert size(scripts) < 1.6e6 and size(styles) < 0.6e6
+    assert [tag for tag in re.findall(r"<script [^>]*src=[^>]*>", page) if " defer" not in tag] == []
+    assert "data:image" not in page and not re.search(r'<(?:i|span) class="[^"]*\bfa-', page)
+
+
+@pytest.mark.parametrize("name", ["index.html", *CHAPTERS[:1]])
+def test_no_script_holds_a_page_up(browser, address, name):
+    """The largest part of the page is painted while no script has arrived."""
+    page = browser.new_page()
+    page.route("**/*.js*", lambda route: None)
+    page.goto(f"{address}/{name}", wait_until="commit")
+    painted = "new Promise(done => new PerformanceObserver(list => done(list.getEntries().at(-1).size)).observe({type: 'largest-contentful-paint', buffered: true}))"
+    assert page.evaluate(painted) > 1000 and page.locator("h1:visible").count() == 1
+    page.unroute_all(behavior="ignoreErrors")
+    page.close()
+
+
+def test_the_book_works_anywhere(browser, anywhere):
+    page, troubles = watched(browser, anywhere)
+    for name in ("index.html", CHAPTERS[0], SOURCES[0]):
+        opened(page, f"{anywhere}/{name}")
+        assert page.locator("svg.svg-inline--fa:visible").count() >= 3, "icons"
+        page.wait_for_function("[...document.fonts].every(font => font.status !== 'error')")
+    assert troubles == []
+    page.close()
+
+
+@pytest.mark.parametrize("words", ["flat minimum", "锐度"])
+def test_search_finds_a_word_wherever_the_book_is(browser, anywhere, words):
+    page = browser.new_page()
+    page.goto(f"{anywhere}/index.html")
+    page.keyboard.press("Control+k")
+    page.keyboard.type(words)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results li a[href*='glossary.html']")
+    page.close()
+
+
+def test_search_finds_every_word_of_the_glossary(browser, address):
+    page = browser.new_page()
+    page.goto(f"{address}/search.html?q=flatness", wait_until="networkidle")
+    found = "words => Search._performSearch(...Search._parseQuery(words)).map(result => result[0])"
+    terms = [" ".join(unescape(term).split()) for term in re.findall(r'<dt id="term-[^"]*">(.*?)<a', text("glossary.html"), re.S)]
+    assert len(terms) > 50
+    assert [term for term in terms if not {"glossary"} < set(page.evaluate(found, term))] == [], "found in the glossary and in a chapter"
+    page.close()
+
+
+def test_the_words_that_a_chapter_introduces_link_to_the_glossary():
+    entries = re.findall(r'<dt id="(term-[^"]*)">.*?<dd>(.*?)</dd>', text("glossary.html"), re.S)
+    links = {name: set(re.findall(r'href="glossary\.html#(term-[^"]*)"', text(name))) for name in CHAPTERS}
+    said = [(term, name) for term, entry in entries for name in re.findall(r'href="(\w+\.html)"', entry.rpartition("(Chapter")[2])]
+    assert len(said) >= len(entries) and [(term, name) for term, name in said if term not in links[name]] == []
+
+
+@pytest.mark.parametrize("name", [name for name in CHAPTERS if 'class="explorable"' in text(name)])
+def test_explorable_figures_obey_the_keyboard(browser, address, name):
+    page = opened(browser.new_page(), f"{address}/{name}")
+    drawing = "id => document.getElementById(id).querySelector('.stage').innerHTML"
+    for figure in page.locator(".explorable").all():
+        id = figure.get_attribute("id")
+        for knob in figure.locator("input").all():
+            assert knob.evaluate("knob => knob.labels.length") == 1
+            knob.evaluate("knob => { const before = document.createElement('button'); knob.before(before); before.focus(); }")
+            page.keyboard.press("Tab")
+            assert knob.evaluate("knob => document.activeElement === knob")
+            page.keyboard.press("Home")
+            values, drawings = [knob.get_attribute("aria-valuetext")], [page.evaluate(drawing, id)]
+            page.keyboard.press("End")
+            values.append(knob.get_attribute("aria-valuetext"))
+            drawings.append(page.evaluate(drawing, id))
+            assert values[0] != values[1] and drawings[0] != drawings[1]
+    page.close()
+
+
+def test_the_whole_book_as_a_pdf(browser, tmp_path):
+    """`make pdf` of this book: every title on the page that the contents give, every formula typeset, no link lost."""
+    from pypdf import PdfReader
+
+    target = tmp_path / "book.pdf"
+    pdf.make(browser, HTML.resolve(), target)
+    reader = PdfReader(target)
+    texts = [re.sub(r"\s+", " ", page.extract_text()) for page in reader.pages]
+    assert len(texts) > 200 and target.stat().st_size < 50e6
+    assert not re.search(r"Math input error|\\\(|\\\[|\\(?:frac|nabla|tag)\b", " ".join(texts))
+    starts, names = pdf.numbers(target), [name for _, group in pdf.parts() for name in group]
+    contents = " ".join(texts[1 : starts["index"] - 1])
+    for name in names:
+        title = " ".join(unescape(re.sub(r"<[^>]*>", "", re.search(r"<h1>(.*?)<a ", text(f"{name}.html").split("bd-article\">")[1], re.S)[1])).split())
+        assert title[:30] in texts[starts[name] - 1], f"{title!r} begins on page {starts[name]}"
+        assert re.search(rf"{re.escape(title[-20:])}\s*{starts[name]}\b", contents), f"the contents give its page: {title!r}"
+    outline = [entry.title for entry in reader.outline if not isinstance(entry, list)]
+    assert len(outline) >= len(names) and reader.trailer["/Root"]["/MarkInfo"]["/Marked"]
+    wanted = {str(a["/Dest"]).removeprefix("/") for page in reader.pages for a in page.get("/Annots", []) for a in [a.get_object()] if "/Dest" in a}
+    assert len(wanted) > 300 and wanted <= starts.keys()

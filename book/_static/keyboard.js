@@ -1,0 +1,24 @@
+/* What scrolls sideways inside the page (a wide table, a long formula) can be reached and scrolled by keyboard, and
+   says what it is; what fits is no stop on the way. */
+addEventListener("DOMContentLoaded", () => {
+  const kinds = {
+    "Table, scrolls sideways": ".pst-scrollable-table-container",
+    "Formula, scrolls sideways": "div.math, mjx-container[display='true']",
+    "Code, scrolls sideways": ".bd-article pre",
+  };
+  const article = document.querySelector(".bd-article");
+  const reach = () => {
+    for (const [label, selector] of Object.entries(kinds)) {
+      for (const e of document.querySelectorAll(selector)) {
+        const scrolls = e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX !== "visible";
+        if (scrolls === (e.getAttribute("aria-label") === label)) continue;
+        for (const [name, value] of [["tabindex", "0"], ["role", "group"], ["aria-label", label]]) {
+          if (scrolls) e.setAttribute(name, value);
+          else e.removeAttribute(name);
+        }
+      }
+    }
+  };
+  if (article) new ResizeObserver(reach).observe(article);
+  reach();
+});

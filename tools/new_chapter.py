@@ -1,0 +1,73 @@
+"""A new chapter that runs and passes every test, to be filled: the text half, its notebook, and its places in the book.
+
+    python tools/new_chapter.py NAME [--title "Its title"]      book/09_NAME.md, .ipynb, _toc.yml, index.md, README.md
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import notebooks
+from notebooks import bootstrap, chapters, repository
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+CARD = """:::{{grid-item-card}} {number}. {title}
+:link: {stem}
+:link-type: doc
+
+What the chapter shows, in one or two lines.
+:::
+"""
+ROW = "| {number} | [{title}]({folder}/{stem}.ipynb): what it shows | [open in Colab]({colab}) |\n"
+COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{folder}/{stem}.ipynb"
+
+
+def after(text, last, new):
+    """`text` with `new` after the last match of a pattern."""
+    *_, match = re.finditer(last, text, re.S | re.M)
+    return text[: match.end()] + new + text[match.end() :]
+
+
+def pages(name, title):
+    """{path: text}: the chapter, and the pages that list it."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        sys.exit(f"NAME must be lower-case letters, digits and _, starting with a letter, got {name!r}")
+    if any(path.stem[3:] == name for path in chapters()):
+        sys.exit(f"NAME must be new, but there is a chapter {name!r} already")
+    number = 1 + max(int(path.stem[:2]) for path in chapters())
+    stem, last = f"{number:02d}_{name}", chapters()[-1].stem
+    where = repository()
+    words = {"number": number, "title": title or name.replace("_", " ").capitalize(), "stem": stem,
+             "folder": where["path_to_book"], "branch": where["branch"],
+             "slug": "/".join(where["url"].rstrip("/").split("/")[-2:])}  # fmt: skip
+    words["colab"] = COLAB.format(**words)
+    text = TEMPLATE.read_text()
+    for mark, word in {"BOOTSTRAP": bootstrap(), "NUMBER": str(number), "TITLE": words["title"], "SLUG": name.replace("_", "-")}.items():
+        text = text.replace(mark, word)
+    toc, index, readme = notebooks.BOOK / "_toc.yml", notebooks.BOOK / "index.md", notebooks.ROOT / "README.md"
+    return {
+        notebooks.BOOK / f"{stem}.md": text,
+        toc: after(toc.read_text(), rf"^ *- file: {last}\n", f"      - file: {stem}\n"),
+        index: after(index.read_text(), rf"^:::\{{grid-item-card\}}[^\n]*\n:link: {last}\n.*?^:::\n", "\n" + CARD.format(**words)),
+        readme: after(readme.read_text(), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**words)),
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", help="as in 09_NAME, e.g. weight_averaging")
+    parser.add_argument("--title", default="", help="default: the name in words")
+    chosen = parser.parse_args(arguments)
+    new = pages(chosen.name, chosen.title)
+    for path, text in new.items():
+        path.write_text(text)
+    chapter = next(iter(new))
+    failed = notebooks.run([chapter])
+    names = ", ".join(str(path.relative_to(notebooks.ROOT)) for path in new)
+    print(f"new-chapter: wrote {names} and the notebook. Edit {chapter.name}, then: make notebooks N={chapter.stem}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main() else 0)
