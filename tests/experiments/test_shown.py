@@ -28,7 +28,7 @@ def test_without_a_record_it_says_so_and_how_to_make_one(size, monkeypatch, tmp_
     monkeypatch.setattr(experiments.records, "FOLDERS", [tmp_path])
     text = experiments.full_scale(RECORDED, size).data
     command = f"python -m flatmin.experiments {RECORDED}" + (" --size paper" if size else "")
-    assert "Not yet recorded" in text and f"<code>{command}</code>" in text and "<img" not in text
+    assert "Not yet recorded" in text and f"`{command}`" in text and "<img" not in text
 
 
 def test_bad_names_are_errors():

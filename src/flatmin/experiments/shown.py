@@ -13,12 +13,12 @@ from .records import experiment, plot, record
 
 if TYPE_CHECKING:
     import xarray as xr
-    from IPython.display import HTML
+    from IPython.display import HTML, Markdown
 
 __all__ = ["caption", "full_scale", "origin", "picture"]
 
 
-def full_scale(name: str, size: str | None = None) -> HTML:
+def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
     """An experiment in a chapter: the figure of its record, or how to make one.
 
     Parameters
@@ -30,7 +30,7 @@ def full_scale(name: str, size: str | None = None) -> HTML:
 
     Returns
     -------
-    HTML
+    HTML or Markdown
         For a notebook.
 
     Examples
@@ -38,20 +38,19 @@ def full_scale(name: str, size: str | None = None) -> HTML:
     >>> "Ishida et al. 2020" in full_scale("flooding_synthetic").data
     True
     """
-    from IPython.display import HTML
+    from IPython.display import HTML, Markdown
 
-    source = html.escape(experiment(name).SOURCE)
+    source = experiment(name).SOURCE
     command = f"python -m flatmin.experiments {name}" + (f" --size {size}" if size else "")
     try:
         found = record(name, size)
     except FileNotFoundError:
-        return HTML(f"<p><em>Not yet recorded</em> ({source}). "
-                    f"This makes the record: <code>{html.escape(command)}</code></p>")  # fmt: skip
+        return Markdown(f"*Not yet recorded* ({source}). This makes the record: `{command}`")
     image = base64.b64encode(picture(found)).decode()
     words = html.escape(caption(name))
     return HTML(
         f'<img src="data:image/png;base64,{image}" alt="{words}" style="max-width:100%">'
-        f'<div class="figure-caption"><p>{words} ({source}; {html.escape(origin(found))}.)</p></div>'
+        f'<div class="figure-caption"><p>{words} ({html.escape(source)}; {html.escape(origin(found))}.)</p></div>'
     )
 
 
