@@ -134,7 +134,7 @@ class _Block(nn.Module):
 
 
 def units(settings: dict) -> list[dict]:
-    """A unit is one run; ``variant`` counts the strengths of its method."""
+    """A unit is one run (with its bootstrap); ``variant`` counts the strengths of its method."""
     return [
         {"recipe": name, "variant": variant, "label_noise": noise, "seed": seed}
         for name, variants in settings["recipes"].items()

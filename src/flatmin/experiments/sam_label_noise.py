@@ -20,7 +20,7 @@ from ..optimizers import SGD
 from ..plotting import COLORS, use_style
 from ..sam import SAMGradient
 from ..training import Recipe
-from .mixup_corrupt import LEGEND, beside
+from .mixup_corrupt import LEGEND, beside, units
 from .vision import load, passes, predict, provenance, train
 
 SOURCE = "Foret et al. 2021, section 3.3 and table 4"
@@ -62,17 +62,6 @@ PAPER = {
     "SAM": {0.2: 95.1, 0.4: 93.4, 0.6: 90.5, 0.8: 77.9},
     "bootstrap + SAM": {0.2: 95.4, 0.4: 94.2, 0.6: 91.8, 0.8: 79.9},
 }
-
-
-def units(settings: dict) -> list[dict]:
-    """A unit is one run, and its bootstrap; ``variant`` counts the strengths of its method."""
-    return [
-        {"recipe": name, "variant": variant, "label_noise": noise, "seed": seed}
-        for name, variants in settings["recipes"].items()
-        for variant in range(len(variants))
-        for noise in settings["label_noise"]
-        for seed in settings["seeds"]
-    ]
 
 
 def cost(settings: dict) -> float:
