@@ -150,6 +150,7 @@ def child(output, *words, **environment):
     code = 99
     try:
         os.environ.update(environment)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
