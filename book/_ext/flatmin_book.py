@@ -18,7 +18,7 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 import flatmin
 from flatmin import experiments
-from flatmin.experiments.__main__ import duration
+from flatmin.experiments.shown import caption, duration
 from flatmin.plotting import use_style
 
 PROVENANCE = ("device", "machine", "python", "numpy", "torch", "cuda", "flatmin", "commit", "data")
@@ -191,15 +191,15 @@ class RecordsList(Table):
 
         path = Path(self.env.app.doctreedir) / "records" / f"{name}-{size}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        caption = " ".join(first_paragraph(experiments.experiment(name).plot).split())
+        words = caption(name)
         with matplotlib.rc_context({"svg.hashsalt": name}):
             use_style()
             drawn = experiments.plot(name, record)
             drawn.savefig(path, metadata={"Date": None})
             matplotlib.pyplot.close(drawn)
         here = Path(self.env.doc2path(self.env.docname)).parent
-        image = nodes.image(uri=os.path.relpath(path, here), alt=f"{name}, {size}: {caption}", width="100%")
-        return nodes.figure("", image, nodes.caption("", "", *self.state.inline_text(caption, self.lineno)[0]))
+        image = nodes.image(uri=os.path.relpath(path, here), alt=f"{name}, {size}: {words}", width="100%")
+        return nodes.figure("", image, nodes.caption("", "", *self.state.inline_text(words, self.lineno)[0]))
 
 
 class BenchmarksList(Table):

@@ -400,7 +400,7 @@ def eigenvalues(
 
     It starts from a random vector.  Where the operator knows the gradient, it is added, one part to
     one: gradients of networks in training lie mostly in the space of the largest eigenvalues, which
-    saves a step or two of six, and the random part misses nothing.
+    saves about one product in six, and the random part still reaches every direction.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .core import labels, plan, run
 from .records import NAMES, experiment, record, record_path
+from .shown import duration
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,17 +46,6 @@ def setting(word: str):
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(59), duration(600), duration(9000), duration(90_000)
-    ('59 s', '10 min', '2.5 h', '25 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours = seconds / 3600
-    return f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.{1 if hours < 10 else 0}f} h"
 
 
 def listed() -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from IPython.display import HTML, Markdown
 
-__all__ = ["caption", "full_scale", "origin", "picture"]
+__all__ = ["caption", "duration", "full_scale", "origin", "picture"]
 
 
 def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
@@ -23,10 +23,8 @@ def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
 
     Parameters
     ----------
-    name : str
-        One of ``NAMES``.
-    size : str, optional
-        Default: the experiment's default size.
+    name, size
+        As in :func:`record`.
 
     Returns
     -------
@@ -69,10 +67,22 @@ def origin(record: xr.Dataset) -> str:
     True
     """
     about = record.attrs
-    seconds = float(about["seconds"])
-    took = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
     return (f"size {about['size']}, {len(json.loads(about['seeds']))} seeds, {about['data']}; "
-            f"on {about['device']}, PyTorch {about['torch']}, in {took}")  # fmt: skip
+            f"on {about['device']}, PyTorch {about['torch']}, in {duration(float(about['seconds']))}")  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """Seconds, in the unit that suits them.
+
+    Examples
+    --------
+    >>> duration(59), duration(600), duration(9000), duration(90_000)
+    ('59 s', '10 min', '2.5 h', '25 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours = seconds / 3600
+    return f"{seconds / 60:.0f} min" if hours < 2 else f"{hours:.{1 if hours < 10 else 0}f} h"
 
 
 def picture(record: xr.Dataset) -> bytes:
