@@ -205,13 +205,13 @@ def test_no_script_holds_a_page_up(browser, address, name):
 
 
 def test_the_book_works_anywhere(browser, anywhere):
-    page, troubles = watched(browser, anywhere)
-    for name in ("index.html", CHAPTERS[0], SOURCES[0]):
+    for name in ("index.html", CHAPTERS[0], SOURCES[0]):  # a page each: who walks on breaks off what still loads
+        page, troubles = watched(browser, anywhere)
         opened(page, f"{anywhere}/{name}")
         assert page.locator("svg.svg-inline--fa:visible").count() >= 3, "icons"
         page.wait_for_function("[...document.fonts].every(font => font.status !== 'error')")
-    assert troubles == []
-    page.close()
+        assert troubles == []
+        page.close()
 
 
 @pytest.mark.parametrize("words", ["flat minimum", "锐度"])
