@@ -77,7 +77,7 @@ claims: $(READY)  ## authors: do all claims hold for five other seeds?
 	$(BIN)/python tools/claims.py $(N)
 
 # timm without what it depends on: only its mixup is measured, which needs nothing
-bench: $(READY)  ## authors: measure our parts beside their peers on an idle machine, 10 minutes; benchmarks/README.md
+bench: $(READY)  ## authors: measure our parts beside their peers, on an idle machine; writes benchmarks/README.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps timm
 	$(ONE) $(QUIET) $(BIN)/python benchmarks/run_all.py --record

@@ -20,6 +20,8 @@ def test_a_record_is_drawn_with_where_it_comes_from():
     text = experiments.full_scale(RECORDED).data
     [(image, alt)] = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
     assert base64.b64decode(image).startswith(b"\x89PNG") and alt == shown.caption(RECORDED)
+    width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', text).groups())
+    assert 300 < width < 1200 and 100 < height < 1200  # known before it is loaded: nothing jumps
     assert shown.origin(experiments.record(RECORDED)) in text
 
 

@@ -7,6 +7,7 @@ import html
 import inspect
 import io
 import json
+import struct
 from typing import TYPE_CHECKING
 
 from .records import experiment, plot, record
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
 
 __all__ = ["caption", "duration", "full_scale", "origin", "picture"]
+
+DPI = 160  # shown at 100, so sharp on dense screens
 
 
 def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
@@ -44,10 +47,13 @@ def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
         found = record(name, size)
     except FileNotFoundError:
         return Markdown(f"*Not yet recorded* ({source}). This makes the record: `{command}`")
-    image = base64.b64encode(picture(found)).decode()
+    png = picture(found)
+    image = base64.b64encode(png).decode()
+    width, height = (100 * pixels // DPI for pixels in struct.unpack(">2I", png[16:24]))
     words = html.escape(caption(name))
     return HTML(
-        f'<img src="data:image/png;base64,{image}" alt="{words}" style="max-width:100%">'
+        f'<img src="data:image/png;base64,{image}" alt="{words}" width="{width}" height="{height}" '
+        'style="max-width:100%;height:auto">'
         f'<div class="figure-caption"><p>{words} ({html.escape(source)}; {html.escape(origin(found))}.)</p></div>'
     )
 
@@ -95,6 +101,6 @@ def picture(record: xr.Dataset) -> bytes:
         use_style()
         figure = plot(record.attrs["experiment"], record)
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=160)
+        figure.savefig(file, format="png", dpi=DPI)
         plt.close(figure)
     return file.getvalue()
