@@ -26,7 +26,8 @@ An experiment is a module of this package, named in ``NAMES``, that holds
 So it can be killed at any moment: the same command goes on with the units that are missing, and
 within a unit from where that last saved.  Under ``torchrun`` rank r of n takes the units r, r+n,
 r+2n, …, on the GPU of its ``LOCAL_RANK``; the ranks meet in the folder of the files and nowhere
-else (several machines: a folder that they share), and rank 0 puts the record together.
+else (several machines: a folder that they share), and rank 0 puts the record together.  More ranks
+than GPUs share them, and of the time that a unit takes counts its share.
 """
 
 import contextlib
@@ -172,7 +173,7 @@ def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results
         If units of other ranks do not arrive; the message names them.
     """
     todo = plan(name, size, seeds=seeds, settings=settings)
-    rank, ranks, local = (_rank(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, ranks, local, beside = map(_rank, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     number("patience", patience, 0)
     folder, here = Path(out) / f"{name}.parts", _device(device, local)
     mine = todo.units[rank::ranks]
@@ -184,7 +185,7 @@ def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results
             if stop:
                 raise KeyboardInterrupt
             if (part := _read(folder / todo.file(unit))) is None:
-                _do(todo, unit, folder, here, stop, bar)
+                _do(todo, unit, folder, here, _sharing(here, beside), stop, bar)
             else:
                 bar.update(part.attrs["gradients"])
     if rank:
@@ -194,9 +195,12 @@ def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results
     return xr.load_dataset(path, engine="scipy")
 
 
-def _do(todo: Plan, unit: dict, folder: Path, device: torch.device, stop: list, bar: tqdm) -> None:
-    """Do one unit and keep its result."""
+def _do(todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int, stop: list,
+        bar: tqdm) -> None:  # fmt: skip
+    """Do one unit and keep its result; of a device's time that processes share, its part counts."""
     origin, path = provenance(device), folder / todo.file(unit)
+    if sharing > 1:
+        origin["device"] += f", shared by {sharing} processes"
     begun = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]
     work = Work(device, folder / f"{path.name}-{begun}.work", stop, bar)
     result = todo.module.run_unit(dict(unit), json.loads(json.dumps(todo.settings)), work)
@@ -205,7 +209,7 @@ def _do(todo: Plan, unit: dict, folder: Path, device: torch.device, stop: list, 
     result.attrs = {
         key: value if isinstance(value, (str, int, float, np.number)) else json.dumps(value)
         for key, value in result.attrs.items()
-    } | origin | {"seconds": work.seconds, "gradients": work.gradients}  # fmt: skip
+    } | origin | {"seconds": work.seconds / sharing, "gradients": work.gradients}  # fmt: skip
     content = bytes(result.to_netcdf(engine="scipy"))
     with replacing(path) as part:
         part.write_bytes(hashlib.sha256(content).digest() + content)
@@ -298,9 +302,14 @@ def labels(unit: dict) -> str:
 
 def _rank(key: str) -> int:
     """A number of torchrun's, or what it is without."""
-    least = int(key == "WORLD_SIZE")
+    least = int(key.endswith("WORLD_SIZE"))
     value = os.environ.get(key, str(least))
     return whole(key, int(value) if value.isdecimal() else value, least)
+
+
+def _sharing(device: torch.device, processes: int) -> int:
+    """How many of a machine's processes take the same device at once, at most."""
+    return -(-processes // torch.cuda.device_count()) if device.type == "cuda" else 1
 
 
 def _device(name: str | None, local: int) -> torch.device:
