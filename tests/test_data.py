@@ -13,12 +13,14 @@ import struct
 import tarfile
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from flatmin import data as module
 from flatmin.data import (
@@ -656,7 +658,8 @@ def site(tmp_path, monkeypatch):
     [(mnist, 4), (fashion_mnist, 4), (cifar10, 1), (cifar100, 1)],
 )
 def test_a_set_is_downloaded_once_with_progress(site, make, downloads, capsys, monkeypatch):
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    shown = partial(tqdm, disable=False)  # TQDM_DISABLE was read when tqdm was imported
+    monkeypatch.setattr("pooch.downloaders.tqdm", shown)
     first = make()
     assert len(site.asked) == downloads == len(site.kept())
     assert "100%" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The engine of the experiments: killed at any moment, sharded, short of memory; the flooding study."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -632,12 +633,18 @@ def test_the_study_with_little_memory(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_fifty_steps_on_cpu_and_gpu_agree_to_float32(tmp_path):
+def test_fifty_steps_on_cpu_and_gpu_agree_to_float32(tmp_path, monkeypatch):
+    """They are about as far from one another as float32 is from float64 on the CPU."""
     settings = {"steps": 50, "evaluations": 10, "width": 100}
-    cpu, gpu = (
-        run("flooding_synthetic", "tiny", out=tmp_path / device, device=device, settings=settings)
-        for device in ("cpu", "cuda")
-    )
-    assert gpu.attrs["device"] == torch.cuda.get_device_name()
-    for name in ("train_loss", "validation_loss", "test_loss"):
-        np.testing.assert_allclose(gpu[name], cpu[name], rtol=1e-3, atol=1e-4)
+
+    def losses(device, dtype):
+        monkeypatch.setattr(flooding_synthetic, "fit", functools.partial(fit, dtype=dtype))
+        out = tmp_path / f"{device}, {dtype}"
+        found = run("flooding_synthetic", "tiny", out=out, device=device, settings=settings)
+        return found[["train_loss", "validation_loss", "test_loss"]].to_dataarray()
+
+    exact, cpu = (losses("cpu", dtype) for dtype in (torch.float64, torch.float32))
+    gpu = losses("cuda", torch.float32)
+    each = ("variable", "flood_level", "seed", "step")  # of the runs of a set and an optimizer
+    assert (abs(cpu - exact).max(each) < 0.1).all()
+    assert (abs(gpu - exact).max(each) <= 10 * abs(cpu - exact).max(each) + 1e-4).all()
