@@ -142,7 +142,7 @@ class Colab:
             if cell.cell_type == "code":
                 cell.outputs = []
         client = NotebookClient(notebook, km=manager, timeout=1800, record_timing=False, resources={"metadata": {"path": alone}})
-        client.execute(env=self.environment)
+        client.execute(env=self.environment, cleanup_kc=True)  # else a kernel that was handed to it lives on, with its gigabyte
         after = self.installed(python)
         replaced = {name: (version, after.get(name)) for name, version in before.items() if after.get(name) != version}
         if replaced:

@@ -7,8 +7,6 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 from .core import labels, plan, run
 from .records import NAMES, experiment, record, record_path
 from .shown import duration
@@ -91,7 +89,6 @@ def main(words: list[str] | None = None) -> int:
     if args.estimate:
         print(estimated(todo))
         return 0
-    torch.backends.cudnn.benchmark = True  # the shapes stay the same: the fastest kernels for them
     say = lambda text, **where: print(f"{args.name}: {text}", flush=True, **where)
     try:
         with warnings.catch_warnings():

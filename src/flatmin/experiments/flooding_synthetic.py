@@ -13,6 +13,7 @@ the demo's noise, levels and 200 epochs, and smaller test sets.
 """
 
 import json
+import math
 
 import xarray as xr
 
@@ -20,7 +21,7 @@ from ..data import sinusoid, spiral, two_gaussians
 from ..flooding import Flooding
 from ..models import MLP
 from ..optimizers import SGD, Adam
-from ..plotting import COLORS, bars
+from ..plotting import COLORS, band, bars, use_style
 from ..training import Recipe, best_step, fit
 
 SOURCE = "Ishida et al. 2020, synthetic data"
@@ -135,16 +136,26 @@ def chosen(study: xr.Dataset, stop: bool) -> tuple[xr.DataArray, xr.DataArray]:
 
 def plot(record: xr.Dataset):
     """Test accuracy with flooding and without, after the last epoch and stopped early; means and
-    95 % intervals over the seeds, levels and steps chosen by clean validation labels."""
+    95 % intervals over the seeds, levels and steps chosen by clean validation labels.
+
+    Above it, if the record has many levels, what each of them gains after the last epoch: the
+    darker, the more labels are wrong; SGD solid, Adam dashed.  Dotted is the entropy of the wrong
+    labels: the training loss of a network that knows the true labels and how many are wrong.
+    """
     import matplotlib.pyplot as plt
 
+    use_style()
     if "label_noise" not in record.dims:
         record = record.expand_dims(label_noise=json.loads(record.attrs["settings"])["label_noise"])
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
-    fig, axes = plt.subplots(
-        len(noises), len(sets), figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises)),
-        sharex="col", sharey=True, squeeze=False,
-    )  # fmt: skip
+    many = record.sizes.get("flood_level", 0) > 5
+    fig = plt.figure(figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises) + 2.9 * many))
+    above, below = (
+        fig.subfigures(2, height_ratios=[1, 0.75 * len(noises)]) if many else (None, fig)
+    )
+    if above:
+        _sweeps(above, record)
+    axes = below.subplots(len(noises), len(sets), sharex="col", sharey=True, squeeze=False)
     (plain, flooded), (plain_stopped, flooded_stopped) = (chosen(record, s) for s in (False, True))
     lines = {
         "no flooding": (plain, COLORS["ERM"]),
@@ -165,3 +176,41 @@ def plot(record: xr.Dataset):
     for ax in axes[-1]:
         ax.set_xlabel("test accuracy (%)")
     return fig
+
+
+def gains(record: xr.Dataset) -> xr.DataArray:
+    """What each level adds to the test accuracy after the last epoch, in points."""
+    error = 100 * record.test_error.isel(step=-1)
+    return error.sel(flood_level=0, drop=True) - error
+
+
+def entropy(label_noise: float) -> float:
+    r"""Of whether a label is wrong, in nats: :math:`-p\log p-(1-p)\log(1-p)`.
+
+    Examples
+    --------
+    >>> round(entropy(0.1), 3)
+    0.325
+    """
+    return -sum(p * math.log(p) for p in (label_noise, 1 - label_noise) if p)
+
+
+def _sweeps(fig, record: xr.Dataset) -> None:
+    """A panel a set: gains against the level, for each share of wrong labels."""
+    from matplotlib.colors import to_rgb
+
+    every, noises = gains(record), record.label_noise.values
+    panels = fig.subplots(1, record.sizes["set"], sharey=True, squeeze=False)[0]
+    for ax, name in zip(panels, record.set.values):
+        for k, noise in enumerate(noises, 1):
+            color = tuple(1 - k / len(noises) * (1 - c) for c in to_rgb(COLORS["flooding"]))
+            for optimizer, style in zip(record.optimizer.values, ("-", "--")):
+                here = every.sel(set=name, label_noise=noise, optimizer=optimizer, drop=True)
+                line = band(ax, here, "flood_level", color, linestyle=style)
+                if style == "-":
+                    line.set_label(f"{100 * noise:g} % wrong")
+            ax.axvline(entropy(noise), color=color, linestyle=":")
+        ax.axhline(0, color=COLORS["faint"], linewidth=0.8, zorder=0)
+        ax.set(title=name.replace("_", " "), xlabel="flood level b (nats)", ylim=(-6, 11))
+    panels[0].set_ylabel("gain in accuracy (points)")
+    panels[-1].legend(fontsize=7.5, loc="upper right")

@@ -45,9 +45,8 @@ SETTINGS = {
         "data": "synthetic", "train_size": 64, "width": 4, "stages": [1], "label_noise": [0.5],
         "batch_size": 32, "epochs": 2, "evaluations": 1, "seeds": 2, "recipes": _ONE_EACH,
     },
-    # An estimate: 60 runs of 1,600 steps at 5 ms, which is what it takes to launch one, and a
-    # minute for what is between them.  Without augmentation, so that 40 epochs are enough to learn
-    # wrong labels by heart.
+    # Eight processes share a GPU, or it takes twice as long.  Without augmentation, so that 40 epochs
+    # are enough to learn wrong labels by heart.
     "reduced": _FULL | {
         "train_size": 10_000, "width": 32, "batch_size": 256, "epochs": 40, "augment": False,
         "evaluations": 10, "recipes": _ONE_EACH,

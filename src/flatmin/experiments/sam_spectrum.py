@@ -59,9 +59,11 @@ SETTINGS = {
         "epochs": 2, "moments": [0, 2], "examples": 16, "lanczos_steps": 8, "density_steps": 4,
         "density_probes": 1, "trace_probes": 2, "seeds": 2,
     },
-    # Ten minutes on an H100 if a gradient of a batch takes 6 ms (10 ms for 1,024 images), and a
-    # Hessian–vector product of 1,000 images 15 to 25 ms: not measured.
-    "reduced": _HERE,
+    # An estimate for an H100: a Hessian–vector product of 1,000 images took 40 to 70 ms in a trial,
+    # so 48 spectra take six minutes, and as long the training, if a gradient of a batch takes 8 ms.
+    # Several processes that share the GPU need less.
+    "reduced": _HERE | {"train_size": 25_000, "moments": [0, 2, 6, 20], "density_steps": 40,
+                        "trace_probes": 20},
     "paper": _HERE | {
         "blocks": [6, 6, 6], "width": 160, "augment": True, "epochs": 300,
         "moments": [0, 1, 5, 20, 50, 100, 150, 200, 250, 300], "examples": 5000,
@@ -126,7 +128,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 
 def spectrum(model: torch.nn.Module, x, y, settings: Mapping, batch_size: int) -> dict:
     """What is measured of one network, as variables of a Dataset; NaN where it has diverged."""
-    hessian = hessian_operator(model, example_losses, x, y, batch_size=batch_size)
+    hessian = hessian_operator(model, example_losses, x, y, batch_size=batch_size, mode="forward")
     eigenvalues = HessianEigenvalues(RANKS, steps=settings["lanczos_steps"], errors=True)
     trace = HessianTrace(settings["trace_probes"], SKETCH, standard_error=True)
     density = HessianDensity(settings["density_steps"], settings["density_probes"])
