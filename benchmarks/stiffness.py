@@ -24,10 +24,12 @@ positions of a convolution make T² (I + O) > IO, its gradients are formed: then
 of their product, nothing more, so that for the last network no ratio can exceed 2 by arithmetic.
 """
 
+import contextlib
 import json
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from common import Benchmark, layers, size  # isort: skip  (quiets progress bars)
 import torch
@@ -148,11 +150,20 @@ def peak(way: str, name: str, n: int, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         WAYS[way](model, x, y)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    before = most()
+    before = most_memory()
     WAYS[way](model, x, y)
-    return (most() - before) / unit
+    return most_memory() - before
+
+
+def most_memory() -> float:
+    """The most MiB that this process has had so far."""
+    with contextlib.suppress(OSError):  # on Linux ru_maxrss starts with the parent's
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
+    import resource  # Windows has none
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def memory(way: str, name: str, n: int, device: str) -> float:

@@ -289,6 +289,12 @@ def test_all_ways_to_stiffness_agree(name):
     assert 0 < needs["identity"] < needs["gradients"]
 
 
+def test_memory_is_that_of_the_way_however_large_this_process_is():
+    ballast = torch.ones(2**27)  # 512 MiB
+    assert 1 < script("stiffness").memory("loop", "lenet", 50, "cpu") < 400
+    del ballast
+
+
 def test_products_are_counted():
     benchmark = script("spectrum")
     model, x, y = benchmark.trained(lambda: MLP(64, 8, 10), (64,), 20, "cpu")
