@@ -191,7 +191,7 @@ class RecordsList(Table):
 
         path = Path(self.env.app.doctreedir) / "records" / f"{name}-{size}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = caption(name)
+        words = caption(name, record)
         with matplotlib.rc_context({"svg.hashsalt": name}):
             use_style()
             drawn = experiments.plot(name, record)

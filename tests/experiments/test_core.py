@@ -276,8 +276,8 @@ def test_every_record_keeps_the_schema(path):
     check(known)
     size = known.attrs["size"].split(",")[0]
     assert path.name == records.record_path(known.attrs["experiment"], "", size).name
-    flags = [v for v in known.variables.values() if v.dtype.kind == "f"]
-    assert flags and all(np.isfinite(v).any() for v in flags)
+    empty = {k for k, v in known.variables.items() if v.dtype.kind == "f" and not np.isfinite(v).any()}
+    assert empty <= {"xi", "within_group"}  # no line that comes down to zero; no super-classes
 
 
 @pytest.mark.parametrize("key", records.SCHEMA)

@@ -20,7 +20,8 @@ An experiment is a module of this package, named in ``NAMES``, that holds
 ``cost(settings)``
     How many gradients of single examples all units take together: the measure of time.
 ``plot(record)``
-    The figure, from the record alone; its docstring is the caption.
+    The figure, from the record alone; its docstring is the caption.  Where records differ, so that
+    one figure does not suit all, ``drawing(record)`` is the function that draws one, and has it.
 
 :func:`run` does the units one by one and writes each result to a file of its own, all or nothing.
 So it can be killed at any moment: the same command goes on with the units that are missing, and

@@ -135,27 +135,28 @@ def chosen(study: xr.Dataset, stop: bool) -> tuple[xr.DataArray, xr.DataArray]:
 
 
 def plot(record: xr.Dataset):
-    """Test accuracy with flooding and without, after the last epoch and stopped early; means and
-    95 % intervals over the seeds, levels and steps chosen by clean validation labels.
+    """Accuracies where a record has few levels, gains against the level where it has many."""
+    return drawing(record)(record)
 
-    Above it, if the record has many levels, what each of them gains after the last epoch: the
-    darker, the more labels are wrong; SGD solid, Adam dashed.  Dotted is the entropy of the wrong
-    labels: the training loss of a network that knows the true labels and how many are wrong.
-    """
+
+def drawing(record: xr.Dataset):
+    """The figure that suits a record: one of few levels, or of many."""
+    return sweeps if record.sizes.get("flood_level", 0) > 5 else accuracies
+
+
+def accuracies(record: xr.Dataset):
+    """Test accuracy with flooding and without, after the last epoch and stopped early; means and
+    95 % intervals over the seeds, levels and steps chosen by clean validation labels."""
     import matplotlib.pyplot as plt
 
     use_style()
     if "label_noise" not in record.dims:
         record = record.expand_dims(label_noise=json.loads(record.attrs["settings"])["label_noise"])
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
-    many = record.sizes.get("flood_level", 0) > 5
-    fig = plt.figure(figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises) + 2.9 * many))
-    above, below = (
-        fig.subfigures(2, height_ratios=[1, 0.75 * len(noises)]) if many else (None, fig)
-    )
-    if above:
-        _sweeps(above, record)
-    axes = below.subplots(len(noises), len(sets), sharex="col", sharey=True, squeeze=False)
+    fig, axes = plt.subplots(
+        len(noises), len(sets), figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises)),
+        sharex="col", sharey=True, squeeze=False,
+    )  # fmt: skip
     (plain, flooded), (plain_stopped, flooded_stopped) = (chosen(record, s) for s in (False, True))
     lines = {
         "no flooding": (plain, COLORS["ERM"]),
@@ -195,22 +196,32 @@ def entropy(label_noise: float) -> float:
     return -sum(p * math.log(p) for p in (label_noise, 1 - label_noise) if p)
 
 
-def _sweeps(fig, record: xr.Dataset) -> None:
-    """A panel a set: gains against the level, for each share of wrong labels."""
+def sweeps(record: xr.Dataset):
+    """Accuracy on the test set at each level minus that without flooding, after the last epoch:
+    means and 95 % bands over the seeds, the darker the more labels are wrong; cut off at −10.
+
+    Dotted is the entropy of the wrong labels: the training loss of a network that is certain of the
+    true labels up to the share of wrong ones.
+    """
+    import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
 
-    every, noises = gains(record), record.label_noise.values
-    panels = fig.subplots(1, record.sizes["set"], sharey=True, squeeze=False)[0]
-    for ax, name in zip(panels, record.set.values):
-        for k, noise in enumerate(noises, 1):
-            color = tuple(1 - k / len(noises) * (1 - c) for c in to_rgb(COLORS["flooding"]))
-            for optimizer, style in zip(record.optimizer.values, ("-", "--")):
+    use_style()
+    every = gains(record)
+    sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
+    fig, axes = plt.subplots(len(optimizers), len(sets), figsize=(9, 0.6 + 2.4 * len(optimizers)),
+                             sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    for row, optimizer in zip(axes, optimizers):
+        for ax, name in zip(row, sets):
+            for k, noise in enumerate(noises, 1):
+                color = tuple(1 - k / len(noises) * (1 - c) for c in to_rgb(COLORS["flooding"]))
                 here = every.sel(set=name, label_noise=noise, optimizer=optimizer, drop=True)
-                line = band(ax, here, "flood_level", color, linestyle=style)
-                if style == "-":
-                    line.set_label(f"{100 * noise:g} % wrong")
-            ax.axvline(entropy(noise), color=color, linestyle=":")
-        ax.axhline(0, color=COLORS["faint"], linewidth=0.8, zorder=0)
-        ax.set(title=name.replace("_", " "), xlabel="flood level b (nats)", ylim=(-6, 11))
-    panels[0].set_ylabel("gain in accuracy (points)")
-    panels[-1].legend(fontsize=7.5, loc="upper right")
+                band(ax, here, "flood_level", color).set_label(f"{100 * noise:g} % wrong")
+                ax.axvline(entropy(noise), color=color, linestyle=":", linewidth=1.2)
+            ax.axhline(0, color=COLORS["faint"], linewidth=0.8, zorder=0)
+            ax.set(title=f"{name.replace('_', ' ')}, {optimizer}", ylim=(-10, 11))
+        row[0].set_ylabel("gain (points)")
+    for ax in axes[-1]:
+        ax.set_xlabel("flood level b (nats)")
+    axes[0, -1].legend(fontsize=7.5, loc="lower left")
+    return fig

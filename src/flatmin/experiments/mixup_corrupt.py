@@ -174,10 +174,11 @@ def best_variant(record: xr.Dataset) -> xr.Dataset:
 
 
 def plot(record: xr.Dataset):
-    """Test error at the last epoch (filled) and at the best (open), with 95 % intervals.
+    """Test error at the last epoch (filled) and at the best of those that were looked at (open),
+    with 95 % intervals over the seeds.
 
-    Diamonds are the paper's numbers, for its full size.  Epoch and, of several, strength are the
-    best on the test images, as in its table.
+    Diamonds are the paper's numbers, for its full size.  The best epoch is the best on the test
+    images, as in its table; so is, where a record has several, the strength of a method.
     """
     import matplotlib.pyplot as plt
 

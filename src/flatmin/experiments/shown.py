@@ -50,7 +50,7 @@ def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
     png = picture(found)
     image = base64.b64encode(png).decode()
     width, height = (100 * pixels // DPI for pixels in struct.unpack(">2I", png[16:24]))
-    words = html.escape(caption(name))
+    words = html.escape(caption(name, found))
     return HTML(
         f'<img src="data:image/png;base64,{image}" alt="{words}" width="{width}" height="{height}" '
         'style="max-width:100%;height:auto">'
@@ -58,9 +58,12 @@ def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
     )
 
 
-def caption(name: str) -> str:
-    """What an experiment's figure shows, in words."""
-    return " ".join(inspect.cleandoc(experiment(name).plot.__doc__).split())
+def caption(name: str, record: xr.Dataset | None = None) -> str:
+    """What an experiment's figure shows, of this record, in words."""
+    module = experiment(name)
+    chooses = record is not None and hasattr(module, "drawing")
+    drawn = module.drawing(record) if chooses else module.plot
+    return " ".join(inspect.cleandoc(drawn.__doc__).split())
 
 
 def origin(record: xr.Dataset) -> str:

@@ -277,20 +277,29 @@ def plot(record: xr.Dataset):
     xi = pick(fresh.xi, case, "true", measure="cosine")
     for i, lr in enumerate(record.lr.values):
         style = {"color": COLORS["stiffness"], "alpha": 0.3 + 0.7 * (i + 1) / record.sizes["lr"],
-                 "label": f"lr {lr:g}", "dy": 10 * i, "marker": "o", "markersize": 3}  # fmt: skip
+                 "marker": "o", "markersize": 3}  # fmt: skip
         of = lambda values: values.sel(lr=lr, drop=True)
         if levels:
-            band(axes[1, 0], at_loss(of(within), of(loss), levels, "step"), "level", **style)
-        band(axes[1, 1], of(xi), "step", **style)
+            line = band(axes[1, 0], at_loss(of(within), of(loss), levels, "step"), "level", **style)
+            line.set_label(f"learning rate {lr:g}")
+        if bool(xi.notnull().any()):
+            band(axes[1, 1], of(xi), "step", **style)
     axes[1, 0].set(title=f"{' '.join(case)}, at equal loss", xlabel="training loss (nats)",
                    ylabel="within classes (cosine)")  # fmt: skip
     if levels:
+        axes[1, 0].set_xscale("log")
         axes[1, 0].invert_xaxis()
+        axes[1, 0].legend(fontsize=7.5)
     else:
         axes[1, 0].text(0.1, 0.5, "no loss that all runs come by", transform=axes[1, 0].transAxes)
     axes[1, 1].set(title=f"{' '.join(case)}, critical length", xlabel="step", ylabel="ξ")
+    if not bool(xi.notnull().any()):
+        axes[1, 1].text(0.5, 0.5, "no critical length:\nthe lines do not come down to 0", ha="center",
+                        transform=axes[1, 1].transAxes)  # fmt: skip
+        axes[1, 1].set(xticks=[], yticks=[])
     for ax in (*axes[0, :2], axes[1, 1]):
-        ax.set_xscale("symlog", linthresh=max(1, int(record.step[1])))
+        if ax.lines:
+            ax.set_xscale("symlog", linthresh=max(1, int(record.step[1])))
     matrix = pick(fresh.matrix, case, "true", lr=middle, measure="sign").isel(step=-1).mean("seed")
     matrix = matrix.dropna("class_1", how="all").dropna("class_2", how="all")
     image = axes[1, 2].imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1)
