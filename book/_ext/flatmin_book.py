@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -100,6 +101,11 @@ def chapters(env):
     return {name: path for name, path in paths.items() if path.endswith(".ipynb")}
 
 
+def said(attributes, key):
+    """An entry of a record in words, a commit in twelve digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", f"{key} {attributes[key]}")
+
+
 class Table(SphinxDirective):
     """A table from rows of Markdown."""
 
@@ -166,7 +172,7 @@ class RecordsList(Table):
                 (size, f"`{command(name, size)}`", self.state_of(name, size, known)) for size in module.SETTINGS if size != "tiny"
             ], "records")
             for size, record in known.items():
-                section += self.text(", ".join(f"{key} {record.attrs[key]}" for key in PROVENANCE) + ".")
+                section += self.text(", ".join(said(record.attrs, key) for key in PROVENANCE) + ".")
                 section += self.figure(name, size, record)
             sections.append(section)
         return sections
@@ -178,12 +184,14 @@ class RecordsList(Table):
         if size in known:
             attrs = known[size].attrs
             seeds = len(json.loads(attrs["seeds"]))
-            return f"recorded on {attrs['device']}, {seeds} seeds, {duration(float(attrs['seconds']))}"
+            changed = attrs["size"].partition(", ")[2]
+            return (f"recorded{f' with `{changed}`' * bool(changed)} on {attrs['device']}, {seeds} seeds, "
+                    f"{duration(float(attrs['seconds']))}")
         estimate = experiments.plan(name, size).seconds()
         if estimate is None:
             return "not yet recorded"
         seconds, by = estimate
-        return f"not yet recorded; at the rate of {by.attrs['size']} on {by.attrs['device']} about {duration(seconds)}"
+        return f"not yet recorded; at the rate of {by.attrs['size']} on {by.attrs['device']} about {duration(seconds)}, if a gradient takes as long"
 
     def figure(self, name, size, record):
         """The figure as the experiment's module draws it, with its docstring as caption."""
@@ -209,7 +217,7 @@ class BenchmarksList(Table):
         rows = []
         for folder in experiments.FOLDERS:
             for name, setting in benchmarks_in(folder):
-                where = ", ".join(f"{key} {setting[key]}" for key in PROVENANCE if key in setting)
+                where = ", ".join(said(setting, key) for key in PROVENANCE if key in setting)
                 rest = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in PROVENANCE)
                 rows.append((f"`{name}`", where, rest))
         return self.table((20, 30, 50), ("Record", "Where", "Settings"), rows, "records")

@@ -66,7 +66,10 @@ def test_every_experiment_says_what_it_repeats_and_how(committed, name):
 def test_a_record_is_shown_with_where_it_comes_from_its_figure_and_the_rate(committed):
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
     assert "recorded on cpu, 10 seeds, 36 min" in text
-    assert "at the rate of demo on cpu about" in text  # for the paper's size
+    of_paper = r"at the rate of reduced on NVIDIA H100 80GB HBM3 about [\d.]+ \w+, if a gradient takes as long"
+    assert re.search(of_paper, text)
+    changed = re.sub(r"<[^>]+>", "", section(committed, "stiffness_training"))
+    assert 'recorded with cases=[["mnist", "MLP"]] on cpu, 3 seeds' in unescape(changed) and "at the rate" not in changed
     assert "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
     alt = re.search(r'<img alt="([^"]*)"', section(committed, "flooding_synthetic"))[1]
     assert alt.startswith("flooding_synthetic, demo: Test accuracy")

@@ -67,7 +67,8 @@ def estimated(todo) -> str:
     time = "for its time there is no record to judge by"
     if known:
         seconds, by = known
-        time = f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}"
+        time = (f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}, "
+                "if a gradient takes as long")  # fmt: skip
     return "\n".join([*map(labels, todo.units), f"{todo.name}, {todo.title}: {len(todo.units)} units, "
                       f"{todo.cost:.2g} gradients of an example, {time}"])  # fmt: skip
 

@@ -92,11 +92,15 @@ class Plan:
         return [unit for unit in self.units if not (folder / self.file(unit)).exists()]
 
     def seconds(self) -> tuple[float, xr.Dataset] | None:
-        """How long it takes at the rate of a record, and that record, of this size or another."""
+        """How long it takes at the rate of a record, and that record, of this size or another.
+
+        As if a gradient took as long in both.  Records with changed settings don't count.
+        """
         for size in dict.fromkeys([self.size, "reduced", *self.module.SETTINGS]):
             with contextlib.suppress(FileNotFoundError):
                 known = record(self.name, size)
-                return self.cost * float(known.attrs["seconds"] / known.attrs["cost"]), known
+                if known.attrs["size"] == size:
+                    return self.cost * float(known.attrs["seconds"] / known.attrs["cost"]), known
         return None
 
 
