@@ -95,5 +95,5 @@ def test_a_new_record_appears(page, tmp_path):
     records.save("flooding_synthetic", known, tmp_path, "paper")
     shutil.copy(next(records.FOLDERS[1].glob("benchmark_*.json")), tmp_path)
     text = re.sub(r"<[^>]+>", "", section(page(tmp_path).read_text(), "flooding_synthetic"))
-    assert "recorded on A large GPU, 10 seeds, 2.0 h" in text
+    assert "recorded with seeds=10 on A large GPU, 10 seeds, 2.0 h" in text
     assert json.loads(xr.load_dataset(tmp_path / "flooding_synthetic-paper.nc", engine="scipy").attrs["seeds"])
