@@ -121,6 +121,12 @@ class Table(SphinxDirective):
         entries = (nodes.paragraph("", "", *self.state.inline_text(cell, self.lineno)[0]) for cell in cells)
         return nodes.row("", *[nodes.entry("", entry) for entry in entries])
 
+    def depend_on_records(self):
+        """The page is made again once there is another record, or one says something else."""
+        for folder in filter(Path.exists, experiments.FOLDERS):
+            for path in (Path(__file__), folder, *folder.glob("*.nc"), *folder.glob("*.json")):
+                self.env.note_dependency(str(path))
+
     def notebooks(self):
         for chapter, path in chapters(self.env).items():
             self.env.note_dependency(path)
@@ -159,6 +165,7 @@ class RecordsList(Table):
     """A section an experiment: what it repeats, its commands and their time, and its records with their figures."""
 
     def run(self):
+        self.depend_on_records()
         sections = []
         for name in experiments.NAMES:
             module = experiments.experiment(name)
@@ -214,6 +221,7 @@ class BenchmarksList(Table):
     """A table of the recorded benchmarks: file, device, versions, settings."""
 
     def run(self):
+        self.depend_on_records()
         rows = []
         for folder in experiments.FOLDERS:
             for name, setting in benchmarks_in(folder):
