@@ -85,6 +85,8 @@ def test_a_replaced_package_is_found(tmp_path, monkeypatch):
     machine.folder, machine.environment = tmp_path, {}
     monkeypatch.setattr(machine, "interpreter", lambda name: (tmp_path / name).mkdir(), raising=False)
     monkeypatch.setattr(machine, "installed", lambda python: next(lists), raising=False)
-    monkeypatch.setattr(colab.NotebookClient, "execute", lambda self, **more: None)
+    asked = {}
+    monkeypatch.setattr(colab.NotebookClient, "execute", lambda self, **more: asked.update(more))
     with pytest.raises(RuntimeError, match=r"replaced \{'numpy': \('2.0.2', '2.4.6'\)\}"):
         machine.run(chapters()[0])
+    assert asked["cleanup_kc"]  # no kernel is left behind

@@ -98,7 +98,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """The toy experiment in the registry; its log, and a folder for its records."""
-    for name in ("FLATMIN_SEED", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("FLATMIN_SEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     file, log = tmp_path / "toy.py", tmp_path / "log"
     file.write_text(TOY)
@@ -515,15 +515,16 @@ def test_processes_share_a_gpu(device, gpus, processes, sharing, monkeypatch):
 
 
 def test_of_a_shared_device_the_share_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(core.Work, "seconds", property(lambda self: 60.0))
     alone = run("flooding_synthetic", "tiny", out=tmp_path / "alone")
-    monkeypatch.setattr(core, "_sharing", lambda device, processes: 1000)
+    monkeypatch.setattr(core, "_sharing", lambda device, processes: 8)
     shared = run("flooding_synthetic", "tiny", out=tmp_path / "shared")
-    assert shared.attrs["device"] == "cpu, shared by 1000 processes"
-    assert shared.attrs["seconds"] < alone.attrs["seconds"] / 10
+    assert shared.attrs["device"] == "cpu, shared by 8 processes"
+    assert shared.attrs["seconds"] == alone.attrs["seconds"] / 8 > 0
     xr.testing.assert_equal(shared, alone)
 
 
-@pytest.mark.parametrize("key, value", [("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x")])
+@pytest.mark.parametrize("key, value", [("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0")])
 def test_bad_ranks_are_named(toy, monkeypatch, key, value):
     monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=rf"{key} must be a whole number >= [01], got '?{value}"):
@@ -634,7 +635,7 @@ def test_the_study_with_little_memory(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fifty_steps_on_cpu_and_gpu_agree_to_float32(tmp_path, monkeypatch):
-    """They are about as far from one another as float32 is from float64 on the CPU."""
+    """As long as float32 on the CPU is near float64; then rounding has grown, and they part, too."""
     settings = {"steps": 50, "evaluations": 10, "width": 100}
 
     def losses(device, dtype):
@@ -645,6 +646,8 @@ def test_fifty_steps_on_cpu_and_gpu_agree_to_float32(tmp_path, monkeypatch):
 
     exact, cpu = (losses("cpu", dtype) for dtype in (torch.float64, torch.float32))
     gpu = losses("cuda", torch.float32)
-    each = ("variable", "flood_level", "seed", "step")  # of the runs of a set and an optimizer
-    assert (abs(cpu - exact).max(each) < 0.1).all()
-    assert (abs(gpu - exact).max(each) <= 10 * abs(cpu - exact).max(each) + 1e-4).all()
+    rounding = abs(cpu - exact).max(("variable", "flood_level", "seed"))
+    reliable = rounding.cumulative("step").max() < 1e-5
+    assert reliable.sel(step=slice(None, 25)).all() and reliable.sel(set="two_gaussians").all()
+    np.testing.assert_allclose(gpu.where(reliable), cpu.where(reliable), rtol=1e-3, atol=1e-4)
+    assert (abs(gpu - cpu) < 0.2).all()

@@ -9,9 +9,8 @@ a step waits for the device but SAM, which waits once a pass.
 A small network takes longer to launch than to compute: of the 10 ms of a step, a ResNet-18 of half
 the width and 256 images kept an H100 busy for 3.  Then several processes can share one GPU,
 ``torchrun --nproc-per-node=8 -m flatmin.experiments NAME``.  One took 22,000 gradients a second,
-eight took 41,000 together, and 60,000 under NVIDIA's Multi-Process Service, which lets their kernels
-run at once.  Letting cuDNN search for the fastest kernels (``torch.backends.cudnn.benchmark``) found
-none, and each process searched for 5 to 15 s.
+eight over 41,000 together, and 60,000 under NVIDIA's Multi-Process Service, which lets their kernels
+run at once.  Letting cuDNN search for faster kernels (``torch.backends.cudnn.benchmark``) found none.
 """
 
 import functools
