@@ -20,7 +20,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
@@ -37,7 +36,6 @@ from tqdm import tqdm
 
 from . import claims
 from ._checks import whole
-from ._convolution import MatrixConvolutions
 from .data import Data
 from .flooding import Flooding
 from .optimizers import SGD, lr_factor
@@ -734,7 +732,7 @@ def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
              t: int, factor: float) -> dict[str, Any]:  # fmt: skip
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
-        stacked = _stacked(
+        stacked = vmap(
             lambda *args: one(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, 0, shared)
         )
         params, buffers, optimizer, loss = stacked(
@@ -773,7 +771,7 @@ def _evaluate(plan: _Plan) -> Callable[..., Stacked]:
             for part in torch.arange(n, device=x.device).split(plan.evaluation_batch_size):
                 rows = (seed_of_run[:, None], part) if per_run else part
                 dim = 0 if per_run else None
-                stacked = _stacked(one, in_dims=(0, 0, dim, dim))
+                stacked = vmap(one, in_dims=(0, 0, dim, dim))
                 losses, wrong = stacked(state["params"], state["buffers"], x[rows], y[rows])
                 loss, error = loss + losses.double(), error + wrong.double()
             values[f"{split}_loss"] = loss / n
@@ -802,18 +800,7 @@ def _measure(template: nn.Module, instrument: Instrument, params: Stacked, buffe
 
     dim = 0 if per_run else None
     template.eval()
-    return _stacked(one, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
-
-
-def _stacked(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    """``vmap`` over networks; on a GPU their convolutions are products of matrices."""
-
-    def of_all(params: Stacked, *args: Any) -> Any:
-        convolves = any(w.is_cuda and w.ndim == 5 for w in params.values())
-        with MatrixConvolutions() if convolves else nullcontext():
-            return vmap(function, in_dims=in_dims)(params, *args)
-
-    return of_all
+    return vmap(one, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
 
 
 def _rows(plan: _Plan, t: int) -> Iterator[tuple[Tensor, ...]]:
