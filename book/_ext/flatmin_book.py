@@ -52,8 +52,9 @@ def names_in(path):
     found = []
     for node in (node for tree in code_in(path) for node in ast.walk(tree)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatmin":
-            module = __import__(node.module, fromlist=["*"])
-            things = [getattr(module, alias.name) for alias in node.names]
+            names = [alias.name for alias in node.names]
+            module = __import__(node.module, fromlist=names)  # submodules, too
+            things = [getattr(module, name) for name in names]
             found += [f"{thing.__module__}.{thing.__qualname__}" for thing in things if hasattr(thing, "__qualname__")]
     return list(dict.fromkeys(found))
 

@@ -170,6 +170,10 @@ def stiffness(
     Model, mode, buffers, ``.grad`` and global random state are left as they were, also after an
     exception.  Examples must not otherwise act on each other inside of the model.
 
+    On a GPU small networks wait for their kernels to be launched, and more of them are launched
+    here than by ``vmap(grad)``, which for some hundred examples can take half the time.  It needs
+    more memory: ``benchmarks/README.md``.
+
     References
     ----------
     Fort et al., arXiv 1901.09491.  The identity for sequences and convolutions is known from the

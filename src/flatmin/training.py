@@ -401,6 +401,9 @@ def fit(
     :mod:`flatmin.experiments` are sharded over the ranks: each rank calls ``fit`` for the stacks
     that are its own.
 
+    On a GPU small networks wait for their kernels to be launched: there a step takes about as long
+    for a hundred runs as for one (``benchmarks/README.md``).
+
     Examples
     --------
     >>> from flatmin import MLP, Flooding, two_gaussians

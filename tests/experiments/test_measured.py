@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flatmin import experiments
 from flatmin.data import CIFAR100_SUPERCLASS, Data
-from flatmin.experiments import m_sharpness, sam_spectrum, stiffness_training, vision
+from flatmin.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
 from flatmin.models import MLP, ResNet
 from flatmin.optimizers import SGD, Adam
 from flatmin.sam import SAMGradient
@@ -286,13 +286,22 @@ def test_at_loss_is_exact_for_powers_of_the_loss():
     assert found.isnull().sum() == 2  # the slower seed never comes down to the last level
 
 
-def test_at_loss_takes_the_first_time_and_no_start():
+def test_at_loss_takes_the_first_time():
     loss = xr.DataArray([1.0, 0.5, 2.0, 0.25, np.nan], dims="step")
     values = xr.DataArray([0.0, 1.0, 5.0, 9.0, 9.0], dims="step")
     np.testing.assert_array_equal(
         sam_spectrum.at_loss(values, loss, [3.0, 1.0, 0.5, 0.1], "step"),
-        [np.nan, np.nan, 1.0, np.nan],
+        [np.nan, 0.0, 1.0, np.nan],
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_all_runs_come_by_common_levels(dtype):
+    falling = np.random.default_rng(0).random((3, 4)).astype(dtype).cumprod(1)
+    loss = xr.DataArray(falling, dims=("seed", "step"))
+    levels = sam_spectrum.common_levels(loss, "step")
+    assert len(levels) == 6
+    assert sam_spectrum.at_loss(loss, loss, levels, "step").notnull().all()
 
 
 def test_a_network_that_diverged_is_nan():
@@ -304,6 +313,15 @@ def test_a_network_that_diverged_is_nan():
     )
     found = xr.Dataset(values)
     assert bool(found[["eigenvalue", "trace", "density_nodes"]].isnull().all().to_array().all())
+
+
+def test_lines_cross_zero_where_the_critical_length_is():
+    found = record("stiffness_training")  # tiny runs have no critical length
+    far = stiffness_training.crossing(found)
+    inside = found.xi.notnull()
+    xr.testing.assert_allclose(far.where(inside), found.xi, rtol=1e-5)
+    rising = xr.Dataset({"intercept": 1.0, "slope": xr.DataArray([-0.5, 0.5], dims="line")})
+    np.testing.assert_array_equal(stiffness_training.crossing(rising), [2.0, np.nan])
 
 
 # -------------------------------------------------------------------------------- m-sharpness

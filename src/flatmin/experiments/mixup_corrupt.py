@@ -219,7 +219,7 @@ def beside(ax, rows: dict) -> None:
             ax.errorbar(float(m["mean"]), y + dy, xerr=float(m["half"]), fmt="o", color=color,
                         markerfacecolor=face, capsize=3)  # fmt: skip
         for number, face in zip(reversed(paper), (COLORS["faint"], "w")):
-            ax.plot(number, y + 0.25, "D", color=COLORS["faint"], markerfacecolor=face, markersize=5)
+            ax.plot(number, y + 0.2, "D", color=COLORS["faint"], markerfacecolor=face, markersize=5)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)

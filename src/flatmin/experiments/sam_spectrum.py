@@ -11,6 +11,7 @@ widths and number of blocks, whose blocks have their ReLU last.  (The paper's te
 steps", its figure of epoch 300.)
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -59,9 +60,7 @@ SETTINGS = {
         "epochs": 2, "moments": [0, 2], "examples": 16, "lanczos_steps": 8, "density_steps": 4,
         "density_probes": 1, "trace_probes": 2, "seeds": 2,
     },
-    # An estimate for an H100: a Hessian–vector product of 1,000 images took 40 to 70 ms in a trial,
-    # so 48 spectra take six minutes, and as long the training, if a gradient of a batch takes 8 ms.
-    # Several processes that share the GPU need less.
+    # Recorded in 270 s of an H100 that sixteen processes shared.
     "reduced": _HERE | {"train_size": 25_000, "moments": [0, 2, 6, 20], "density_steps": 40,
                         "trace_probes": 20},
     "paper": _HERE | {
@@ -177,7 +176,7 @@ def at_loss(values: xr.DataArray, loss: xr.DataArray, levels: Sequence[float], d
     --------
     >>> loss = xr.DataArray([4.0, 1.0, 0.25], dims="epoch")
     >>> at_loss(loss**2, loss, [4.0, 1.0, 0.25], "epoch").values
-    array([   nan, 1.    , 0.0625])
+    array([16.    ,  1.    ,  0.0625])
     >>> np.exp(at_loss(np.log(3 * loss**2), loss, [2.0, 0.5], "epoch")).values.round(6)
     array([12.  ,  0.75])
     """
@@ -186,7 +185,9 @@ def at_loss(values: xr.DataArray, loss: xr.DataArray, levels: Sequence[float], d
         found = np.full(len(levels), np.nan)
         for k, level in enumerate(levels):
             i = int(np.argmax(loss <= level))
-            if i > 0:
+            if loss[i] == level:
+                found[k] = values[i]
+            elif i > 0:
                 share = np.log(loss[i - 1] / level) / np.log(loss[i - 1] / loss[i])
                 found[k] = values[i - 1] + share * (values[i] - values[i - 1])
         return found
@@ -205,13 +206,34 @@ def common_levels(loss: xr.DataArray, dim: str, count: int = 6) -> list[float]:
     [2.0, 1.0]
     """
     high, low = float(loss.max(dim).min()), float(loss.min(dim).max())
-    return np.geomspace(high, low, count).round(6).tolist() if high > low > 0 else []
+    return np.geomspace(high, low, count).tolist() if high > low > 0 else []
+
+
+def beside(record: xr.Dataset) -> list[list[str]]:
+    """The methods of one batch size, for each of them."""
+    size = {k: v["batch_size"] for k, v in json.loads(record.attrs["settings"])["methods"].items()}
+    return [[k for k in size if size[k] == each] for each in dict.fromkeys(size.values())]
+
+
+def loss_axis(ax) -> None:
+    """Training losses from left to right, falling, on a logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("training loss (nats)")
+    if not ax.lines:
+        ax.text(0.1, 0.5, "no loss that all runs come by", transform=ax.transAxes)
 
 
 def plot(record: xr.Dataset):
     """At equal epochs beside the paper, at equal training loss, and the density at the end.
 
-    Means and intervals are those of logarithms.
+    Means and intervals are those of logarithms.  Equal losses are those by which all runs of one
+    batch size come.
     """
     import matplotlib.pyplot as plt
 
@@ -222,7 +244,7 @@ def plot(record: xr.Dataset):
     fifth = np.log10(record.eigenvalue.isel(rank=-1).clip(1e-12))
 
     def lines(ax, values: xr.DataArray, x: str, **style) -> None:
-        for method in record.method.values.tolist():
+        for method in values.method.values.tolist():
             values_of = values.sel({"method": method}, drop=True)
             line = band(ax, values_of, x, color(method), **style)
             line.set(label=method, linestyle="-" if method in PAPER else "--")
@@ -234,19 +256,16 @@ def plot(record: xr.Dataset):
             at, theirs = zip(*((epoch / 300, math.log10(v[k])) for epoch, v in points.items()))
             ax.plot(at, theirs, "D", color=color(method), markerfacecolor="none",
                     label=f"{method}, paper (WRN-40-10)")  # fmt: skip
-    one.legend(fontsize=7.5)
     one.set(title="λ max at equal epochs", xlabel="share of the training", ylabel="log₁₀ λ max")
     two.set(title="λ max / λ5 at equal epochs", xlabel="share of the training",
             ylabel="log₁₀ of the ratio")  # fmt: skip
-    if levels := common_levels(record.train_loss, "epoch"):
-        found = at_loss(largest, record.train_loss, levels, "epoch")
-        lines(three, found, "level", marker="o", markersize=3)
-        three.set_xscale("log")
-        three.invert_xaxis()
-    else:
-        three.text(0.1, 0.5, "no loss that all runs come by", transform=three.transAxes)
-    three.set(title="λ max at equal training loss", xlabel="training loss (nats)",
-              ylabel="log₁₀ λ max")  # fmt: skip
+    for methods in beside(record):
+        loss = record.train_loss.sel({"method": methods})
+        if levels := common_levels(loss, "epoch"):
+            found = at_loss(largest.sel({"method": methods}), loss, levels, "epoch")
+            lines(three, found, "level", marker="o", markersize=3)
+    loss_axis(three)
+    three.set(title="λ max at equal training loss", ylabel="log₁₀ λ max")
     last = record.isel(epoch=-1)
     low, high = float(last.density_nodes.min()), float(last.density_nodes.max())
     grid, width = torch.linspace(low, high, 400, dtype=torch.double), (high - low) / 100
@@ -262,4 +281,5 @@ def plot(record: xr.Dataset):
     lines(four, density, "eigenvalue")
     four.set(title="Density at the end", xlabel="eigenvalue", ylabel="log₁₀ of the density",
              ylim=(-6, float(density.max()) + 0.5))  # fmt: skip
+    four.legend(*one.get_legend_handles_labels(), fontsize=7.5)
     return fig
