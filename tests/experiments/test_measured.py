@@ -320,8 +320,6 @@ def test_lines_cross_zero_where_the_critical_length_is():
     far = stiffness_training.crossing(found)
     inside = found.xi.notnull()
     xr.testing.assert_allclose(far.where(inside), found.xi, rtol=1e-5)
-    rising = xr.Dataset({"intercept": 1.0, "slope": xr.DataArray([-0.5, 0.5], dims="line")})
-    np.testing.assert_array_equal(stiffness_training.crossing(rising), [2.0, np.nan])
 
 
 # -------------------------------------------------------------------------------- m-sharpness

@@ -210,7 +210,7 @@ def common_levels(loss: xr.DataArray, dim: str, count: int = 6) -> list[float]:
 
 
 def beside(record: xr.Dataset) -> list[list[str]]:
-    """The methods of one batch size, for each of them."""
+    """The names of the methods of one batch size, for each size in turn."""
     size = {k: v["batch_size"] for k, v in json.loads(record.attrs["settings"])["methods"].items()}
     return [[k for k in size if size[k] == each] for each in dict.fromkeys(size.values())]
 

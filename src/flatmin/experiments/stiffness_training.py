@@ -231,7 +231,23 @@ def network(name: str, data: sets.Data) -> torch.nn.Module:
 
 
 def crossing(record: xr.Dataset) -> xr.DataArray:
-    """Where the lines fitted within classes cross zero, also beyond the data; NaN if they rise."""
+    r"""Where the lines :math:`\alpha+\beta d` fitted within classes cross zero, also beyond the data.
+
+    Parameters
+    ----------
+    record : Dataset
+        With ``intercept``, :math:`\alpha`, and ``slope``, :math:`\beta`.
+
+    Returns
+    -------
+    DataArray
+        :math:`-\alpha/\beta`; NaN where a line does not fall.
+
+    Examples
+    --------
+    >>> crossing(xr.Dataset({"intercept": 1.0, "slope": ("line", [-0.5, 0.5])})).values
+    array([ 2., nan])
+    """
     return (-record.intercept / record.slope).where(record.slope < 0)
 
 
