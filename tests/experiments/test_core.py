@@ -470,7 +470,7 @@ def test_estimate_and_list_run_nothing(toy, capsys):
     assert main(["flooding_synthetic", "--estimate", "--seeds", "5"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "flooding_synthetic, demo, seeds=5: 6 units, 4.3e+06 gradients of an example, "
-        "about 18 min at the rate of the record on cpu, if a gradient takes as long"
+        "about 18 min at the rate of the record on cpu, if a gradient takes as long; a larger network's takes longer"
     )
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

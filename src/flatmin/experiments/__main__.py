@@ -68,7 +68,7 @@ def estimated(todo) -> str:
     if known:
         seconds, by = known
         time = (f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}, "
-                "if a gradient takes as long")  # fmt: skip
+                "if a gradient takes as long; a larger network's takes longer")  # fmt: skip
     return "\n".join([*map(labels, todo.units), f"{todo.name}, {todo.title}: {len(todo.units)} units, "
                       f"{todo.cost:.2g} gradients of an example, {time}"])  # fmt: skip
 
