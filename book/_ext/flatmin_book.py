@@ -199,7 +199,7 @@ class RecordsList(Table):
         if estimate is None:
             return "not yet recorded"
         seconds, by = estimate
-        return f"not yet recorded; at the rate of {by.attrs['size']} on {by.attrs['device']} about {duration(seconds)}, if a gradient takes as long; a larger network's takes longer"
+        return f"not yet recorded; about {duration(seconds)} at the rate of {by.attrs['size']}"
 
     def figure(self, name, size, record):
         """The figure as the experiment's module draws it, with its docstring as caption."""

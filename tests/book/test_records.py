@@ -69,8 +69,7 @@ def test_every_experiment_says_what_it_repeats_and_how(committed, name):
 def test_a_record_is_shown_with_where_it_comes_from_its_figure_and_the_rate(committed):
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
     assert "recorded on cpu, 10 seeds, 36 min" in text
-    by = records.record("flooding_synthetic", "reduced").attrs
-    assert f"at the rate of reduced on {by['device']} about" in text and "if a gradient takes as long" in text
+    assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
     assert "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
     alt = re.search(r'<img alt="([^"]*)"', section(committed, "flooding_synthetic"))[1]
     assert alt.startswith("flooding_synthetic, demo: Test accuracy")

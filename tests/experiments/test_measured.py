@@ -319,6 +319,7 @@ def test_lines_cross_zero_where_the_critical_length_is():
     found = record("stiffness_training")  # tiny runs have no critical length
     far = stiffness_training.crossing(found)
     inside = found.xi.notnull()
+    assert inside.any()
     xr.testing.assert_allclose(far.where(inside), found.xi, rtol=1e-5)
 
 

@@ -209,7 +209,7 @@ def common_levels(loss: xr.DataArray, dim: str, count: int = 6) -> list[float]:
     return np.geomspace(high, low, count).tolist() if high > low > 0 else []
 
 
-def beside(record: xr.Dataset) -> list[list[str]]:
+def by_batch_size(record: xr.Dataset) -> list[list[str]]:
     """The names of the methods of one batch size, for each size in turn."""
     size = {k: v["batch_size"] for k, v in json.loads(record.attrs["settings"])["methods"].items()}
     return [[k for k in size if size[k] == each] for each in dict.fromkeys(size.values())]
@@ -259,7 +259,7 @@ def plot(record: xr.Dataset):
     one.set(title="λ max at equal epochs", xlabel="share of the training", ylabel="log₁₀ λ max")
     two.set(title="λ max / λ5 at equal epochs", xlabel="share of the training",
             ylabel="log₁₀ of the ratio")  # fmt: skip
-    for methods in beside(record):
+    for methods in by_batch_size(record):
         loss = record.train_loss.sel({"method": methods})
         if levels := common_levels(loss, "epoch"):
             found = at_loss(largest.sel({"method": methods}), loss, levels, "epoch")
