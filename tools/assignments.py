@@ -28,7 +28,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
-from notebooks import LANGUAGE, ROOT, bootstrap, repository
+from notebooks import LANGUAGE, ROOT, bootstrap, source
 
 MASTERS = ROOT / "assignments"
 BUILD = ROOT / "_build" / "assignments"
@@ -128,14 +128,13 @@ def numbered(nb):
 
 def otter_master(path, hidden_seed):
     """The master in the form that `otter assign` reads: raw cells mark what is what."""
-    url = repository()["url"]
     config = {
         "init_cell": False, "export_cell": False, "check_all_cell": False,
         "run_tests": False, "overwrite_requirements": True,
         "tests": {"files": True, "ok_format": False},
         "generate": {"pdf": False, "show_stdout": False, "show_hidden": False, "print_summary": False},
         "requirements": ["--extra-index-url https://download.pytorch.org/whl/cpu", "otter-grader>=7",
-                         f"flatmin[all] @ git+{url}"],
+                         f"flatmin[all] @ {source()}"],
     }  # fmt: skip
 
     def marked(cell):

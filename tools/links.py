@@ -1,4 +1,4 @@
-"""Carry the repository's address from _config.yml to every file that names it, and renew the bootstrap cells.
+"""Carry the repository's address from _config.yml, and the version to install, to every file that names them, and renew the bootstrap cells.
 
     python tools/links.py            rewrite
     python tools/links.py --check    only name the files that would change
@@ -8,9 +8,11 @@ import re
 import sys
 import tomllib
 
-from notebooks import BOOK, ROOT, bootstrap, chapters, repository
+from notebooks import BOOK, ROOT, bootstrap, chapters, repository, source
 
 BOOTSTRAP = re.compile(r"(```\{code-cell\}[^\n]*\n:tags: \[remove-cell, nbval-ignore-output\]\n\n).*?(\n```)", re.S)
+
+INSTALLED = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+?(?:@[\w.-]+)?(?=[\s\"'])")
 
 
 def slug(url):
@@ -24,7 +26,7 @@ def recorded():
 
 
 def files():
-    fixed = [ROOT / name for name in ("README.md", "CITATION.cff", "CONTRIBUTING.md", "pyproject.toml")]
+    fixed = [ROOT / name for name in ("README.md", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")]
     notebooks = [path for folder in (BOOK, ROOT / "assignments") for end in ("md", "ipynb") for path in folder.rglob(f"*.{end}")]
     return [path for path in fixed + sorted(notebooks) if path.exists() and ".ipynb_checkpoints" not in path.parts]
 
@@ -36,6 +38,7 @@ def rewritten():
     for path in files():
         text = path.read_text()
         fresh = text.replace(old, new)
+        fresh = fresh if path.name == "CHANGELOG.md" else INSTALLED.sub(source(), fresh)
         if path in halves:
             fresh = BOOTSTRAP.sub(lambda cell: cell[1] + bootstrap() + cell[2], fresh, count=1)
         if fresh != text:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -26,6 +27,7 @@ import nbformat
 import yaml
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -39,9 +41,19 @@ def repository():
     return yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
 
 
+def source(version=None):
+    """Where pip finds this version of the package: a release at its tag, a development version on the branch.
+
+    So a copy of a notebook, kept in Colab, goes on getting the package that it was written for.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    release, about = Version(version or project["version"]), repository()
+    return f"git+{about['url']}@{about['branch'] if release.is_prerelease else f'v{release}'}"
+
+
 def bootstrap():
     """The source of every chapter's first code cell."""
-    return (ROOT / "tools" / "bootstrap.py").read_text().strip().replace("REPOSITORY", repository()["url"])
+    return (ROOT / "tools" / "bootstrap.py").read_text().strip().replace("SOURCE", source())
 
 
 def chapters(names=()):

@@ -135,4 +135,4 @@ __all__ = [
     "within_classes",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -147,8 +147,14 @@ def test_bootstrap_does_nothing_here_and_keeps_torch_elsewhere(monkeypatch):
     exec(bootstrap(), {})
     kept = [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
     assert [command[-3:] for command in commands] == [
-        [f"flatmin[all] @ git+{notebooks.repository()['url']}", *kept], ["flatmin-0.1.0-py3-none-any.whl", *kept],
+        [f"flatmin[all] @ {notebooks.source()}", *kept], ["flatmin-0.1.0-py3-none-any.whl", *kept],
     ]
+
+
+def test_a_notebook_installs_the_version_that_it_belongs_to():
+    about = notebooks.repository()
+    assert notebooks.source("0.2.0.dev0") == f"git+{about['url']}@{about['branch']}"
+    assert notebooks.source("0.1.0") == f"git+{about['url']}@v0.1.0"
 
 
 def test_the_book_ends_with_one_line_that_says_what_came_out(tree, monkeypatch, capsys):
