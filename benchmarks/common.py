@@ -164,8 +164,10 @@ def copy_rate(device: str, footprint: float, repeats: int = 10) -> float:
 
 def floor(device: str, multiplications: float = 0, bytes: float = 0, footprint: float = 0) -> dict:
     """Seconds needed at least; ``footprint``: in how much memory the bytes move."""
-    needs = {"arithmetic": multiplications / matmul_rate(device),
-             "bytes": bytes / copy_rate(device, footprint or bytes)}  # fmt: skip
+    needs = {
+        "arithmetic": multiplications / matmul_rate(device),
+        "bytes": bytes / copy_rate(device, footprint or bytes),
+    }
     of = max(needs, key=needs.get)
     return {"seconds": needs[of], "of": of, "multiplications": multiplications, "bytes": bytes}
 
@@ -175,8 +177,11 @@ def floor(device: str, multiplications: float = 0, bytes: float = 0, footprint: 
 
 def warn_if_busy(when: str, load: float, own: int) -> None:
     if load > own + 0.5:
-        print(f"\nWARNING: this machine was busy {when} (load {load}). Turns share what slows them "
-              "down, so ratios suffer less than times; neither is an idle machine's.", flush=True)  # fmt: skip
+        print(
+            f"\nWARNING: this machine was busy {when} (load {load}). Turns share what slows them "
+            "down, so ratios suffer less than times; neither is an idle machine's.",
+            flush=True,
+        )
 
 
 class Benchmark:
@@ -197,12 +202,23 @@ class Benchmark:
     def __init__(self, topic: str, text: str, arguments=None, peers=()):
         parser = argparse.ArgumentParser(description=text.split("\n")[0])
         parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-        parser.add_argument("--seconds", type=float, default=3.0,
-                            help="of each comparison, if three turns take no longer")  # fmt: skip
-        parser.add_argument("--quick", action="store_true",
-                            help="small sizes, one turn: does it run?")  # fmt: skip
-        parser.add_argument("--record", nargs="?", type=Path, metavar="FILE", const=RESULTS,
-                            help="write the results, into results/ or this file")  # fmt: skip
+        parser.add_argument(
+            "--seconds",
+            type=float,
+            default=3.0,
+            help="of each comparison, if three turns take no longer",
+        )
+        parser.add_argument(
+            "--quick", action="store_true", help="small sizes, one turn: does it run?"
+        )
+        parser.add_argument(
+            "--record",
+            nargs="?",
+            type=Path,
+            metavar="FILE",
+            const=RESULTS,
+            help="write the results, into results/ or this file",
+        )
         chosen = parser.parse_args(arguments)
         if chosen.seconds <= 0:
             parser.error("--seconds must be positive")
@@ -220,8 +236,9 @@ class Benchmark:
         print(", ".join(f"{name} {value}" for name, value in self.setting.items()), flush=True)
         warn_if_busy("when this began", LOAD, 0)
 
-    def turns(self, sides: dict, unit: str, *, times=None, least=None, seconds=None,
-              warm_up=True) -> dict:  # fmt: skip
+    def turns(
+        self, sides: dict, unit: str, *, times=None, least=None, seconds=None, warm_up=True
+    ) -> dict:
         """A row of sides that take turns, for so many seconds, and ``least`` turns anyway.
 
         ``times(function)`` says how long a call took; default: the device's clock.  With
@@ -314,9 +331,12 @@ def processor() -> str:
 def commit() -> str:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=HERE,
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -54,8 +54,11 @@ def sides(shards: int, device="cpu") -> dict:
 
     objective.examples, m = EXAMPLES, EXAMPLES // shards
     ours = lambda **how: partial(SAMGradient(RHO, m=m, **how), objective, params, {})
-    return {"side by side": ours(), "in a loop": ours(chunk_size=1),
-            "by hand": partial(by_hand, module, x, y, m)}  # fmt: skip
+    return {
+        "side by side": ours(),
+        "in a loop": ours(chunk_size=1),
+        "by hand": partial(by_hand, module, x, y, m),
+    }
 
 
 def main(arguments=None) -> None:

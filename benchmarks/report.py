@@ -1,6 +1,6 @@
 """Write benchmarks/README.md from the records in results/.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 import importlib
@@ -55,7 +55,10 @@ def number(value) -> str:
 
 def section(topic: str, folder: Path) -> list[str]:
     question, *_ = importlib.import_module(topic).__doc__.split("\n")
-    lines = [f"\n## {TITLES[topic]}\n", f"{question} `{topic}.py` says what is measured, and how.\n"]
+    lines = [
+        f"\n## {TITLES[topic]}\n",
+        f"{question} `{topic}.py` says what is measured, and how.\n",
+    ]
     files = [record_file(topic, device, folder) for device in ("cpu", "cuda")]
     for file in [file for file in files if file.exists()]:
         record = json.loads(file.read_text(encoding="utf-8"))

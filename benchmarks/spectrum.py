@@ -130,8 +130,14 @@ class Curvlinops:
         from scipy.sparse.linalg import eigsh
 
         v0 = np.random.default_rng(seed).standard_normal(self.operator.shape[0])
-        found = eigsh(self.operator.to_scipy(), 1, which="LA", tol=tol, v0=v0.astype(np.float32),
-                      return_eigenvectors=False)  # fmt: skip
+        found = eigsh(
+            self.operator.to_scipy(),
+            1,
+            which="LA",
+            tol=tol,
+            v0=v0.astype(np.float32),
+            return_eigenvectors=False,
+        )
         return float(found[0])
 
     def density(self, steps, probes, seed):
@@ -209,8 +215,9 @@ class Problem:
             for side in self.sides:
                 good = (tol for tol in TOLERANCES if run(side, tol)[0] <= target)
                 chosen[side] = next(good, TOLERANCES[-1])
-            functions = {side: functools.partial(run.__wrapped__, side, tol)
-                         for side, tol in chosen.items()}  # fmt: skip
+            functions = {
+                side: functools.partial(run.__wrapped__, side, tol) for side, tol in chosen.items()
+            }
             products = {side: run(side, tol)[1] for side, tol in chosen.items()}
             row, least = self.compare(functions, products)
             for side, tol in chosen.items():
@@ -251,8 +258,10 @@ class Problem:
         part.add({"network": self.name, "probes a turn": probes}, row, least)
 
     def steps(self, part, steps: int) -> None:
-        functions = {side: lambda make=make: make(self.model, self.x, self.y).density(steps, 1, 0)
-                     for side, make in self.sides.items()}  # fmt: skip
+        functions = {
+            side: lambda make=make: make(self.model, self.x, self.y).density(steps, 1, 0)
+            for side, make in self.sides.items()
+        }
         products = dict.fromkeys(self.sides, steps)
         part.add({"steps": steps}, *self.compare(functions, products))
 
@@ -269,9 +278,13 @@ def stacks(bench, part, runs: int, sizes) -> None:
     each = product_multiplications(modules[0], x)
     kinds = {
         "λmax": (30, HessianEigenvalues, {}, lambda H: eigenvalues(H, tol=0, max_steps=30)),
-        "density": (40, HessianDensity, {"probes": 1},
-                    lambda H: spectral_density(H, steps=40, probes=1)),
-    }  # fmt: skip
+        "density": (
+            40,
+            HessianDensity,
+            {"probes": 1},
+            lambda H: spectral_density(H, steps=40, probes=1),
+        ),
+    }
     for what, (steps, instrument, more, one) in kinds.items():
         for n in sizes:
             stacked = instrument(steps=steps, examples=n, **more)

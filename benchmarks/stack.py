@@ -69,8 +69,17 @@ def time_stack(model, data, runs, steps, batch_size, device, **places) -> float:
 
     total = WARM_UP + steps + 1
     recipe = Recipe(optimizer=SGD(lr=0.05, momentum=0.9, schedule=schedule), **places)
-    fit(model, data, recipe, steps=total, batch_size=batch_size, seeds=range(runs),
-        evaluate_at=[total], splits=["test"], device=device)  # fmt: skip
+    fit(
+        model,
+        data,
+        recipe,
+        steps=total,
+        batch_size=batch_size,
+        seeds=range(runs),
+        evaluate_at=[total],
+        splits=["test"],
+        device=device,
+    )
     return steps_of.seconds
 
 
@@ -94,8 +103,12 @@ def time_loop(
     for seed, module, optimizer in single_runs(model, runs, device):
         steps_of = Steps(device, WARM_UP, WARM_UP + steps)
         if loader:
-            loader = DataLoader(TensorDataset(data.x_train.cpu(), data.y_train.cpu()), batch_size,
-                                shuffle=True, pin_memory=device == "cuda")  # fmt: skip
+            loader = DataLoader(
+                TensorDataset(data.x_train.cpu(), data.y_train.cpu()),
+                batch_size,
+                shuffle=True,
+                pin_memory=device == "cuda",
+            )
             batches = (batch for _ in itertools.count() for batch in loader)
         else:
             batches = ((x[rows], y[rows]) for rows in all_rows(seed, len(x), batch_size, device))

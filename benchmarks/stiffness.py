@@ -50,8 +50,14 @@ SCALES = (0.5, 1, 2)
 def lenet(scale: float = 1) -> nn.Module:
     """LeNet-5 of today, 61,706 parameters (LeCun et al. 1998, Proc. IEEE 86)."""
     a, b, c, d = (round(scale * channels) for channels in (6, 16, 120, 84))
-    convolutions = [nn.Conv2d(1, a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-                    nn.Conv2d(a, b, 5), nn.ReLU(), nn.MaxPool2d(2)]  # fmt: skip
+    convolutions = [
+        nn.Conv2d(1, a, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(a, b, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
     return nn.Sequential(*convolutions, MLP(25 * b, c, d, 10))
 
 

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run several processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: the tests run several processes
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def smooth():
 
     def tree(flat):
         parts = flat.split([w.numel() for w in params.values()])
-        return {name: part.view_as(w) for part, (name, w) in zip(parts, params.items(), strict=True)}
+        return {
+            name: part.view_as(w) for part, (name, w) in zip(parts, params.items(), strict=True)
+        }
 
     loss = lambda flat: nn.functional.cross_entropy(functional_call(net, tree(flat), (x,)), y)
     return loss, grad(loss), theta, tree

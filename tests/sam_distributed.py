@@ -147,7 +147,8 @@ def dtensor_placements(rank):
     shapes, placements = [(5, 4), (3, 7), (6,), (1,)], [Shard(0), Shard(1), Replicate(), Shard(0)]
     whole = [torch.randn(shape, generator=generator).double() for shape in shapes * 2]
     distribute = lambda tensors: [
-        distribute_tensor(t.clone(), mesh, [place]) for t, place in zip(tensors, placements, strict=True)
+        distribute_tensor(t.clone(), mesh, [place])
+        for t, place in zip(tensors, placements, strict=True)
     ]
     errors = []
     for p in (1, 1.5, 2, 3, math.inf):
@@ -208,15 +209,26 @@ def fsdp_skips_together(rank):
     return difference(model.parameters(), network().parameters())
 
 
-CHECKS = [ddp_global, ddp_per_rank, ddp_global_is_not_per_rank, ddp_in_two_phases, ddp_skips_together,
-          ddp_scalers_agree, dtensor_placements, fsdp_norm, fsdp_any_p, fsdp_skips_together]  # fmt: skip
+CHECKS = [
+    ddp_global,
+    ddp_per_rank,
+    ddp_global_is_not_per_rank,
+    ddp_in_two_phases,
+    ddp_skips_together,
+    ddp_scalers_agree,
+    dtensor_placements,
+    fsdp_norm,
+    fsdp_any_p,
+    fsdp_skips_together,
+]
 
 
 def main(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
-                            world_size=RANKS, timeout=limit)  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=limit
+    )
     results = {}
     for check in CHECKS:
         try:

@@ -256,15 +256,29 @@ def trained(**more):
     clean = {f"y_{name}_clean": parts[f"y_{name}"] for name in ("train", "validation")}
     data = Data("shifted", 3, **parts, **clean)
     return data, *fit(
-        lambda: MLP(5, 12, 3, batch_norm=True), data, Recipe(optimizer=SGD(0.1)), steps=20,
-        batch_size=10, grid={"lr": [0.05, 0.2]}, seeds=2, networks="last", device="cpu",
-        dtype=torch.float64, **more,
-    )  # fmt: skip
+        lambda: MLP(5, 12, 3, batch_norm=True),
+        data,
+        Recipe(optimizer=SGD(0.1)),
+        steps=20,
+        batch_size=10,
+        grid={"lr": [0.05, 0.2]},
+        seeds=2,
+        networks="last",
+        device="cpu",
+        dtype=torch.float64,
+        **more,
+    )
 
 
-@pytest.mark.parametrize("attack", [
-    Attack(0.3), Attack(0.3, steps=1, step_size=0.3), Attack(0.8, p=2, restarts=2, bounds=(-4, 4)),
-], ids=["pgd", "fgsm", "l2, random starts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Attack(0.3),
+        Attack(0.3, steps=1, step_size=0.3),
+        Attack(0.8, p=2, restarts=2, bounds=(-4, 4)),
+    ],
+    ids=["pgd", "fgsm", "l2, random starts"],
+)
 def test_an_attack_is_an_instrument(attack):
     data, runs, networks = trained(instruments={"attacked": attack})
     for split in ("train", "test"):
@@ -312,10 +326,17 @@ BAD = {
     "p": ({"p": 1}, ValueError, r"p must be 2 or inf, got 1"),
     "bounds": ({"bounds": (1, 0)}, ValueError, r"bounds must be \(low, high\).*got \(1, 0\)"),
     "steps": ({"steps": 0}, ValueError, r"steps must be a whole number >= 1, got 0"),
-    "start": ({"start": torch.zeros(5, 5)}, ValueError, r"start must have shape \[6, 5\].*got \[5, 5\]"),
-    "integers": ({"x": torch.zeros(6, 5, dtype=torch.uint8)}, TypeError,
-                 r"x must be floating point, got torch.uint8"),
-}  # fmt: skip
+    "start": (
+        {"start": torch.zeros(5, 5)},
+        ValueError,
+        r"start must have shape \[6, 5\].*got \[5, 5\]",
+    ),
+    "integers": (
+        {"x": torch.zeros(6, 5, dtype=torch.uint8)},
+        TypeError,
+        r"x must be floating point, got torch.uint8",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

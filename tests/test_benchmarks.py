@@ -102,10 +102,13 @@ def test_all_of_them_in_one_process(monkeypatch, capsys):
     assert "all benchmarks: 0 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--seconds", "0"], "--seconds must be positive"),
-    (["--device", "tpu"], "invalid choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seconds", "0"], "--seconds must be positive"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
 def test_bad_options_are_named(options, message, capsys):
     with pytest.raises(SystemExit):
         script("stack").main(options)
@@ -139,7 +142,11 @@ def test_turns_rotate(monkeypatch):
 
 def test_a_busy_machine_is_told(monkeypatch, capsys):
     common = script("common")
-    for before, after, told in ((0.1, 1.1, ""), (2.0, 1.1, "when this began"), (0.1, 3.0, "at the end")):
+    for before, after, told in (
+        (0.1, 1.1, ""),
+        (2.0, 1.1, "when this began"),
+        (0.1, 3.0, "at the end"),
+    ):
         monkeypatch.setattr(common, "LOAD", before)
         monkeypatch.setattr(common, "load", lambda after=after: after)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -180,7 +187,12 @@ def test_multiplications_are_counted():
 def test_durations_and_ratios_are_legible():
     common = script("common")
     assert [common.duration(s) for s in (12.34, 0.5, 0.00213, 1234.5, 3e-6)] == [
-        "12.3 s", "500 ms", "2.13 ms", "1234 s", "3 µs"]  # fmt: skip
+        "12.3 s",
+        "500 ms",
+        "2.13 ms",
+        "1234 s",
+        "3 µs",
+    ]
     side = {"ratio": 2.345, "quartiles": [2.1, 14.0], "error": 3e-6, "products": 12}
     assert common.of_unit(side) == "2.35× [2.10–14.00]"
     assert common.notes(side) == ["12 products", "error 3e-06"]

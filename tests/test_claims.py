@@ -19,7 +19,14 @@ def _fresh(monkeypatch):
     monkeypatch.setattr(claims, "_diverged", [])
 
 
-TRUE = [True, np.True_, np.array(True), torch.tensor(True), torch.tensor([True]), xr.DataArray(True)]
+TRUE = [
+    True,
+    np.True_,
+    np.array(True),
+    torch.tensor(True),
+    torch.tensor([True]),
+    xr.DataArray(True),
+]
 FALSE = [False, np.False_, torch.tensor(False), xr.DataArray(False)]
 
 
@@ -40,10 +47,21 @@ def test_a_false_claim_raises(condition, capsys):
 
 @pytest.mark.parametrize(
     "condition",
-    [1, 0, None, "yes", 0.3, np.array([True, True]), torch.tensor([True, False]), torch.tensor(1),
-     xr.DataArray([True, True]), [], np.array([], dtype=bool)],
+    [
+        1,
+        0,
+        None,
+        "yes",
+        0.3,
+        np.array([True, True]),
+        torch.tensor([True, False]),
+        torch.tensor(1),
+        xr.DataArray([True, True]),
+        [],
+        np.array([], dtype=bool),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_condition_is_one_truth_value(condition):
     with pytest.raises(TypeError, match="condition must be one truth value, got "):
         claim("some-id", "the statement", condition)
@@ -64,9 +82,13 @@ def test_a_condition_on_a_device(capsys):
     assert capsys.readouterr().out == "✓ on-device: the statement\n"
 
 
-@pytest.mark.parametrize("id", ["", "Upper", "two words", "under_score", "-a", "a-", "a--b", "ü", "a\n"])
+@pytest.mark.parametrize(
+    "id", ["", "Upper", "two words", "under_score", "-a", "a-", "a--b", "ü", "a\n"]
+)
 def test_ids_are_words_joined_by_hyphens(id):
-    with pytest.raises(ValueError, match="id must be lower-case words joined by hyphens, got ") as e:
+    with pytest.raises(
+        ValueError, match="id must be lower-case words joined by hyphens, got "
+    ) as e:
         claim(id, "the statement", True)
     assert repr(id) in str(e.value)
 
@@ -74,7 +96,9 @@ def test_ids_are_words_joined_by_hyphens(id):
 def test_an_id_says_one_thing(capsys):
     claim("twice", "the statement", True)
     claim("twice", "the statement", True)  # a cell may be run again
-    with pytest.raises(ValueError, match="id must be unique, but 'twice' already says: the statement"):
+    with pytest.raises(
+        ValueError, match="id must be unique, but 'twice' already says: the statement"
+    ):
         claim("twice", "another statement", True)
     assert capsys.readouterr().out == "✓ twice: the statement\n" * 2
 
@@ -83,7 +107,12 @@ def test_no_claim_rests_on_diverged_runs(capsys):
     report_divergence(["lr=9, seed=1 at step 3", "lr=9, seed=2 at step 4"])
     with pytest.raises(AssertionError) as raised:
         claim("some-id", "the statement", True)
-    for part in ("'some-id'", "lr=9, seed=1 at step 3", "seed=2 at step 4", "expect_divergence=True"):
+    for part in (
+        "'some-id'",
+        "lr=9, seed=1 at step 3",
+        "seed=2 at step 4",
+        "expect_divergence=True",
+    ):
         assert part in str(raised.value)
     assert capsys.readouterr().out == ""
 
@@ -101,8 +130,10 @@ def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys):
         {"id": "three", "text": "the third", "holds": False},
     ]
     assert capsys.readouterr().out.splitlines() == [
-        "✓ one: größer als 0", "✗ two: the second", "✗ three: the third",
-    ]  # fmt: skip
+        "✓ one: größer als 0",
+        "✗ two: the second",
+        "✗ three: the third",
+    ]
     with pytest.raises(TypeError):  # a mistake is a mistake
         claim("four", "the fourth", 1)
 
@@ -120,7 +151,9 @@ def test_seeds(monkeypatch):
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "one", "²"])
 def test_bad_base_seed(monkeypatch, value):
     monkeypatch.setenv("FLATMIN_SEED", value)
-    with pytest.raises(ValueError, match="FLATMIN_SEED must be a whole number >= 0, got ") as raised:
+    with pytest.raises(
+        ValueError, match="FLATMIN_SEED must be a whole number >= 0, got "
+    ) as raised:
         first_seed()
     assert repr(value) in str(raised.value)
 

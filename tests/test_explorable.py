@@ -22,13 +22,25 @@ PANEL = Panel(
         "point": ([[0.1], [0.9]], [[1 / 3], [2 / 3]]),
     },
     colors={"level": "#111111", "loss": "#0072b2", "point": "#d55e00"},
-    title="T", xlabel="X", ylabel="Y", xlim=(0, 1), ylim=(-1, 5), dashed=["level"], dots=["point"],
-)  # fmt: skip
+    title="T",
+    xlabel="X",
+    ylabel="Y",
+    xlim=(0, 1),
+    ylim=(-1, 5),
+    dashed=["level"],
+    dots=["point"],
+)
 
 
 def make(**changes):
-    arguments = {"id": "fig", "panels": [PANEL], "knob": "b", "values": [0.1, 0.25],
-                 "alt": "A line.", "notes": ["one", "two"]} | changes  # fmt: skip
+    arguments = {
+        "id": "fig",
+        "panels": [PANEL],
+        "knob": "b",
+        "values": [0.1, 0.25],
+        "alt": "A line.",
+        "notes": ["one", "two"],
+    } | changes
     return explorable(**arguments).data
 
 
@@ -68,7 +80,13 @@ def test_data_comes_back_from_the_script():
     assert data["values"] == [["0.1", "0.25"]]
     assert data["notes"] == ["one", "two"]
     (panel,) = data["panels"]
-    assert [panel[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim")] == ["T", "X", "Y", [0, 1], [-1, 5]]
+    assert [panel[k] for k in ("title", "xlabel", "ylabel", "xlim", "ylim")] == [
+        "T",
+        "X",
+        "Y",
+        [0, 1],
+        [-1, 5],
+    ]
     assert len(panel["yticks"]) >= 3 and 0 in panel["yticks"]
     assert all(-1 <= tick <= 5 for tick in panel["yticks"])
     lines = {line["label"]: line for line in panel["lines"]}
@@ -85,8 +103,12 @@ def test_data_comes_back_from_the_script():
 
 
 def test_numbers_of_numpy_are_numbers():
-    panel = Panel({"a": (np.arange(3), np.ones((2, 3), np.float32))}, {"a": "red"},
-                  xlim=(np.int64(0), np.int64(2)), ylim=np.array([0, 1]))  # fmt: skip
+    panel = Panel(
+        {"a": (np.arange(3), np.ones((2, 3), np.float32))},
+        {"a": "red"},
+        xlim=(np.int64(0), np.int64(2)),
+        ylim=np.array([0, 1]),
+    )
     data = data_of(make(panels=[panel], values=np.array([0.1, 0.2])))
     assert data["panels"][0]["xlim"] == [0, 2]
     assert data["panels"][0]["lines"][0]["x"] == [[0, 1, 2]]
@@ -139,8 +161,17 @@ def test_text_stays_text():
         text = make(panels=[panel], alt=NASTY, knob=NASTY, values=[NASTY, "2"], notes=[NASTY, ""])
     page = Elements(text)
     assert [tag for tag, _ in page.found] == [
-        "div", "img", "div", "div", "div", "label", "output", "input", "span", "script",
-    ]  # fmt: skip
+        "div",
+        "img",
+        "div",
+        "div",
+        "div",
+        "label",
+        "output",
+        "input",
+        "span",
+        "script",
+    ]
     assert page.the("img")["alt"] == NASTY
     assert any(NASTY in part for part in ["".join(page.text)])
     data = data_of(text)
@@ -151,21 +182,28 @@ def test_text_stays_text():
     assert script.rstrip().endswith("})();")
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"id": 'a"b'}, r"id must be a letter.*got 'a\"b'"),
-    ({"id": "two words"}, r"id must be a letter.*got 'two words'"),
-    ({"id": ""}, r"id must be a letter.*got ''"),
-    ({"panels": []}, r"panels must be at least one"),
-    ({"values": [], "notes": []}, r"at least 1"),
-    ({"notes": ["one"]}, r"notes must be one a value \(2, at least 1\), got 1"),
-    ({"start": 2}, r"start must be between 0 and 1, got 2"),
-    ({"start": -1}, r"start must be between 0 and 1, got -1"),
-    ({"panels": [Panel({"a": ([0, 1], np.zeros((3, 2)))}, {"a": "red"})]},
-     r"line 'a' must have 1 or 2 frames, as many as values, got 3"),
-    ({"panels": [Panel({"a": ([0, 1], [1, 2, 3])}, {"a": "red"})]},
-     r"line 'a' must have as many x as y, got 2 and 3"),
-    ({"panels": [Panel({"a": ([0], [1])}, {"b": "red"})]}, r"colors must have .* none for 'a'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"id": 'a"b'}, r"id must be a letter.*got 'a\"b'"),
+        ({"id": "two words"}, r"id must be a letter.*got 'two words'"),
+        ({"id": ""}, r"id must be a letter.*got ''"),
+        ({"panels": []}, r"panels must be at least one"),
+        ({"values": [], "notes": []}, r"at least 1"),
+        ({"notes": ["one"]}, r"notes must be one a value \(2, at least 1\), got 1"),
+        ({"start": 2}, r"start must be between 0 and 1, got 2"),
+        ({"start": -1}, r"start must be between 0 and 1, got -1"),
+        (
+            {"panels": [Panel({"a": ([0, 1], np.zeros((3, 2)))}, {"a": "red"})]},
+            r"line 'a' must have 1 or 2 frames, as many as values, got 3",
+        ),
+        (
+            {"panels": [Panel({"a": ([0, 1], [1, 2, 3])}, {"a": "red"})]},
+            r"line 'a' must have as many x as y, got 2 and 3",
+        ),
+        ({"panels": [Panel({"a": ([0], [1])}, {"b": "red"})]}, r"colors must have .* none for 'a'"),
+    ],
+)
 def test_bad_input_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
@@ -174,11 +212,14 @@ def test_bad_input_is_named(changes, message):
 def test_several_knobs_make_a_frame_of_every_combination():
     lines = {"line": ([0, 1], [[k, k] for k in range(6)])}
     panel = Panel(lines, {"line": "red"}, ylim=(0, 6))
-    text = make(panels=[panel], knob=["b", "rate"], values=[[0.1, 0.2], ["x", "y", "z"]], notes=(), start=4)
+    text = make(
+        panels=[panel], knob=["b", "rate"], values=[[0.1, 0.2], ["x", "y", "z"]], notes=(), start=4
+    )
     sliders = [a for t, a in Elements(text).found if t == "input"]
     assert [(s["id"], s["max"], s["value"]) for s in sliders] == [
-        ("fig-knob", "1", "1"), ("fig-knob1", "2", "1"),
-    ]  # fmt: skip
+        ("fig-knob", "1", "1"),
+        ("fig-knob1", "2", "1"),
+    ]
     assert data_of(text)["values"] == [["0.1", "0.2"], ["x", "y", "z"]]
     assert data_of(text)["panels"][0]["lines"][0]["y"][4] == [4, 4]
     with pytest.raises(ValueError):  # a value list is missing

@@ -82,9 +82,17 @@ def test_flooding_examples_is_at_least_flooding_their_mean(values, level):  # Je
 
 @pytest.mark.parametrize(
     "level, error",
-    [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), (np.float32(-1), ValueError),
-     ("0.1", TypeError), (True, TypeError), (None, TypeError), ([0.1], TypeError)],
-)  # fmt: skip
+    [
+        (-0.1, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        (np.float32(-1), ValueError),
+        ("0.1", TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        ([0.1], TypeError),
+    ],
+)
 def test_bad_level_is_named_and_leaves_gradients_unchanged(level, error):
     w = nn.Parameter(torch.ones(2))
     w.grad = torch.tensor([1.0, -2.0])
@@ -208,7 +216,9 @@ def test_half_precision_gradients_with_a_single_precision_loss():
     assert w.grad.tolist() == [-1.0, -1.0]
 
 
-@pytest.mark.parametrize("loss, level", [(tensor([0.1, 0.3]), 0.2), (tensor(0.1), tensor([0.2, 0.0]))])
+@pytest.mark.parametrize(
+    "loss, level", [(tensor([0.1, 0.3]), 0.2), (tensor(0.1), tensor([0.2, 0.0]))]
+)
 def test_accumulated_gradients_need_one_loss_and_one_level(loss, level):
     w = nn.Parameter(torch.ones(3, 2))
     w.grad = torch.ones(3, 2)

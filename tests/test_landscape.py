@@ -78,12 +78,21 @@ def test_of_linear_regression_it_is_a_parabola():
     torch.testing.assert_close(loss_slice(model, squared, x, y, [d], [a]), expected)
 
 
-@pytest.mark.parametrize("make, shape", [
-    (lambda: MLP(5, 8, 3, batch_norm=True, dropout=0.5), (5,)),
-    (lambda: SmallCNN(2, 3, (4, 4), batch_norm=True), (2, 8, 8)),
-    (lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Flatten(),
-                           nn.Linear(12, 3)), (3, 4)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: MLP(5, 8, 3, batch_norm=True, dropout=0.5), (5,)),
+        (lambda: SmallCNN(2, 3, (4, 4), batch_norm=True), (2, 8, 8)),
+        (
+            lambda: nn.Sequential(
+                nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+                nn.Flatten(),
+                nn.Linear(12, 3),
+            ),
+            (3, 4),
+        ),
+    ],
+)
 def test_of_any_network_it_is_a_loop_over_copies(make, shape):
     model, x, y = problem(make, shape)
     d = [random_direction(weights(model), 0, i) for i in range(2)]
@@ -215,12 +224,19 @@ def test_bad_input_is_named():
         random_direction(weights(model), -1)
 
 
-@pytest.mark.parametrize("name, value, allowed", [
-    ("radius", -1, "a number >= 0"), ("radius", math.inf, "a number >= 0"),
-    ("points", 0, "a whole number >= 1"), ("dimensions", 3, "1 or 2"),
-    ("seed", 0.5, "a whole number >= 0"), ("examples", 0, "a whole number >= 1"),
-    ("batch_size", 0, "a whole number >= 1"), ("chunk_size", None, "a whole number >= 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("radius", -1, "a number >= 0"),
+        ("radius", math.inf, "a number >= 0"),
+        ("points", 0, "a whole number >= 1"),
+        ("dimensions", 3, "1 or 2"),
+        ("seed", 0.5, "a whole number >= 0"),
+        ("examples", 0, "a whole number >= 1"),
+        ("batch_size", 0, "a whole number >= 1"),
+        ("chunk_size", None, "a whole number >= 1"),
+    ],
+)
 def test_the_instrument_names_bad_input(name, value, allowed):
     with pytest.raises(ValueError, match=f"{name} must be {allowed}, got {value!r}"):
         LossSlice(**{name: value})

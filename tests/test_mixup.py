@@ -31,10 +31,15 @@ from flatmin.training import stream
 
 SHAPES = {"features": (7,), "sequence": (3, 11), "image": (3, 6, 5), "video": (2, 3, 4, 4)}
 MIXUPS = [
-    Mixup(0.4), Mixup(1.0, per_example=True), Mixup(0.3, k=3), Mixup(1.0, k=4, per_example=True),
-    Mixup(1.0, partners="same"), Mixup(1.0, partners="different", k=3),
-    Mixup(0.5, second_stream=True), Mixup(0.5, partners="same", second_stream=True, per_example=True),
-]  # fmt: skip
+    Mixup(0.4),
+    Mixup(1.0, per_example=True),
+    Mixup(0.3, k=3),
+    Mixup(1.0, k=4, per_example=True),
+    Mixup(1.0, partners="same"),
+    Mixup(1.0, partners="different", k=3),
+    Mixup(0.5, second_stream=True),
+    Mixup(0.5, partners="same", second_stream=True, per_example=True),
+]
 VICINITIES = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
 named = lambda value: repr(value) if not isinstance(value, torch.Tensor) else None
 
@@ -356,8 +361,10 @@ def test_any_partner_is_a_permutation(n):
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=12),
     st.one_of(st.none(), st.lists(st.integers(0, 3), min_size=1, max_size=12)),
-    st.sampled_from(["same", "different"]), st.booleans(), st.integers(0, 9),
-)  # fmt: skip
+    st.sampled_from(["same", "different"]),
+    st.booleans(),
+    st.integers(0, 9),
+)
 @settings(max_examples=80)
 def test_partners_are_of_the_class_asked_for(labels, others, which, one_hot, seed):
     y = torch.tensor(labels)
@@ -540,33 +547,61 @@ def test_a_vicinity_leaves_the_global_random_state_alone():
     assert (np.random.get_state()[1] == before_numpy).all()
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: Mixup(-0.1), r"alpha must be a finite number >= 0, got -0.1"),
-    (lambda: Mixup(math.inf), r"alpha must be .*got inf"),
-    (lambda: Mixup(math.nan), r"alpha must be .*got nan"),
-    (lambda: Mixup(True), r"alpha must be .*got True"),
-    (lambda: Mixup(k=1), r"k must be a whole number >= 2, got 1"),
-    (lambda: Mixup(k=2.0), r"k must be a whole number >= 2, got 2.0"),
-    (lambda: Mixup(partners="other"), r"partners must be 'any', 'same' or 'different', got 'other'"),
-    (lambda: Gaussian(-1), r"sigma must be a finite number >= 0, got -1"),
-    (lambda: Mixup(smoothing=-0.5), r"smoothing must be a number in \[0, 1\], got -0.5"),
-    (lambda: LabelSmoothing(1.1), r"smoothing must be a number in \[0, 1\], got 1.1"),
-    (lambda: soft_targets(torch.tensor([0]), 2, -0.1), r"smoothing must be .*got -0.1"),
-    (lambda: mix(torch.ones(2, 1), 1.5, torch.arange(2)), r"lam must be a number in \[0, 1\], got 1.5"),
-    (lambda: mix(torch.ones(2, 1), 0.5, torch.arange(3)), r"permutation must be int64 of shape \[2\]"),
-    (lambda: mix(torch.ones(2, 1), 0.5, torch.tensor([True, False])), r"permutation must be int64"),
-    (lambda: mix(torch.ones(3, 2), torch.rand(2), torch.arange(3)), r"weights must be one number, or"),
-    (lambda: mix_losses(cross_entropy, torch.ones(2, 2), torch.tensor([0, 1]), 2, torch.arange(2)),
-     r"lam must be a number in \[0, 1\], got 2"),
-    (lambda: BatchTransform(Mixup(), 0), r"num_classes must be a whole number >= 1, got 0"),
-    (lambda: BatchTransform(Mixup(), 3, seed=-1), r"seed must be a whole number >= 0, got -1"),
-    (lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0, 3])),
-     r"y must be in 0 … 2, got 0 … 3"),
-    (lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0, -100])),
-     r"y must be in 0 … 2, got -100 … 0; for an ignore_index"),
-    (lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0])),
-     r"y must have one row for each of the 2 inputs, got 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Mixup(-0.1), r"alpha must be a finite number >= 0, got -0.1"),
+        (lambda: Mixup(math.inf), r"alpha must be .*got inf"),
+        (lambda: Mixup(math.nan), r"alpha must be .*got nan"),
+        (lambda: Mixup(True), r"alpha must be .*got True"),
+        (lambda: Mixup(k=1), r"k must be a whole number >= 2, got 1"),
+        (lambda: Mixup(k=2.0), r"k must be a whole number >= 2, got 2.0"),
+        (
+            lambda: Mixup(partners="other"),
+            r"partners must be 'any', 'same' or 'different', got 'other'",
+        ),
+        (lambda: Gaussian(-1), r"sigma must be a finite number >= 0, got -1"),
+        (lambda: Mixup(smoothing=-0.5), r"smoothing must be a number in \[0, 1\], got -0.5"),
+        (lambda: LabelSmoothing(1.1), r"smoothing must be a number in \[0, 1\], got 1.1"),
+        (lambda: soft_targets(torch.tensor([0]), 2, -0.1), r"smoothing must be .*got -0.1"),
+        (
+            lambda: mix(torch.ones(2, 1), 1.5, torch.arange(2)),
+            r"lam must be a number in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: mix(torch.ones(2, 1), 0.5, torch.arange(3)),
+            r"permutation must be int64 of shape \[2\]",
+        ),
+        (
+            lambda: mix(torch.ones(2, 1), 0.5, torch.tensor([True, False])),
+            r"permutation must be int64",
+        ),
+        (
+            lambda: mix(torch.ones(3, 2), torch.rand(2), torch.arange(3)),
+            r"weights must be one number, or",
+        ),
+        (
+            lambda: mix_losses(
+                cross_entropy, torch.ones(2, 2), torch.tensor([0, 1]), 2, torch.arange(2)
+            ),
+            r"lam must be a number in \[0, 1\], got 2",
+        ),
+        (lambda: BatchTransform(Mixup(), 0), r"num_classes must be a whole number >= 1, got 0"),
+        (lambda: BatchTransform(Mixup(), 3, seed=-1), r"seed must be a whole number >= 0, got -1"),
+        (
+            lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0, 3])),
+            r"y must be in 0 … 2, got 0 … 3",
+        ),
+        (
+            lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0, -100])),
+            r"y must be in 0 … 2, got -100 … 0; for an ignore_index",
+        ),
+        (
+            lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0])),
+            r"y must have one row for each of the 2 inputs, got 1",
+        ),
+    ],
+)
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -640,8 +675,9 @@ def test_workers_and_epochs_draw_differently_and_reproducibly():
 
     def noise_of_two_epochs():
         transform = BatchTransform(Gaussian(1.0), 4, seed=1)
-        loader = DataLoader(Toy(), batch_size=3, num_workers=2, collate_fn=transform.collate,
-                            generator=generator(9))  # fmt: skip
+        loader = DataLoader(
+            Toy(), batch_size=3, num_workers=2, collate_fn=transform.collate, generator=generator(9)
+        )
         return [x[0] - 3 * b for _ in range(2) for b, (x, _) in enumerate(loader)]
 
     with warnings.catch_warnings():

@@ -230,9 +230,11 @@ def masks(p, layers, passes, shape=(100, 200)):
     torch.manual_seed(0)
     x = torch.ones(shape)
     return torch.stack(
-        [torch.stack([layer(x) != 0 for _ in range(passes)])
-         for layer in [Dropout(p) for _ in range(layers)]]
-    )  # fmt: skip
+        [
+            torch.stack([layer(x) != 0 for _ in range(passes)])
+            for layer in [Dropout(p) for _ in range(layers)]
+        ]
+    )
 
 
 def hashed(key, counter, position):

@@ -58,14 +58,18 @@ def assert_same(a, b, tolerance=1e-12):
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "nesterov": True},
-    {"weight_decay": 0.05},
-    {"momentum": 0.7, "weight_decay": 0.05},
-    {"momentum": 0.7, "weight_decay": 0.05, "nesterov": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"weight_decay": 0.05},
+        {"momentum": 0.7, "weight_decay": 0.05},
+        {"momentum": 0.7, "weight_decay": 0.05, "nesterov": True},
+    ],
+    ids=str,
+)
 def test_sgd_is_torchs(settings):
     assert_same(
         ours(SGD(lr=0.02, **settings)),
@@ -104,13 +108,31 @@ def test_schedules():
     assert_same(slow, ours(SGD(lr=0.01)))
 
 
-@pytest.mark.parametrize("optimizer, values", [
-    (SGD(momentum=0.5, nesterov=True), {"lr": [0.01, 0.02, 0.03], "momentum": [0.0, 0.5, 0.9],
-                                        "weight_decay": [0.0, 0.1, 0.01]}),
-    (SGD(), {"momentum": [0.0, 0.5, 0.9]}),  # momentum only by the grid
-    (Adam(), {"lr": [0.01, 0.02, 0.03], "beta1": [0.0, 0.8, 0.9], "beta2": [0.9, 0.99, 0.999],
-              "eps": [1e-8, 1e-3, 1.0], "weight_decay": [0.0, 0.1, 0.01]}),
-], ids=["SGD", "momentum", "Adam"])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer, values",
+    [
+        (
+            SGD(momentum=0.5, nesterov=True),
+            {
+                "lr": [0.01, 0.02, 0.03],
+                "momentum": [0.0, 0.5, 0.9],
+                "weight_decay": [0.0, 0.1, 0.01],
+            },
+        ),
+        (SGD(), {"momentum": [0.0, 0.5, 0.9]}),  # momentum only by the grid
+        (
+            Adam(),
+            {
+                "lr": [0.01, 0.02, 0.03],
+                "beta1": [0.0, 0.8, 0.9],
+                "beta2": [0.9, 0.99, 0.999],
+                "eps": [1e-8, 1e-3, 1.0],
+                "weight_decay": [0.0, 0.1, 0.01],
+            },
+        ),
+    ],
+    ids=["SGD", "momentum", "Adam"],
+)
 def test_a_value_for_each_run_equals_runs_one_by_one(optimizer, values):
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
     params = {name: w.expand(3, *w.shape) for name, w in start().items()}
@@ -139,13 +161,29 @@ def test_a_step_changes_nothing_in_place():
         assert all(not w.any() for part in state.values() for w in part.values())
 
 
-@pytest.mark.parametrize("make, name, value", [
-    (SGD, "lr", -0.1), (SGD, "lr", math.nan), (SGD, "lr", math.inf), (SGD, "lr", "0.1"),
-    (SGD, "lr", None), (SGD, "lr", True), (SGD, "momentum", 1.0), (SGD, "momentum", -0.5),
-    (SGD, "weight_decay", -1e-4), (Adam, "lr", -1), (Adam, "beta1", 1), (Adam, "beta2", 1.5),
-    (Adam, "eps", -1e-8), (Adam, "weight_decay", math.nan), (SGD, "schedule", "cosin"),
-    (Adam, "schedule", None), (SGD, "schedule", ["cosine"]), (SGD, "schedule", 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, name, value",
+    [
+        (SGD, "lr", -0.1),
+        (SGD, "lr", math.nan),
+        (SGD, "lr", math.inf),
+        (SGD, "lr", "0.1"),
+        (SGD, "lr", None),
+        (SGD, "lr", True),
+        (SGD, "momentum", 1.0),
+        (SGD, "momentum", -0.5),
+        (SGD, "weight_decay", -1e-4),
+        (Adam, "lr", -1),
+        (Adam, "beta1", 1),
+        (Adam, "beta2", 1.5),
+        (Adam, "eps", -1e-8),
+        (Adam, "weight_decay", math.nan),
+        (SGD, "schedule", "cosin"),
+        (Adam, "schedule", None),
+        (SGD, "schedule", ["cosine"]),
+        (SGD, "schedule", 0.5),
+    ],
+)
 def test_bad_values_are_named(make, name, value):
     with pytest.raises(ValueError, match=f"{name} must be ") as raised:
         make(**{name: value})
@@ -169,7 +207,9 @@ def test_two_rates_is_torchs_sgd_with_a_rate_that_changes_sign(down, up, period,
         g = torch.sin(theirs.detach())
         w, state = place(w, {"w": torch.sin(w["w"])}, {}, t=t, factor=0.5)
         ascent = t % period == period - 1
-        theirs.grad = -(g + weight_decay * theirs.detach()) if ascent else g + weight_decay * theirs.detach()
+        theirs.grad = (
+            -(g + weight_decay * theirs.detach()) if ascent else g + weight_decay * theirs.detach()
+        )
         optimizer.param_groups[0]["lr"] = 0.5 * (up if ascent else down)
         optimizer.step()
         assert state == {}
@@ -179,18 +219,24 @@ def test_two_rates_is_torchs_sgd_with_a_rate_that_changes_sign(down, up, period,
 @pytest.mark.parametrize("period", [2, 3])
 def test_two_rates_in_the_stack(period):
     data = two_gaussians(train_size=40, test_size=50)
-    settings = dict(steps=10, batch_size=None, seeds=[0, 1], evaluate_at=[9, 10], dtype=torch.double)
+    settings = dict(
+        steps=10, batch_size=None, seeds=[0, 1], evaluate_at=[9, 10], dtype=torch.double
+    )
     grid, net = {"ascent_lr": [0.0, 0.1]}, lambda: MLP(10, 8, 2)
     runs = fit(net, data, Recipe(optimizer=TwoRates(0.2, period=period)), grid=grid, **settings)
     for ascent_lr in grid["ascent_lr"]:
         alone = fit(net, data, Recipe(optimizer=TwoRates(0.2, ascent_lr, period)), **settings)
-        np.testing.assert_allclose(runs.train_loss.sel(ascent_lr=ascent_lr), alone.train_loss, rtol=1e-9)
+        np.testing.assert_allclose(
+            runs.train_loss.sel(ascent_lr=ascent_lr), alone.train_loss, rtol=1e-9
+        )
     tenth = runs.train_loss.diff("step").sel(ascent_lr=0.1)
     assert (tenth > 0).all() if period == 2 else (tenth < 0).all()
 
 
-@pytest.mark.parametrize("name, value", [("lr", -1), ("ascent_lr", float("nan")), ("period", 1),
-                                         ("period", 2.5), ("weight_decay", -1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [("lr", -1), ("ascent_lr", float("nan")), ("period", 1), ("period", 2.5), ("weight_decay", -1)],
+)
 def test_two_rates_names_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
         TwoRates(**{name: value})

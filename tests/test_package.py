@@ -117,8 +117,12 @@ def blocks():
 def test_the_line_for_a_loop_of_your_own_runs():
     one_line = next(block for block in blocks() if "flood(criterion" in block)
     model = torch.nn.Linear(3, 2)
-    names = {"criterion": torch.nn.CrossEntropyLoss(), "model": model,
-             "x": torch.zeros(5, 3), "y": torch.zeros(5, dtype=torch.int64)}  # fmt: skip
+    names = {
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "model": model,
+        "x": torch.zeros(5, 3),
+        "y": torch.zeros(5, dtype=torch.int64),
+    }
     exec(one_line, names)
     raw = names["criterion"](model(names["x"]), names["y"])
     assert torch.equal(names["loss"], (raw - 0.05).abs() + 0.05)
@@ -254,7 +258,9 @@ def test_types_pass_the_strict_checker_here_and_in_a_users_program(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(USER)
     command = ["mypy", "--cache-dir", tmp_path / "cache", "--no-pretty", "src/flatmin", program]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+    )
     errors = re.findall(r"^(.*?):(\d+): error: (.*)  \[([\w-]+)\]$", done.stdout, re.M)
     ours = [error for error in errors if not error[0].endswith("program.py")]
     assert ours == [], done.stdout
@@ -268,8 +274,11 @@ def test_types_pass_the_strict_checker_here_and_in_a_users_program(tmp_path):
 
 def test_everything_that_is_exported_is_declared():
     """A strict checker lets users import only what __all__ names."""
-    public = {name for name, thing in vars(flatmin).items()
-              if name[0] != "_" and not isinstance(thing, type(flatmin))}  # fmt: skip
+    public = {
+        name
+        for name, thing in vars(flatmin).items()
+        if name[0] != "_" and not isinstance(thing, type(flatmin))
+    }
     assert sorted(public) == sorted(flatmin.__all__)
 
 

@@ -60,9 +60,10 @@ def test_exact_form_is_the_gradient_of_the_penalized_loss(smooth, squared):
 @pytest.mark.parametrize("difference, expected", [("forward", 1), ("backward", 1), ("central", 2)])
 def test_differences_converge_with_the_documented_order(smooth, squared, difference, expected):
     exact = direction(smooth, GradientPenalty(0.3, squared=squared))
-    error = lambda r: exact - direction(
-        smooth, GradientPenalty(0.3, squared=squared, difference=difference, radius=r)
-    )  # fmt: skip
+    error = lambda r: (
+        exact
+        - direction(smooth, GradientPenalty(0.3, squared=squared, difference=difference, radius=r))
+    )
     assert order(error) == pytest.approx(expected, abs=0.05)
 
 
@@ -104,7 +105,9 @@ def test_unit_vector_in_single_precision(scale):
 def test_sam_is_the_gradient_at_the_displaced_point(smooth):
     _, g, theta, _ = smooth
     expected = g(theta + 0.1 * g(theta) / g(theta).norm())
-    torch.testing.assert_close(direction(smooth, GradientPenalty.sam(0.1)), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        direction(smooth, GradientPenalty.sam(0.1)), expected, rtol=1e-13, atol=0
+    )
     expected = g(theta + 0.1 * g(theta))
     found = direction(smooth, GradientPenalty.unnormalized_sam(0.1))
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
@@ -146,9 +149,11 @@ def test_implicit_gradient_regularization(smooth):
     sizes = (0.2, 0.1, 0.05)
     plain = lambda lr: theta - lr * g(theta) - flow(g, theta, lr)
     assert order(plain, sizes) == pytest.approx(2, abs=0.1)
-    modified = lambda lr: theta - lr * g(theta) - flow(
-        lambda t: direction(smooth, GradientPenalty.implicit(lr), t), theta, lr
-    )  # fmt: skip
+    modified = lambda lr: (
+        theta
+        - lr * g(theta)
+        - flow(lambda t: direction(smooth, GradientPenalty.implicit(lr), t), theta, lr)
+    )
     assert order(modified, sizes) == pytest.approx(3, abs=0.1)
 
 
@@ -189,14 +194,21 @@ def test_penalty_ignores_parameters_without_part_in_the_loss():
     assert gradient_penalty(w * 1.0, [unused], 0.5) == 0
 
 
-@pytest.mark.parametrize("place", [
-    GradientPenalty(), GradientPenalty.sam(0.1), GradientPenalty(0.1, difference="central"),
-    GradientPenalty(0.1, squared=False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        GradientPenalty(),
+        GradientPenalty.sam(0.1),
+        GradientPenalty(0.1, difference="central"),
+        GradientPenalty(0.1, squared=False),
+    ],
+)
 def test_stack_equals_single_runs(place):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, batch_norm=True)
-    settings = dict(steps=12, batch_size=20, evaluate_at=[12], networks="last", dtype=torch.double,
-                    device="cpu")  # fmt: skip
+    settings = dict(
+        steps=12, batch_size=20, evaluate_at=[12], networks="last", dtype=torch.double, device="cpu"
+    )
     recipe = Recipe(gradient=place, optimizer=SGD(lr=0.2, momentum=0.5))
     grid = {"penalty": [0.0, 0.05, 0.2]}
     runs, networks = fit(net, data, recipe, grid=grid, seeds=2, **settings)
@@ -208,15 +220,27 @@ def test_stack_equals_single_runs(place):
         torch.testing.assert_close(
             networks.select(penalty=penalty).buffers, one.buffers, rtol=1e-9, atol=1e-12
         )
-    assert runs.train_loss.sel(penalty=0).values != pytest.approx(runs.train_loss.sel(penalty=0.2).values)
+    assert runs.train_loss.sel(penalty=0).values != pytest.approx(
+        runs.train_loss.sel(penalty=0.2).values
+    )
 
 
 def test_stack_equals_a_plain_loop():
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, activation=nn.Tanh)
     recipe = Recipe(gradient=GradientPenalty(0.3), optimizer=SGD(lr=0.2))
-    _, networks = fit(net, data, recipe, steps=10, batch_size=None, seeds=[4], evaluate_at=[10],
-                      networks="last", dtype=torch.double, device="cpu")  # fmt: skip
+    _, networks = fit(
+        net,
+        data,
+        recipe,
+        steps=10,
+        batch_size=None,
+        seeds=[4],
+        evaluate_at=[10],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+    )
     module = initial_module(net, 4).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
     for _ in range(10):
@@ -225,15 +249,26 @@ def test_stack_equals_a_plain_loop():
         (loss + gradient_penalty(loss, module.parameters(), 0.3)).backward()
         optimizer.step()
     torch.testing.assert_close(
-        dict(networks.module(seed=4).named_parameters()), dict(module.named_parameters()),
-        rtol=1e-9, atol=1e-12,
-    )  # fmt: skip
+        dict(networks.module(seed=4).named_parameters()),
+        dict(module.named_parameters()),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def test_gradient_norm_is_an_instrument():
     data = two_gaussians(train_size=40, test_size=50)
-    _, networks = fit(lambda: MLP(10, 8, 2), data, steps=3, batch_size=None, seeds=[0, 1],
-                      evaluate_at=[3], networks="last", dtype=torch.double, device="cpu")  # fmt: skip
+    _, networks = fit(
+        lambda: MLP(10, 8, 2),
+        data,
+        steps=3,
+        batch_size=None,
+        seeds=[0, 1],
+        evaluate_at=[3],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+    )
     found = networks.measure(gradient_norm, data, "train")
     for seed in (0, 1):
         module = networks.module(seed=seed)
@@ -255,16 +290,19 @@ def test_composes_with_jacrev(smooth):
 # ------------------------------------------------------------------------------------------ faults
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(penalty=-0.1), "penalty must be a number >= 0, got -0.1"),
-    (dict(penalty=math.nan), "penalty"),
-    (dict(penalty=math.inf), "penalty"),
-    (dict(penalty="much"), "penalty"),
-    (dict(difference="sideways"), "difference must be one of .* got 'sideways'"),
-    (dict(difference="forward", radius=0), "radius must be > 0, got 0"),
-    (dict(difference="forward", radius=-1.0), "radius"),
-    (dict(radius=0.1), "radius is for a difference"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(penalty=-0.1), "penalty must be a number >= 0, got -0.1"),
+        (dict(penalty=math.nan), "penalty"),
+        (dict(penalty=math.inf), "penalty"),
+        (dict(penalty="much"), "penalty"),
+        (dict(difference="sideways"), "difference must be one of .* got 'sideways'"),
+        (dict(difference="forward", radius=0), "radius must be > 0, got 0"),
+        (dict(difference="forward", radius=-1.0), "radius"),
+        (dict(radius=0.1), "radius is for a difference"),
+    ],
+)
 def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         GradientPenalty(**arguments)

@@ -86,7 +86,9 @@ def test_colors_are_different_and_legible_on_white():
     assert len(set(COLORS.values())) == len(COLORS)
     for name in set(COLORS) - {"faint"}:
         channels = np.array(matplotlib.colors.to_rgb(COLORS[name]))
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
         contrast = 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
         assert contrast >= 3, f"{name}: WCAG 2.1 asks for 3:1 between graphics and background"
 

@@ -32,7 +32,9 @@ vectors = st.lists(coordinates, min_size=1, max_size=12).map(lambda v: torch.ten
 
 
 def flatten(tensors):
-    return torch.cat([t.flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)])
+    return torch.cat(
+        [t.flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)]
+    )
 
 
 def norm(v, p):
@@ -92,7 +94,9 @@ def test_gradients_count_as_one_vector_and_are_left_as_they_were(p):
     before = [x.clone() for x in pieces]
     found = dual_norm_perturbation(pieces, 0.1, p)
     assert [x.shape for x in found] == [x.shape for x in pieces]
-    torch.testing.assert_close(flatten(found), dual_norm_perturbation([g], 0.1, p)[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        flatten(found), dual_norm_perturbation([g], 0.1, p)[0], rtol=1e-14, atol=0
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, pieces, strict=True))
 
 
@@ -105,9 +109,14 @@ def test_zero_gradient_is_not_moved_and_a_broken_one_is_seen(p):
         assert found.isnan().any()
 
 
-@pytest.mark.parametrize("dtype, scales", [
-    (torch.float32, [1e-42, 1e-30, 1e-6, 1e30]), (torch.float16, [6e-8, 1e-6, 1e-3, 1e3, 6e4]),
-    (torch.bfloat16, [1e-38, 1e-6, 1e30])])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, scales",
+    [
+        (torch.float32, [1e-42, 1e-30, 1e-6, 1e30]),
+        (torch.float16, [6e-8, 1e-6, 1e-3, 1e3, 6e4]),
+        (torch.bfloat16, [1e-38, 1e-6, 1e30]),
+    ],
+)
 @pytest.mark.parametrize("p", NORMS)
 def test_any_size_of_gradient_gives_the_same_perturbation(dtype, scales, p):
     base = torch.tensor([1.0, -1.0, 0.0, 1.0]).double()
@@ -164,17 +173,26 @@ def test_scaled_ball(g, p, data):
         assert norm(epsilon / t, p).item() == pytest.approx(0.3, rel=1e-12)
         assert (g @ epsilon).item() == pytest.approx(0.3 * norm(t * g, dual(p)).item(), rel=1e-12)
         torch.testing.assert_close(
-            dual_norm_perturbation([g], 0.3 * 2.5, p)[0], dual_norm_perturbation([g], 0.3, p, [2.5])[0],
-            rtol=1e-12, atol=1e-14,
-        )  # fmt: skip
+            dual_norm_perturbation([g], 0.3 * 2.5, p)[0],
+            dual_norm_perturbation([g], 0.3, p, [2.5])[0],
+            rtol=1e-12,
+            atol=1e-14,
+        )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(rho=-0.1), "rho must be a number >= 0, got -0.1"),
-    (dict(rho=math.nan), "rho"), (dict(rho=INF), "rho"), (dict(rho="x"), "rho"),
-    (dict(p=0.5), r"p must be a number in \[1, inf\], got 0.5"),
-    (dict(p=math.nan), "p must"), (dict(p=True), "p must"), (dict(p=None), "p must"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(rho=-0.1), "rho must be a number >= 0, got -0.1"),
+        (dict(rho=math.nan), "rho"),
+        (dict(rho=INF), "rho"),
+        (dict(rho="x"), "rho"),
+        (dict(p=0.5), r"p must be a number in \[1, inf\], got 0.5"),
+        (dict(p=math.nan), "p must"),
+        (dict(p=True), "p must"),
+        (dict(p=None), "p must"),
+    ],
+)
 def test_bad_settings_are_named(arguments, message):
     w = nn.Parameter(torch.ones(2))
     base = torch.optim.SGD([w], lr=0.1)
@@ -193,7 +211,9 @@ def test_bad_settings_are_named(arguments, message):
 
 def direction(smooth, place):
     loss, _, theta, tree = smooth
-    found, value, buffers = place(lambda p, b: (loss(flatten(p)), b), tree(theta), {"seen": torch.ones(())})
+    found, value, buffers = place(
+        lambda p, b: (loss(flatten(p)), b), tree(theta), {"seen": torch.ones(())}
+    )
     assert value == loss(theta) and buffers == {"seen": torch.ones(())}
     return flatten(found)
 
@@ -237,12 +257,17 @@ def test_unnormalized(smooth):
 
 def test_it_is_a_member_of_the_family_of_gradient_penalties(smooth):
     torch.testing.assert_close(
-        direction(smooth, SAMGradient(0.1)), direction(smooth, GradientPenalty.sam(0.1)), rtol=1e-13, atol=0
+        direction(smooth, SAMGradient(0.1)),
+        direction(smooth, GradientPenalty.sam(0.1)),
+        rtol=1e-13,
+        atol=0,
     )
     torch.testing.assert_close(
         direction(smooth, SAMGradient(0.1, normalized=False)),
-        direction(smooth, GradientPenalty.unnormalized_sam(0.1)), rtol=1e-13, atol=0,
-    )  # fmt: skip
+        direction(smooth, GradientPenalty.unnormalized_sam(0.1)),
+        rtol=1e-13,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("p", [1, 1.2, 1.5, 2, INF])
@@ -264,12 +289,16 @@ def test_unnormalized_exact_form(smooth, p):
     loss, g, theta, _ = smooth
     there = g(theta + 0.3 * g(theta))
     found = direction(smooth, SAMGradient(0.3, p, normalized=False, exact=True))
-    torch.testing.assert_close(found, there + 0.3 * hessian(loss)(theta) @ there, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found, there + 0.3 * hessian(loss)(theta) @ there, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_without_radius_it_is_the_plain_gradient_bitwise(smooth):
     for p in (1, 1.5, 2, INF):
-        assert torch.equal(direction(smooth, SAMGradient(0.0, p)), direction(smooth, plain_gradient))
+        assert torch.equal(
+            direction(smooth, SAMGradient(0.0, p)), direction(smooth, plain_gradient)
+        )
 
 
 def test_function_composes(smooth):
@@ -277,10 +306,14 @@ def test_function_composes(smooth):
     of = lambda rho: flatten(sam_gradient(lambda p: loss(flatten(p)), tree(theta), rho))
     rho = torch.tensor([0.0, 0.1, 0.4]).double()
     for row, r in zip(vmap(of)(rho), rho, strict=True):
-        torch.testing.assert_close(row, direction(smooth, SAMGradient(r.item())), rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            row, direction(smooth, SAMGradient(r.item())), rtol=1e-12, atol=1e-15
+        )
     # d/dρ at 0 is H g/‖g‖: SAM descends L + ρ‖g‖ to first order
     slope = jacrev(of)(torch.tensor(1e-9).double())
-    torch.testing.assert_close(slope, hessian(loss)(theta) @ g(theta) / g(theta).norm(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        slope, hessian(loss)(theta) @ g(theta) / g(theta).norm(), rtol=1e-6, atol=1e-9
+    )
 
 
 def batch_objective(net, x, y, loss=lambda losses: losses.mean()):
@@ -368,7 +401,11 @@ def test_flooding_floats_the_worst_loss_and_climbs_the_raw_one(m):
 
 def test_both_passes_drop_the_same_units_and_buffers_are_those_of_the_first():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 50), Dropout(0.5), nn.BatchNorm1d(50), nn.Linear(50, 3)).double().train()
+    net = (
+        nn.Sequential(nn.Linear(4, 50), Dropout(0.5), nn.BatchNorm1d(50), nn.Linear(50, 3))
+        .double()
+        .train()
+    )
     x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
     params = {name: w.detach() for name, w in net.named_parameters()}
     buffers = {name: b.clone() for name, b in net.named_buffers()}
@@ -380,16 +417,27 @@ def test_both_passes_drop_the_same_units_and_buffers_are_those_of_the_first():
     assert all(torch.equal(new[name], expected[name]) for name in new)
 
 
-@pytest.mark.parametrize("place, grid", [
-    (SAMGradient(), {"rho": [0.0, 0.1, 0.5]}),
-    (SAMGradient(rho=0.2), {"p": [1.0, 2.0, INF]}),
-    (SAMGradient(rho=0.2, adaptive=True), {"eta": [0.01, 0.1]}),
-    (SAMGradient(exact=True), {"rho": [0.1, 0.3]})])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, grid",
+    [
+        (SAMGradient(), {"rho": [0.0, 0.1, 0.5]}),
+        (SAMGradient(rho=0.2), {"p": [1.0, 2.0, INF]}),
+        (SAMGradient(rho=0.2, adaptive=True), {"eta": [0.01, 0.1]}),
+        (SAMGradient(exact=True), {"rho": [0.1, 0.3]}),
+    ],
+)
 def test_stack_equals_single_runs(place, grid):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, batch_norm=True)
-    arguments = dict(steps=8, batch_size=20, evaluate_at=[8], networks="last", dtype=torch.double,
-                     device="cpu", seeds=2)  # fmt: skip
+    arguments = dict(
+        steps=8,
+        batch_size=20,
+        evaluate_at=[8],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+        seeds=2,
+    )
     recipe = Recipe(gradient=place, optimizer=SGD(lr=0.2, momentum=0.5))
     _, networks = fit(net, data, recipe, grid=grid, **arguments)
     ((name, values),) = grid.items()
@@ -397,7 +445,10 @@ def test_stack_equals_single_runs(place, grid):
         _, one = fit(net, data, recipe.with_values({name: value}), **arguments)
         for part in ("params", "buffers"):
             torch.testing.assert_close(
-                getattr(networks.select(**{name: value}), part), getattr(one, part), rtol=1e-9, atol=1e-12
+                getattr(networks.select(**{name: value}), part),
+                getattr(one, part),
+                rtol=1e-9,
+                atol=1e-12,
             )
 
 
@@ -407,8 +458,18 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, activation=nn.Tanh, batch_norm=True)
     recipe = Recipe(gradient=SAMGradient(0.3, p, adaptive), optimizer=SGD(lr=0.2, momentum=0.9))
-    _, networks = fit(net, data, recipe, steps=10, batch_size=None, seeds=[4], evaluate_at=[10],
-                      networks="last", dtype=torch.double, device="cpu")  # fmt: skip
+    _, networks = fit(
+        net,
+        data,
+        recipe,
+        steps=10,
+        batch_size=None,
+        seeds=[4],
+        evaluate_at=[10],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+    )
     module = initial_module(net, 4).double()
     base = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
     optimizer = SAM(base, 0.3, p, adaptive, model=module)
@@ -419,13 +480,19 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
     torch.testing.assert_close(stacked, module.state_dict(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(eta=-1), "eta must be a number >= 0, got -1"),
-    (dict(m=0), "m must be a whole number >= 1, got 0"),
-    (dict(chunk_size=1.5), "chunk_size must be a whole number"),
-    (dict(exact=True, p=3), r"p must be one number in \[1, 2\], or inf, where exact is True .*got 3"),
-    (dict(exact=True, p=torch.tensor(2.0)), "p must be one number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(eta=-1), "eta must be a number >= 0, got -1"),
+        (dict(m=0), "m must be a whole number >= 1, got 0"),
+        (dict(chunk_size=1.5), "chunk_size must be a whole number"),
+        (
+            dict(exact=True, p=3),
+            r"p must be one number in \[1, 2\], or inf, where exact is True .*got 3",
+        ),
+        (dict(exact=True, p=torch.tensor(2.0)), "p must be one number"),
+    ],
+)
 def test_bad_settings_of_the_place_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SAMGradient(**arguments)
@@ -446,7 +513,9 @@ def network(seed=0):
 
 def batch(n=10, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=generator).double(), torch.randint(3, (n,), generator=generator)
+    return torch.randn(n, 4, generator=generator).double(), torch.randint(
+        3, (n,), generator=generator
+    )
 
 
 def closure_of(model, optimizer, x, y):
@@ -469,7 +538,9 @@ def two_phases(model, optimizer, x, y):
 
 
 BASES = {
-    "sgd": lambda params, **more: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01, **more),
+    "sgd": lambda params, **more: torch.optim.SGD(
+        params, lr=0.1, momentum=0.9, weight_decay=0.01, **more
+    ),
     "adam": lambda params, **more: torch.optim.Adam(params, lr=0.01, **more),
     "adamw": lambda params, **more: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1, **more),
 }
@@ -484,7 +555,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("p, adaptive", [(2, False), (1, False), (3, False), (INF, False), (2, True)])
+@pytest.mark.parametrize(
+    "p, adaptive", [(2, False), (1, False), (3, False), (INF, False), (2, True)]
+)
 def test_equals_the_plain_algorithm_over_100_steps(base, p, adaptive):
     model, twin = network(), network()
     optimizer = SAM(BASES[base](model.parameters()), 0.2, p, adaptive)
@@ -575,8 +648,14 @@ def test_groups_have_radius_norm_and_adaptivity_of_their_own():
     generator = torch.Generator().manual_seed(0)
     w = [nn.Parameter(torch.randn(3, generator=generator).double()) for _ in range(6)]
     g = [torch.randn(3, generator=generator).double() for _ in w]
-    settings = [{"rho": 0.1}, {"rho": 0.3, "adaptive": True, "eta": 0.2}, {"p": INF}, {"p": INF, "rho": 2.0},
-                {"rho": 0.0}, {"p": 1}]  # fmt: skip
+    settings = [
+        {"rho": 0.1},
+        {"rho": 0.3, "adaptive": True, "eta": 0.2},
+        {"p": INF},
+        {"p": INF, "rho": 2.0},
+        {"rho": 0.0},
+        {"p": 1},
+    ]
     groups = [{"params": [p]} | s for p, s in zip(w, settings, strict=True)]
     for p, x in zip(w, g, strict=True):
         p.grad = x.clone()
@@ -585,8 +664,13 @@ def test_groups_have_radius_norm_and_adaptivity_of_their_own():
     optimizer.first_step()
     moved = [p.detach() - b for p, b in zip(w, before, strict=True)]
     t = torch.cat([torch.full((3,), 0.1).double(), 0.3 * (before[1].abs() + 0.2)])
-    expected = [*climb(torch.cat(g[:2]), 1.0, 2, t).split(3), 0.5 * g[2].sign(), 2.0 * g[3].sign(),
-                torch.zeros(3).double(), climb(g[5], 0.5, 1)]  # fmt: skip
+    expected = [
+        *climb(torch.cat(g[:2]), 1.0, 2, t).split(3),
+        0.5 * g[2].sign(),
+        2.0 * g[3].sign(),
+        torch.zeros(3).double(),
+        climb(g[5], 0.5, 1),
+    ]
     torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-15)
     optimizer.restore()
     assert same([p.detach() for p in w], before)
@@ -621,7 +705,9 @@ def test_schedulers_work_on_either_without_a_warning(on, closure):
     optimizer = SAM(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer if on == "sam" else base, 1, gamma=0.5)
+        scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer if on == "sam" else base, 1, gamma=0.5
+        )
         for _ in range(3):
             if closure:
                 optimizer.step(closure_of(model, optimizer, *batch()))
@@ -629,7 +715,9 @@ def test_schedulers_work_on_either_without_a_warning(on, closure):
                 two_phases(model, optimizer, *batch())
             scheduler.step()
     assert base.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 / 8
-    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)  # cycles momentum too
+    torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=10
+    )  # cycles momentum too
 
 
 def test_state_is_the_bases_own_and_base_state_from_before_stays():
@@ -676,7 +764,9 @@ def test_resume_is_bitwise(base, foreach):
     train(*second, range(5, 10))
     assert same(weights_of(second[0]), weights_of(whole[0]))
     for a, b in zip(whole[1].state.values(), second[1].state.values(), strict=True):
-        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if a[k] is not None)
+        assert all(
+            torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if a[k] is not None
+        )
     assert second[1].param_groups[0]["rho"] == 0.2 and second[1].param_groups[0]["p"] == 1.5
     train(*first, range(5, 10))
     assert same(weights_of(first[0]), weights_of(whole[0]))
@@ -702,8 +792,12 @@ def test_no_checkpoint_of_moved_weights():
     optimizer = SAM(BASES["sgd"](model.parameters()))
     nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
     optimizer.first_step()
-    for call in (optimizer.state_dict, lambda: pickle.dumps(optimizer), lambda: copy.deepcopy(optimizer),
-                 lambda: optimizer.load_state_dict({})):  # fmt: skip
+    for call in (
+        optimizer.state_dict,
+        lambda: pickle.dumps(optimizer),
+        lambda: copy.deepcopy(optimizer),
+        lambda: optimizer.load_state_dict({}),
+    ):
         with pytest.raises(RuntimeError, match="must wait for second_step"):
             call()
     optimizer.second_step()
@@ -759,7 +853,9 @@ def test_zero_grad():
 def test_compiled_step_is_the_same():
     model, twin = network(), network()
     optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2) for m in (model, twin))
-    compiled = torch.compile(lambda: optimizer.step(closure_of(model, optimizer, *batch())), backend="eager")
+    compiled = torch.compile(
+        lambda: optimizer.step(closure_of(model, optimizer, *batch())), backend="eager"
+    )
     for _ in range(3):
         compiled()
         other.step(closure_of(twin, other, *batch()))
@@ -772,7 +868,9 @@ def test_phases_out_of_order_are_named():
     optimizer = SAM(BASES["sgd"](model.parameters()))
     before = weights_of(model)
     for call in (optimizer.second_step, optimizer.step):
-        with pytest.raises(RuntimeError, match=r"step\(\) must get a closure, or come after first_step"):
+        with pytest.raises(
+            RuntimeError, match=r"step\(\) must get a closure, or come after first_step"
+        ):
             call()
     with pytest.raises(ValueError, match=r"closure must be one function, or several, got \[\]"):
         optimizer.step([])
@@ -798,7 +896,9 @@ def test_bad_base_optimizers_are_named():
             super().__init__(params, lr=0.1)
             self.defaults["rho"] = 0.9
 
-    with pytest.raises(ValueError, match=r"must have no hyperparameter of SAM's name, got \['rho'\]"):
+    with pytest.raises(
+        ValueError, match=r"must have no hyperparameter of SAM's name, got \['rho'\]"
+    ):
         SAM(WithRho(w))
     with pytest.raises(ValueError, match="model must be the DistributedDataParallel module"):
         SAM(good, per_rank=True)
@@ -819,7 +919,9 @@ class Branches(nn.Module):
         return sum((getattr(self, name) ** 2).sum() for name in self.used)
 
 
-@pytest.mark.parametrize("first, second", [("ab", "bc"), ("ab", "c"), ("a", "abc"), ("", "a"), ("ab", "")])
+@pytest.mark.parametrize(
+    "first, second", [("ab", "bc"), ("ab", "c"), ("a", "abc"), ("", "a"), ("ab", "")]
+)
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_parameters_without_gradient_in_either_pass(first, second, set_to_none):
     model = Branches()
@@ -903,7 +1005,9 @@ def test_an_exception_in_the_second_pass_leaves_everything_as_it_was(error, p):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
     x, y = batch()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.5, p=p, model=model)
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.5, p=p, model=model
+    )
     good = closure_of(model, optimizer, x.float(), y)
     optimizer.step(good)
     before, after_first = weights_of(model), []
@@ -983,7 +1087,9 @@ class Allocations(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        leaves = lambda tree: [x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x)]
+        leaves = lambda tree: [
+            x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x)
+        ]
         result = function(*args, **(kwargs or {}))
         known = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs))}
         new = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves(result)}
@@ -1102,7 +1208,9 @@ def test_clipping_of_unscaled_gradients_and_in_two_phases():
     model, twin = network().float(), network().float()
     x, y = batch()
     x = x.float()
-    optimizer, other = (SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin))
+    optimizer, other = (
+        SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin)
+    )
     scaler, second = (torch.amp.GradScaler("cpu", init_scale=256.0) for _ in range(2))
 
     def clip(m):
@@ -1124,7 +1232,9 @@ def test_clipping_of_unscaled_gradients_and_in_two_phases():
 
 def test_clipping_in_the_closure_does_not_change_the_perturbation():
     model, twin = network(), network()
-    optimizer, plain = (SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin))
+    optimizer, plain = (
+        SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin)
+    )
     before = flatten(weights_of(model))
     inner = closure_of(model, optimizer, *batch())
     optimizer.step(lambda: (inner(), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01))[0])
@@ -1156,7 +1266,9 @@ def test_bfloat16_weights():
     model = network().bfloat16()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.2, p=1.5)
     x, y = batch()
-    losses = [optimizer.step(closure_of(model, optimizer, x.bfloat16(), y)).item() for _ in range(20)]
+    losses = [
+        optimizer.step(closure_of(model, optimizer, x.bfloat16(), y)).item() for _ in range(20)
+    ]
     assert losses[-1] < losses[0] and all(w.dtype == torch.bfloat16 for w in model.parameters())
 
 
@@ -1178,7 +1290,9 @@ def test_microbatches_in_the_closure_are_the_whole_batch():
         return total
 
     for _ in range(5):
-        assert optimizer.step(closure) == pytest.approx(whole.step(closure_of(twin, whole, x, y)).item())
+        assert optimizer.step(closure) == pytest.approx(
+            whole.step(closure_of(twin, whole, x, y)).item()
+        )
     torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-14)
 
 
@@ -1191,7 +1305,9 @@ def test_one_closure_a_shard_is_m_sam():
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1.0), rho=0.3)
     shards = zip(x.split(5), y.split(5), strict=True)
     losses = optimizer.step([closure_of(model, optimizer, *shard) for shard in shards])
-    torch.testing.assert_close(flatten(params) - flatten(weights_of(model)), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        flatten(params) - flatten(weights_of(model)), expected, rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(sum(losses) / 2, objective(params, {})[0], rtol=1e-12, atol=0)
 
 
@@ -1267,7 +1383,9 @@ def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches
 def test_numbers_go_on_after_the_step_as_after_one_pass():
     model = Noisy()
     for use_model in (True, False):
-        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), model=model if use_model else None)
+        optimizer = SAM(
+            torch.optim.SGD(model.parameters(), lr=0.0), model=model if use_model else None
+        )
         torch.manual_seed(5)
         model(batch()[0].float())
         expected = torch.rand(3)
@@ -1337,7 +1455,9 @@ def test_complex_weights_are_two_real_ones(p):
     for _ in range(5):
         a.step(lambda: (a.zero_grad(), loss(real).backward()))
         b.step(lambda: (b.zero_grad(), loss(torch.view_as_real(whole)).backward()))
-    torch.testing.assert_close(torch.view_as_real(whole.detach()), real.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.view_as_real(whole.detach()), real.detach(), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("sparse_pass", [0, 1])
@@ -1352,16 +1472,22 @@ def test_sparse_gradients_are_refused_before_anything_moves(sparse_pass):
         calls.append(1)
         model(torch.tensor([1, 2])).sum().backward()
 
-    with pytest.raises(TypeError, match="gradients must be dense, got one with layout torch.sparse_coo"):
+    with pytest.raises(
+        TypeError, match="gradients must be dense, got one with layout torch.sparse_coo"
+    ):
         optimizer.step(closure)
     assert same(weights_of(model), before)
 
 
 def test_mixed_types_and_memory_formats():
     torch.manual_seed(0)
-    w = [nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
-         nn.Parameter(torch.randn(3).double()), nn.Parameter(torch.randn(4).bfloat16()),
-         nn.Parameter(torch.randn(5, 2).t()), nn.Parameter(torch.empty(0))]  # fmt: skip
+    w = [
+        nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.randn(3).double()),
+        nn.Parameter(torch.randn(4).bfloat16()),
+        nn.Parameter(torch.randn(5, 2).t()),
+        nn.Parameter(torch.empty(0)),
+    ]
     for p in (2, 1.5):
         optimizer = SAM(torch.optim.SGD(w, lr=0.1), rho=0.5, p=p)
         before, strides = [x.detach().clone() for x in w], [x.stride() for x in w]
@@ -1388,7 +1514,9 @@ def test_weights_may_change_their_type_between_steps():
 def test_on_a_gpu_with_float16_and_dropout():
     torch.manual_seed(0)
     model = Noisy().cuda()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, model=model)
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, model=model
+    )
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     x, y = (t.cuda() for t in batch())
     where = [w.data_ptr() for w in model.parameters()]
@@ -1398,7 +1526,9 @@ def test_on_a_gpu_with_float16_and_dropout():
         def closure():
             optimizer.zero_grad()
             with torch.autocast("cuda", dtype=torch.float16):
-                loss = nn.functional.cross_entropy(model.out(model.drop(model.linear(x.float()))), y)
+                loss = nn.functional.cross_entropy(
+                    model.out(model.drop(model.linear(x.float()))), y
+                )
             model.seen.append(model.drop(torch.ones(20, device="cuda")).tolist())
             scaler.scale(loss).backward()
             return loss
@@ -1427,7 +1557,9 @@ def distributed(tmp_path_factory):
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(script), str(folder), str(rank)],
-                stdout=log, stderr=subprocess.STDOUT, env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
             )
         )
     end = time.monotonic() + 120
@@ -1446,9 +1578,20 @@ def distributed(tmp_path_factory):
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-@pytest.mark.parametrize("check", [
-    "ddp_global", "ddp_per_rank", "ddp_in_two_phases", "ddp_skips_together", "ddp_scalers_agree",
-    "dtensor_placements", "fsdp_norm", "fsdp_any_p", "fsdp_skips_together"])  # fmt: skip
+@pytest.mark.parametrize(
+    "check",
+    [
+        "ddp_global",
+        "ddp_per_rank",
+        "ddp_in_two_phases",
+        "ddp_skips_together",
+        "ddp_scalers_agree",
+        "dtensor_placements",
+        "fsdp_norm",
+        "fsdp_any_p",
+        "fsdp_skips_together",
+    ],
+)
 def test_two_processes_equal_one(distributed, check):
     for results in distributed:
         if str(results[check]).startswith("not run"):

@@ -56,8 +56,17 @@ def test_of_a_linear_loss_it_is_the_dual_norm(p, adaptive, more):
     model, x, y = linear(), random(20, 4), random(20, seed=1)
     g = (y[:, None] * x).mean(0)
     T = model.weight[0].detach().abs() + 0.1 if adaptive else 1
-    rise = sharpness(model, lambda output, y: output[:, 0] * y, x, y, 0.3, p=p, adaptive=adaptive,
-                     eta=0.1, **more)  # fmt: skip
+    rise = sharpness(
+        model,
+        lambda output, y: output[:, 0] * y,
+        x,
+        y,
+        0.3,
+        p=p,
+        adaptive=adaptive,
+        eta=0.1,
+        **more,
+    )
     torch.testing.assert_close(rise, 0.3 * (T * g).norm(dual[p]))
 
 
@@ -137,8 +146,13 @@ def test_one_step_is_sams(p, adaptive):
     torch.testing.assert_close(found, expected)
 
 
-@given(st.sampled_from(list(dual)), st.integers(1, 6), st.integers(1, 3), st.floats(0, 2),
-       st.integers(0, 10**6))  # fmt: skip
+@given(
+    st.sampled_from(list(dual)),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    st.floats(0, 2),
+    st.integers(0, 10**6),
+)
 @settings(max_examples=40)
 def test_neighbours_are_in_the_ball_and_the_highest_counts(p, steps, restarts, rho, seed):
     """Of a bumpy function of two tensors, with every point seen that is visited."""
@@ -153,8 +167,10 @@ def test_neighbours_are_in_the_ball_and_the_highest_counts(p, steps, restarts, r
         g, value = torch.func.grad_and_value(f)(seen[-1])
         return g, value
 
-    starts = [ball.on_the_edge({"a": random(3, seed=seed + i), "b": random(2, 2, seed=i)})
-              for i in range(restarts - 1)]  # fmt: skip
+    starts = [
+        ball.on_the_edge({"a": random(3, seed=seed + i), "b": random(2, 2, seed=i)})
+        for i in range(restarts - 1)
+    ]
     found = _sharpness(lambda v: (seen.append(v), f(v))[1], slope, w, ball, steps, starts)
     assert len(seen) == 1 + restarts * steps
     for v in seen:
@@ -169,8 +185,10 @@ def test_neighbours_are_in_the_ball_and_the_highest_counts(p, steps, restarts, r
 
 def test_more_search_is_not_less():
     model, x, y = problem()
-    rises = [sharpness(model, criterion, x, y, 0.5, steps=steps, restarts=restarts)
-             for steps, restarts in [(1, 1), (5, 1), (5, 3), (5, 5)]]  # fmt: skip
+    rises = [
+        sharpness(model, criterion, x, y, 0.5, steps=steps, restarts=restarts)
+        for steps, restarts in [(1, 1), (5, 1), (5, 3), (5, 5)]
+    ]
     assert rises == sorted(rises) and rises[0] < rises[1]
     again = sharpness(model, criterion, x, y, 0.5, steps=5, restarts=5)
     assert again == rises[-1]
@@ -203,8 +221,10 @@ def test_shards(more):
 def test_smaller_shards_are_sharper_where_the_loss_is_linear(seed, p):
     """The mean of norms is at least the norm of the mean."""
     model, x, y = linear(), random(16, 4, seed=seed), random(16, seed=seed + 1)
-    rises = [sharpness(model, lambda output, y: output[:, 0] * y, x, y, p=p, m=m).item()
-             for m in (1, 2, 4, 8, 16)]  # fmt: skip
+    rises = [
+        sharpness(model, lambda output, y: output[:, 0] * y, x, y, p=p, m=m).item()
+        for m in (1, 2, 4, 8, 16)
+    ]
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rises))
 
 
@@ -233,18 +253,29 @@ def test_the_same_function_is_sharper_and_not_adaptively_so():
 # ----------------------------------------------------------------------------------------- a stack
 
 
-@pytest.mark.parametrize("instrument", [
-    Sharpness(0.3, examples=21),
-    Sharpness(0.3, p=math.inf, adaptive=True, m=4, chunk_size=2, examples=21),
-    Sharpness(0.3, steps=3, restarts=3, m=8, seed=5, batch_size=3, examples=21),
-    AverageSharpness(0.3, directions=4, standard_error=True, examples=21, batch_size=5),
-    AverageSharpness(0.3, adaptive=True, directions=4, seed=3, examples=21),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        Sharpness(0.3, examples=21),
+        Sharpness(0.3, p=math.inf, adaptive=True, m=4, chunk_size=2, examples=21),
+        Sharpness(0.3, steps=3, restarts=3, m=8, seed=5, batch_size=3, examples=21),
+        AverageSharpness(0.3, directions=4, standard_error=True, examples=21, batch_size=5),
+        AverageSharpness(0.3, adaptive=True, directions=4, seed=3, examples=21),
+    ],
+)
 def test_the_stack_is_the_module(instrument):
     data = two_gaussians(30, test_size=10)
     make = lambda: MLP(10, 8, 2, batch_norm=True)
-    _, networks = fit(make, data, Recipe(optimizer=SGD(lr=0.1)), seeds=2, steps=10, batch_size=10,
-                      networks="last", dtype=torch.float64)  # fmt: skip
+    _, networks = fit(
+        make,
+        data,
+        Recipe(optimizer=SGD(lr=0.1)),
+        seeds=2,
+        steps=10,
+        batch_size=10,
+        networks="last",
+        dtype=torch.float64,
+    )
     x, y = data.split("train")
     found = networks.measure(instrument, data, "train").values
     names = ["rho", "adaptive", "eta", "seed", "batch_size"]
@@ -272,8 +303,9 @@ def test_while_training():
 
 
 def test_attention_in_a_stack():
-    make = lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
-                                 nn.Flatten(), nn.Linear(8, 3))  # fmt: skip
+    make = lambda: nn.Sequential(
+        nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(8, 3)
+    )
     models = [problem(make, (2, 4), seed=seed)[0].eval() for seed in range(2)]
     _, x, y = problem(make, (2, 4))
     params, _ = torch.func.stack_module_state(models)
@@ -316,12 +348,16 @@ def test_precision():
 def test_bad_input_is_named():
     model, x, y = problem()
     faults = {
-        "rho": (-0.1, "a number >= 0"), "p": (0.5, r"a number in \[1, inf\]"),
-        "eta": (math.nan, "a number >= 0"), "steps": (0, "a whole number >= 1"),
-        "restarts": (0, "a whole number >= 1"), "m": (0, "a whole number >= 1"),
-        "seed": (-1, "a whole number >= 0"), "batch_size": (0, "a whole number >= 1"),
+        "rho": (-0.1, "a number >= 0"),
+        "p": (0.5, r"a number in \[1, inf\]"),
+        "eta": (math.nan, "a number >= 0"),
+        "steps": (0, "a whole number >= 1"),
+        "restarts": (0, "a whole number >= 1"),
+        "m": (0, "a whole number >= 1"),
+        "seed": (-1, "a whole number >= 0"),
+        "batch_size": (0, "a whole number >= 1"),
         "chunk_size": (2.5, "a whole number >= 1"),
-    }  # fmt: skip
+    }
     for name, (value, allowed) in faults.items():
         with pytest.raises(ValueError, match=f"{name} must be {allowed}, got {value}"):
             sharpness(model, criterion, x, y, **{name: value})

@@ -99,10 +99,13 @@ MODELS = {
     "batch norm": (lambda: MLP(4, 6, 3, batch_norm=True, dropout=0.5, activation=nn.GELU), (4,)),
     "cnn": (lambda: SmallCNN(1, 3, (2, 3), batch_norm=True), (1, 8, 8)),
     "attention": (Attention, (5, 4)),
-    "transformer": (lambda: nn.Sequential(
-        nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(8, 3)),
-        (2, 4)),
-}  # fmt: skip
+    "transformer": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(8, 3)
+        ),
+        (2, 4),
+    ),
+}
 
 
 # ------------------------------------------------------------------------- Hessian-vector products
@@ -116,8 +119,10 @@ def test_products_are_those_of_the_dense_hessian(name, mode):
     operator = hessian_operator(model, criterion, x, y, mode=mode)
     assert operator.size == len(H) and operator.dtype == torch.float64
     v = random(3, len(H))
-    close(operator(torch.eye(len(H)).double() if mode == "reverse" else v),
-          H if mode == "reverse" else v @ H)  # fmt: skip
+    close(
+        operator(torch.eye(len(H)).double() if mode == "reverse" else v),
+        H if mode == "reverse" else v @ H,
+    )
     for loss in (criterion, nn.CrossEntropyLoss(reduction="none")):
         operator = hessian_operator(model, loss, x, y, mode=mode, batch_size=5)  # the last has 3
         close(operator(v), v @ H)
@@ -218,8 +223,10 @@ def test_the_module_is_left_as_it_was(batch_size):
         hessian_operator(model, lambda *_: 1 / 0, x, y)(torch.ones(operator.size).double())
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert all(torch.equal(p.grad, g) and not p.grad.requires_grad
-               for p, g in zip(model.parameters(), grads, strict=True))  # fmt: skip
+    assert all(
+        torch.equal(p.grad, g) and not p.grad.requires_grad
+        for p, g in zip(model.parameters(), grads, strict=True)
+    )
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():  # it is the Hessian at the weights of before
         for t in [*model.parameters(), *model.buffers()]:
@@ -376,8 +383,12 @@ def test_the_gradient_shortens_the_way_and_hides_nothing():
         direction = torch.zeros(40).double() if i is None else -(X[i] * 1.0) / 40
         assert torch.allclose(hessian.gradient, direction)
         calls = []
-        counted = dataclasses.replace(hessian, products=lambda v: calls.append(1) or hessian.products(v))
-        assert abs(eigenvalues(counted, tol=1e-4).values.item() - 40) < 2e-5  # residual² over the gap, 1
+        counted = dataclasses.replace(
+            hessian, products=lambda v: calls.append(1) or hessian.products(v)
+        )
+        assert (
+            abs(eigenvalues(counted, tol=1e-4).values.item() - 40) < 2e-5
+        )  # residual² over the gap, 1
         products[i] = len(calls)
     assert products[39] < products[None]
     two_batches = hessian_operator(model, squared, X, y, batch_size=20)
@@ -495,8 +506,16 @@ def test_memory_and_seeds():
 def stack():
     data = two_gaussians(30, test_size=10)
     make = lambda: MLP(10, 5, 2, batch_norm=True, activation=nn.Tanh)
-    _, networks = fit(make, data, Recipe(optimizer=SGD(lr=0.1)), seeds=3, steps=10, batch_size=10,
-                      networks="last", dtype=torch.float64)  # fmt: skip
+    _, networks = fit(
+        make,
+        data,
+        Recipe(optimizer=SGD(lr=0.1)),
+        seeds=3,
+        steps=10,
+        batch_size=10,
+        networks="last",
+        dtype=torch.float64,
+    )
     return networks, data
 
 
@@ -637,12 +656,21 @@ def test_bad_input_is_named():
         (lambda: make()(torch.ones(3)), r"v must have shape \[..., 51\], got \(3,\)"),
         (lambda: hessian_operator(model, criterion, x, y[:2]), "same number of examples"),
         (lambda: hessian_operator(nn.Tanh(), criterion, x, y), "model must have a parameter"),
-        (lambda: lanczos(lambda v: v, torch.ones(3), 0), "steps must be a whole number >= 1, got 0"),
+        (
+            lambda: lanczos(lambda v: v, torch.ones(3), 0),
+            "steps must be a whole number >= 1, got 0",
+        ),
         (lambda: eigenvalues(H, 0), r"top \+ bottom must be at least 1, got 0"),
-        (lambda: eigenvalues(H, 4, 2), r"top \+ bottom must be at most 5, the number of parameters, got 6"),
+        (
+            lambda: eigenvalues(H, 4, 2),
+            r"top \+ bottom must be at most 5, the number of parameters, got 6",
+        ),
         (lambda: eigenvalues(H, -1), "top must be a whole number >= 0, got -1"),
         (lambda: eigenvalues(H, tol=math.nan), "tol must be a number >= 0, got nan"),
-        (lambda: eigenvalues(H, 3, max_steps=2), r"max_steps must be at least top \+ bottom = 3, got 2"),
+        (
+            lambda: eigenvalues(H, 3, max_steps=2),
+            r"max_steps must be at least top \+ bottom = 3, got 2",
+        ),
         (lambda: eigenvalues(H, seed=-1), "seed must be a whole number >= 0, got -1"),
         (lambda: eigenvalues(H * math.nan), "hessian must have finite products, got NaN"),
         (lambda: eigenvalues(torch.ones(2, 3)), r"a matrix \[P, P\], got shape \(2, 3\)"),
@@ -654,13 +682,16 @@ def test_bad_input_is_named():
         (lambda: spectral_density(H, memory=0), "memory must be a number >= 1, got 0"),
         (lambda: spectral_density(H).smooth(torch.ones(2), 0), "sigma must be > 0, got 0"),
         (lambda: HessianEigenvalues(0), r"top \+ bottom must be at least 1, got 0"),
-        (lambda: HessianEigenvalues(5, steps=4), r"steps must be at least top \+ bottom = 5, got 4"),
+        (
+            lambda: HessianEigenvalues(5, steps=4),
+            r"steps must be at least top \+ bottom = 5, got 4",
+        ),
         (lambda: HessianEigenvalues(examples=0), "examples must be a whole number >= 1, got 0"),
         (lambda: HessianTrace(1), "probes must be a whole number >= 2, got 1"),
         (lambda: HessianTrace(sketch=None), "sketch must be a whole number >= 0, got None"),
         (lambda: HessianDensity(probes=0), "probes must be a whole number >= 1, got 0"),
         (lambda: HessianDensity(seed=1.5), "seed must be a whole number >= 0, got 1.5"),
-    ]  # fmt: skip
+    ]
     for call, message in faults:
         with pytest.raises(ValueError, match=message):
             call()

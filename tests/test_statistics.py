@@ -26,9 +26,10 @@ def test_is_scipys_t_interval(values, confidence):
 
 def test_every_combination_by_itself():
     values = xr.DataArray(
-        np.random.default_rng(0).random((2, 5, 3)), dims=("lr", "seed", "step"),
+        np.random.default_rng(0).random((2, 5, 3)),
+        dims=("lr", "seed", "step"),
         coords={"lr": [0.1, 0.2], "step": [0, 5, 9]},
-    )  # fmt: skip
+    )
     m = mean_interval(values)
     assert m["mean"].dims == ("lr", "step")
     assert m.step.values.tolist() == [0, 5, 9]
@@ -73,7 +74,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="at least 2 along 'seed'.*, got 1"):
         mean_interval(values[:1])
     for other in ([1.0, 2.0], np.ones(3), values.to_dataset(name="v")):
-        with pytest.raises(TypeError, match=f"values must be a DataArray, got {type(other).__name__}"):
+        with pytest.raises(
+            TypeError, match=f"values must be a DataArray, got {type(other).__name__}"
+        ):
             mean_interval(other)
 
 

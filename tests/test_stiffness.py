@@ -125,12 +125,22 @@ def tied_bias_with_other_weights():
 
 def norms():
     model = nn.Sequential(
-        nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv1d(4, 4, 1),
-        nn.InstanceNorm1d(4, affine=True), nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4),
-        nn.LayerNorm([4, 7]), nn.Conv1d(4, 4, 1),
-        nn.RMSNorm(7), nn.GroupNorm(4, 4, affine=False), nn.LayerNorm(7, bias=False), nn.Flatten(),
-        nn.Linear(28, 5), nn.BatchNorm1d(5), nn.Linear(5, 3),
-    )  # fmt: skip
+        nn.Conv1d(2, 4, 3),
+        nn.GroupNorm(2, 4),
+        nn.Conv1d(4, 4, 1),
+        nn.InstanceNorm1d(4, affine=True),
+        nn.Conv1d(4, 4, 1),
+        nn.BatchNorm1d(4),
+        nn.LayerNorm([4, 7]),
+        nn.Conv1d(4, 4, 1),
+        nn.RMSNorm(7),
+        nn.GroupNorm(4, 4, affine=False),
+        nn.LayerNorm(7, bias=False),
+        nn.Flatten(),
+        nn.Linear(28, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
+    )
     return warmed(model, torch.randn(40, 2, 9))
 
 
@@ -165,149 +175,227 @@ MODELS = {
     "ResNet, batch norm": (lambda: warmed(resnet20(3, 4), IMAGES(9)), IMAGES, []),
     "convolutions": (
         lambda: pooled(
-            nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), groups=2), nn.ReLU(inplace=True),
-            nn.Conv2d(6, 6, 3, padding="same", dilation=2, groups=6, bias=False), nn.Tanh(),
-            nn.Conv2d(6, 4, 2, padding=1, padding_mode="circular"), nn.Tanh(),
+            nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), groups=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 6, 3, padding="same", dilation=2, groups=6, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(6, 4, 2, padding=1, padding_mode="circular"),
+            nn.Tanh(),
             nn.Conv2d(4, 3, 2, padding="valid"),
-        ), IMAGES, [],
+        ),
+        IMAGES,
+        [],
     ),
     "convolutions, few pixels": (
         lambda: pooled(
-            nn.Conv2d(4, 100, 5, groups=2), nn.Tanh(), nn.Conv2d(100, 30, 2), nn.Tanh(),
+            nn.Conv2d(4, 100, 5, groups=2),
+            nn.Tanh(),
+            nn.Conv2d(100, 30, 2),
+            nn.Tanh(),
             nn.Conv2d(30, 3, 1),
-        ), IMAGES, [],
+        ),
+        IMAGES,
+        [],
     ),
     "even kernel, padded to the same size": (
-        lambda: pooled(nn.Conv2d(4, 3, 4, padding="same", dilation=(1, 3))), IMAGES, [],
+        lambda: pooled(nn.Conv2d(4, 3, 4, padding="same", dilation=(1, 3))),
+        IMAGES,
+        [],
     ),
     "3 dimensions": (
         lambda: Module(lambda m, x: m.conv(x[:, None]).mean((2, 3, 4)), conv=nn.Conv3d(1, 3, 2)),
-        IMAGES, [],
+        IMAGES,
+        [],
     ),
     "norms": (norms, SIGNALS, []),
     "norms with numbers of their own": (
         lambda: Module(
             lambda m, x: m.fc(m.scale * x * m.number + m.shift),
-            fc=nn.Linear(4, 3), scale=nn.Parameter(torch.rand(4)),
-            shift=nn.Parameter(torch.rand(1, 4)), number=nn.Parameter(torch.tensor(1.5)),
-        ), VECTORS, [],
+            fc=nn.Linear(4, 3),
+            scale=nn.Parameter(torch.rand(4)),
+            shift=nn.Parameter(torch.rand(1, 4)),
+            number=nn.Parameter(torch.tensor(1.5)),
+        ),
+        VECTORS,
+        [],
     ),
     "block, tied by module": (Block, TOKENS, []),
     "block, tied by function": (lambda: Block("function"), TOKENS, []),
     "embedding of one token": (
         lambda: Module(lambda m, x: m.fc(m.e(x[:, 0])), e=nn.Embedding(11, 4), fc=nn.Linear(4, 3)),
-        TOKENS, [],
+        TOKENS,
+        [],
     ),
     "embedding of a large vocabulary": (
         lambda: Module(
-            lambda m, x: m.fc(m.e(x).mean(1)), e=nn.Embedding(50, 4, padding_idx=-40),
+            lambda m, x: m.fc(m.e(x).mean(1)),
+            e=nn.Embedding(50, 4, padding_idx=-40),
             fc=nn.Linear(4, 3),
-        ), TOKENS, [],
+        ),
+        TOKENS,
+        [],
     ),
     "long sequence of short vectors": (
-        lambda: Module(lambda m, x: m.fc(x.flatten(2).mT).mean(1), fc=nn.Linear(4, 3)), IMAGES, [],
+        lambda: Module(lambda m, x: m.fc(x.flatten(2).mT).mean(1), fc=nn.Linear(4, 3)),
+        IMAGES,
+        [],
     ),
     "short sequence of long vectors": (
         lambda: Module(
             lambda m, x: m.b(torch.tanh(m.a(x.flatten(2)))).mean(1),
-            a=nn.Linear(36, 40), b=nn.Linear(40, 3),
-        ), IMAGES, [],
+            a=nn.Linear(36, 40),
+            b=nn.Linear(40, 3),
+        ),
+        IMAGES,
+        [],
     ),
     "called twice": (
         lambda: Module(
             lambda m, x: m.fc(torch.tanh(m.a(torch.tanh(m.a(x))))),
-            a=nn.Linear(4, 4), fc=nn.Linear(4, 3),
-        ), VECTORS, [],
+            a=nn.Linear(4, 4),
+            fc=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        [],
     ),
     "tied weight, other biases": (tied_with_other_biases, VECTORS, []),
     "tied bias, other weights": (tied_bias_with_other_weights, VECTORS, []),
     "a layer's weight is a scale too": (
         lambda: Module(
             lambda m, x: m.fc(torch.tanh(m.a(x)) + (x[:, None] * m.a.weight).tanh().sum(2)),
-            a=nn.Linear(4, 4), fc=nn.Linear(4, 3),
-        ), VECTORS, [],
+            a=nn.Linear(4, 4),
+            fc=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        [],
     ),
     "embedding by function": (
         lambda: Module(
             lambda m, x: m.fc(F.embedding(x, m.table, padding_idx=-40).mean(1)),
-            table=nn.Parameter(torch.randn(50, 4)), fc=nn.Linear(4, 3),
-        ), TOKENS, [],
+            table=nn.Parameter(torch.randn(50, 4)),
+            fc=nn.Linear(4, 3),
+        ),
+        TOKENS,
+        [],
     ),
     "embeddings with options": (
         lambda: Module(
-            lambda m, x: m.fc(m.a(x).mean(1) * m.b(x).mean(1)), a=nn.Embedding(11, 4, max_norm=0.5),
-            b=nn.Embedding(11, 4, scale_grad_by_freq=True), fc=nn.Linear(4, 3),
-        ), TOKENS, ["a.weight", "b.weight"],
+            lambda m, x: m.fc(m.a(x).mean(1) * m.b(x).mean(1)),
+            a=nn.Embedding(11, 4, max_norm=0.5),
+            b=nn.Embedding(11, 4, scale_grad_by_freq=True),
+            fc=nn.Linear(4, 3),
+        ),
+        TOKENS,
+        ["a.weight", "b.weight"],
     ),
     "two time steps first": (
         lambda: Module(lambda m, x: m.a(torch.stack([x, x**2])).tanh().sum(0), a=nn.Linear(4, 3)),
-        VECTORS, ["a.bias", "a.weight"],
+        VECTORS,
+        ["a.bias", "a.weight"],
     ),
     "an odd parameter": (
         lambda: Module(
             lambda m, x: m.fc(x @ torch.matrix_exp(m.odd)), fc=nn.Linear(4, 3), odd=odd()
-        ), VECTORS, ["odd"],
+        ),
+        VECTORS,
+        ["odd"],
     ),
     "a linear layer's weight used oddly too": (
         lambda: Module(
             lambda m, x: m.fc(torch.tanh(m.a(x))) + (m.a.weight**2).sum() * x[:, :3],
-            a=nn.Linear(4, 4), fc=nn.Linear(4, 3),
-        ), VECTORS, ["a.weight"],
+            a=nn.Linear(4, 4),
+            fc=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        ["a.weight"],
     ),
     "attention, LSTM": (
         lambda: Module(
             lambda m, x: m.fc(m.lstm(m.layer(x.flatten(2).mT))[0][:, -1]),
             layer=nn.TransformerEncoderLayer(4, 2, 6, batch_first=True),
-            lstm=nn.LSTM(4, 5, batch_first=True), fc=nn.Linear(5, 3),
+            lstm=nn.LSTM(4, 5, batch_first=True),
+            fc=nn.Linear(5, 3),
         ),
         IMAGES,
-        ["layer.self_attn.in_proj_bias", "layer.self_attn.in_proj_weight",
-         "layer.self_attn.out_proj.bias", "layer.self_attn.out_proj.weight",
-         "lstm.bias_hh_l0", "lstm.bias_ih_l0", "lstm.weight_hh_l0", "lstm.weight_ih_l0"],
+        [
+            "layer.self_attn.in_proj_bias",
+            "layer.self_attn.in_proj_weight",
+            "layer.self_attn.out_proj.bias",
+            "layer.self_attn.out_proj.weight",
+            "lstm.bias_hh_l0",
+            "lstm.bias_ih_l0",
+            "lstm.weight_hh_l0",
+            "lstm.weight_ih_l0",
+        ],
     ),
     "time first, flattened": (  # as long as there are examples, or nearly
         lambda: Module(
-            lambda m, x: m.fc(m.b(m.a(x.flatten(2).permute(2, 0, 1)).relu().flatten(0, 1)))
-            .unflatten(0, (36, -1)).mean(0),
-            a=nn.Linear(4, 4), b=nn.Linear(4, 4), fc=nn.Linear(4, 3),
-        ), IMAGES, ["a.bias", "a.weight", "b.bias", "b.weight", "fc.bias", "fc.weight"],
+            lambda m, x: (
+                m.fc(m.b(m.a(x.flatten(2).permute(2, 0, 1)).relu().flatten(0, 1)))
+                .unflatten(0, (36, -1))
+                .mean(0)
+            ),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 4),
+            fc=nn.Linear(4, 3),
+        ),
+        IMAGES,
+        ["a.bias", "a.weight", "b.bias", "b.weight", "fc.bias", "fc.weight"],
     ),
     "transposed convolution": (
         lambda: pooled(nn.ConvTranspose2d(4, 3, 2), nn.Conv2d(3, 3, 1)),
-        IMAGES, ["0.bias", "0.weight"],
+        IMAGES,
+        ["0.bias", "0.weight"],
     ),
     "weight norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(4, 5)), nn.Linear(5, 3)),
-        VECTORS, ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"],
+        VECTORS,
+        ["0.parametrizations.weight.original0", "0.parametrizations.weight.original1"],
     ),
     "old-style function": (
         lambda: Module(lambda m, x: m.b(Cube.apply(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3)),
-        VECTORS, [],
+        VECTORS,
+        [],
     ),
     "branch": (
         lambda: Module(
             lambda m, x: m.fc(x @ m.odd if bool(x.isfinite().all()) else x),
-            fc=nn.Linear(4, 3), odd=odd(),
-        ), VECTORS, ["odd"],
+            fc=nn.Linear(4, 3),
+            odd=odd(),
+        ),
+        VECTORS,
+        ["odd"],
     ),
     "computed but not used": (
         lambda: Module(
             lambda m, x: (m.c(x), without_gradient(m.a, x) + m.b(x))[1],
-            a=nn.Linear(4, 3), b=nn.Linear(4, 3), c=nn.Linear(4, 3),
-        ), VECTORS, [],
+            a=nn.Linear(4, 3),
+            b=nn.Linear(4, 3),
+            c=nn.Linear(4, 3),
+        ),
+        VECTORS,
+        [],
     ),
     "unused and frozen": (
         lambda: Module(
             lambda m, x: m.b(torch.tanh(m.a(x))),
-            a=nn.Linear(4, 5).requires_grad_(False), b=nn.Linear(5, 3), c=nn.Linear(2, 2),
-        ), VECTORS, [],
+            a=nn.Linear(4, 5).requires_grad_(False),
+            b=nn.Linear(5, 3),
+            c=nn.Linear(2, 2),
+        ),
+        VECTORS,
+        [],
     ),
     "frozen weight, frozen bias": (
         lambda: Module(
-            lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3),
-        ), VECTORS, [],
+            lambda m, x: m.b(torch.tanh(m.a(x))),
+            a=nn.Linear(4, 5),
+            b=nn.Linear(5, 3),
+        ),
+        VECTORS,
+        [],
     ),
-}  # fmt: skip
+}
 
 
 def make(name, n1=5, n2=3):
@@ -460,9 +548,13 @@ def test_equal_on_the_gpu(name):
 # -------------------------------------------------------------------------- many networks at once
 
 BY_ITSELF = {  # vmap cannot run these, or they have frozen parameters, which a dict cannot say
-    "attention, LSTM", "old-style function", "branch", "unused and frozen",
-    "frozen weight, frozen bias", "embeddings with options",
-}  # fmt: skip
+    "attention, LSTM",
+    "old-style function",
+    "branch",
+    "unused and frozen",
+    "frozen weight, frozen bias",
+    "embeddings with options",
+}
 IN_VMAP = [name for name in MODELS if name not in BY_ITSELF]
 
 
@@ -487,8 +579,9 @@ def test_the_stack_is_the_module(name):
             for k, p in model.named_parameters():
                 p.copy_(stacked[k][run])
         for found, expected in (
-            (alone, stiffness(model, loss, x1, y1)), (both, stiffness(model, loss, x1, y1, x2, y2)),
-        ):  # fmt: skip
+            (alone, stiffness(model, loss, x1, y1)),
+            (both, stiffness(model, loss, x1, y1, x2, y2)),
+        ):
             for part, value in vars(expected).items():
                 torch.testing.assert_close(found[part][run], value, rtol=1e-9, atol=1e-12)
             assert torch.equal(found["sign"][run], expected.sign)
@@ -501,8 +594,11 @@ def blobs(n=30, per_seed=0):
     generator = torch.Generator().manual_seed(per_seed)
     y = torch.arange(n) % 3
     x = 2 * F.one_hot(y, 5).float() + torch.randn(n, 5, generator=generator)
-    parts = {f"{part}_{split}": t for split in ("train", "validation", "test")
-             for part, t in (("x", x), ("y", y))}  # fmt: skip
+    parts = {
+        f"{part}_{split}": t
+        for split in ("train", "validation", "test")
+        for part, t in (("x", x), ("y", y))
+    }
     return Data("blobs", 3, **parts, y_train_clean=y, y_validation_clean=y)
 
 
@@ -512,11 +608,19 @@ def test_instrument_of_fit_and_networks(batch_norm, one_a_seed):
     data = [blobs(per_seed=1), blobs(per_seed=2)] if one_a_seed else blobs()
     of = {"within": ("within", "cosine"), "between": ("between", "sign")}
     runs, networks = fit(
-        lambda: MLP(5, 6, 3, batch_norm=batch_norm), data, Recipe(), steps=5, batch_size=10,
-        grid={"lr": [0.05, 0.2]}, seeds=2, evaluate_at=1, networks="last", device="cpu",
+        lambda: MLP(5, 6, 3, batch_norm=batch_norm),
+        data,
+        Recipe(),
+        steps=5,
+        batch_size=10,
+        grid={"lr": [0.05, 0.2]},
+        seeds=2,
+        evaluate_at=1,
+        networks="last",
+        device="cpu",
         dtype=torch.float64,
         instruments={name: ClassStiffness(3, *v, examples=12) for name, v in of.items()},
-    )  # fmt: skip
+    )
     matrices = networks.measure(ClassStiffness(3, "matrix", "sign", 12), data, "train")
     assert matrices.shape == (2, 2, 3, 3)
     for lr, seed in itertools.product([0.05, 0.2], runs.seed.values):
@@ -531,12 +635,15 @@ def test_instrument_of_fit_and_networks(batch_norm, one_a_seed):
         assert found.within.item() == pytest.approx(within, rel=1e-9)
 
 
-@pytest.mark.parametrize("arguments, match", [
-    ({"num_classes": 0}, "num_classes must be a whole number >= 1, got 0"),
-    ({"num_classes": 3, "of": "Within"}, "of must be one of .*'within'.*, got 'Within'"),
-    ({"num_classes": 3, "measure": "cos"}, "measure must be one of .*, got 'cos'"),
-    ({"num_classes": 3, "examples": 1.5}, "examples must be a whole number >= 1, got 1.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"num_classes": 0}, "num_classes must be a whole number >= 1, got 0"),
+        ({"num_classes": 3, "of": "Within"}, "of must be one of .*'within'.*, got 'Within'"),
+        ({"num_classes": 3, "measure": "cos"}, "measure must be one of .*, got 'cos'"),
+        ({"num_classes": 3, "examples": 1.5}, "examples must be a whole number >= 1, got 1.5"),
+    ],
+)
 def test_instrument_names_what_is_wrong(arguments, match):
     with pytest.raises(ValueError, match=match):
         ClassStiffness(**arguments)
@@ -898,11 +1005,14 @@ def test_class_means_of_cosines_are_products_of_class_means_of_directions():
     torch.testing.assert_close(matrix, products / counts, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape, num_classes, match", [
-    ((3, 2), 2, r"one row and one column an example, \(3, 3\), got shape \(3, 2\)"),
-    ((3,), 2, r"got shape \(3,\)"),
-    ((3, 3), 0, "num_classes must be a whole number >= 1, got 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, num_classes, match",
+    [
+        ((3, 2), 2, r"one row and one column an example, \(3, 3\), got shape \(3, 2\)"),
+        ((3,), 2, r"got shape \(3,\)"),
+        ((3, 3), 0, "num_classes must be a whole number >= 1, got 0"),
+    ],
+)
 def test_class_matrix_names_what_is_wrong(shape, num_classes, match):
     with pytest.raises(ValueError, match=match):
         class_matrix(torch.ones(shape), torch.zeros(3), num_classes=num_classes)
@@ -1024,13 +1134,16 @@ def test_no_length_without_pairs_or_with_one_distance_or_a_nan():
         assert math.isnan(critical_length(values, d, y, resamples=5).xi)
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"values": torch.ones(2, 3)}, r"values must have shape \(3, 3\), got \(2, 3\)"),
-    ({"distance": torch.ones(3)}, r"distance must have shape \(3, 3\), got \(3,\)"),
-    ({"resamples": 0}, "resamples must be a whole number >= 1, got 0"),
-    ({"confidence": 1.0}, r"confidence must lie in \(0, 1\), got 1.0"),
-    ({"confidence": 95}, r"confidence must be a number in \[0, 1\], got 95"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"values": torch.ones(2, 3)}, r"values must have shape \(3, 3\), got \(2, 3\)"),
+        ({"distance": torch.ones(3)}, r"distance must have shape \(3, 3\), got \(3,\)"),
+        ({"resamples": 0}, "resamples must be a whole number >= 1, got 0"),
+        ({"confidence": 1.0}, r"confidence must lie in \(0, 1\), got 1.0"),
+        ({"confidence": 95}, r"confidence must be a number in \[0, 1\], got 95"),
+    ],
+)
 def test_critical_length_names_what_is_wrong(change, match):
     ones = torch.ones(3, 3)
     arguments = {"values": ones, "distance": ones, "classes1": torch.zeros(3)}

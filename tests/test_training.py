@@ -56,12 +56,12 @@ def make_data(seed=0, train=23, validation=9, test=17, features=5):
 
 
 MLP = lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-BATCH_NORM = lambda: nn.Sequential(
-    nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3)
-)
+BATCH_NORM = lambda: nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
 DROPOUT = lambda: nn.Sequential(
     nn.Linear(5, 7), nn.Tanh(), Dropout(0.4), nn.Linear(7, 6), Dropout(0.2), nn.Linear(6, 3)
 )
+
+
 class Times(nn.Module):
     """A learned number, whose shape is []."""
 
@@ -80,8 +80,20 @@ COSINE = {"momentum": 0.9, "weight_decay": 0.05, "schedule": "cosine"}
 SPLITS = ("train", "validation", "test")
 
 
-def plain_loop(model, data, seed, *, steps, batch_size, optimizer=None, loss=torch.mean,
-               cosine=False, evaluate_at=(), dtype=torch.float64, vicinity=None):  # fmt: skip
+def plain_loop(
+    model,
+    data,
+    seed,
+    *,
+    steps,
+    batch_size,
+    optimizer=None,
+    loss=torch.mean,
+    cosine=False,
+    evaluate_at=(),
+    dtype=torch.float64,
+    vicinity=None,
+):
     """One run, as anyone would write it: the results at each evaluation, and the module."""
     module = initial_module(model, seed).to(dtype)
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(module.parameters())
@@ -232,34 +244,60 @@ def test_runs_equal_a_plain_loop(name, one_a_seed):
     seeds, evaluate_at, steps = [3, 8, 11], [0, 1, 5, 8], 8
     data = [make_data(seed) for seed in seeds] if one_a_seed else DATA
     dataset, networks = fit(
-        **{"model": MLP, "data": data, "steps": steps, "batch_size": 10} | arguments, grid=grid,
-        seeds=seeds, evaluate_at=evaluate_at, networks="last", **ON_CPU,
-    )  # fmt: skip
+        **{"model": MLP, "data": data, "steps": steps, "batch_size": 10} | arguments,
+        grid=grid,
+        seeds=seeds,
+        evaluate_at=evaluate_at,
+        networks="last",
+        **ON_CPU,
+    )
     for k, seed in enumerate(seeds):
         for run in [{key: v} for key in grid for v in grid[key]] or [{}]:
             records, module = plain_loop(
-                **{"model": MLP, "data": data[k] if one_a_seed else data, "seed": seed,
-                   "steps": steps, "batch_size": 10, "evaluate_at": evaluate_at}
+                **{
+                    "model": MLP,
+                    "data": data[k] if one_a_seed else data,
+                    "seed": seed,
+                    "steps": steps,
+                    "batch_size": 10,
+                    "evaluate_at": evaluate_at,
+                }
                 | plain(next(iter(run.values()), None))
-            )  # fmt: skip
+            )
             assert_same_run(dataset, networks, records, module, 1e-10, seed=seed, **run)
     if grid:  # the grid did something
         last = dataset.train_loss.isel(step=-1)
-        assert (abs(last.isel({next(iter(grid)): 0}) - last.isel({next(iter(grid)): 1})) > 1e-6).all()
+        assert (
+            abs(last.isel({next(iter(grid)): 0}) - last.isel({next(iter(grid)): 1})) > 1e-6
+        ).all()
 
 
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
 def test_runs_equal_a_plain_loop_in_single_precision(model):
     dataset, networks = fit(
-        model, DATA, Recipe(optimizer=SGD(0.1, **COSINE)), steps=9, batch_size=10, seeds=[4, 5],
-        evaluate_at=3, networks="last", device="cpu",
-    )  # fmt: skip
+        model,
+        DATA,
+        Recipe(optimizer=SGD(0.1, **COSINE)),
+        steps=9,
+        batch_size=10,
+        seeds=[4, 5],
+        evaluate_at=3,
+        networks="last",
+        device="cpu",
+    )
     assert next(iter(networks.params.values())).dtype == torch.float32
     for seed in (4, 5):
         records, module = plain_loop(
-            model, DATA, seed, steps=9, batch_size=10, evaluate_at=[0, 3, 6, 9], cosine=True,
-            optimizer=sgd(0.1, momentum=0.9, weight_decay=0.05), dtype=torch.float32,
-        )  # fmt: skip
+            model,
+            DATA,
+            seed,
+            steps=9,
+            batch_size=10,
+            evaluate_at=[0, 3, 6, 9],
+            cosine=True,
+            optimizer=sgd(0.1, momentum=0.9, weight_decay=0.05),
+            dtype=torch.float32,
+        )
         assert_same_run(dataset, networks, records, module, 2e-5, seed=seed)
 
 
@@ -318,10 +356,21 @@ def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, one
     data = [make_data(seed) for seed in (5, 6)] if one_a_seed else DATA
     recipe = dataclasses.replace(recipe, optimizer=SGD(momentum=0.5))
     whole, chunked = (
-        fit(model, data, recipe, steps=5, batch_size=10, grid={"lr": [0.05, 0.1], **grid}, seeds=2,
-            evaluate_at=5, networks="best", chunk_size=size, **ON_CPU)
+        fit(
+            model,
+            data,
+            recipe,
+            steps=5,
+            batch_size=10,
+            grid={"lr": [0.05, 0.1], **grid},
+            seeds=2,
+            evaluate_at=5,
+            networks="best",
+            chunk_size=size,
+            **ON_CPU,
+        )
         for size in (None, chunk_size)
-    )  # fmt: skip
+    )
     xr.testing.assert_allclose(whole[0], chunked[0], rtol=1e-10)
     for part in ("params", "buffers"):
         for name, w in getattr(whole[1], part).items():
@@ -330,10 +379,18 @@ def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, one
 
 def test_the_evaluation_batch_size_does_not_matter():
     a, b = (
-        fit(BATCH_NORM, DATA, steps=3, batch_size=10, seeds=2, evaluate_at=1,
-            evaluation_batch_size=size, **ON_CPU)
+        fit(
+            BATCH_NORM,
+            DATA,
+            steps=3,
+            batch_size=10,
+            seeds=2,
+            evaluate_at=1,
+            evaluation_batch_size=size,
+            **ON_CPU,
+        )
         for size in (4, 1000)
-    )  # fmt: skip
+    )
     xr.testing.assert_allclose(a, b, rtol=1e-12)
 
 
@@ -344,8 +401,14 @@ def test_the_evaluation_batch_size_does_not_matter():
 @pytest.mark.parametrize("batch_size", [10, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixup_at_alpha_zero_is_bitwise_erm(model, batch_size, dtype):
-    arguments = {"steps": 7, "batch_size": batch_size, "seeds": 2, "networks": "last",
-                 "device": "cpu", "dtype": dtype}  # fmt: skip
+    arguments = {
+        "steps": 7,
+        "batch_size": batch_size,
+        "seeds": 2,
+        "networks": "last",
+        "device": "cpu",
+        "dtype": dtype,
+    }
     erm = fit(model, DATA, Recipe(), grid={"lr": [0.1, 0.3]}, **arguments)
     for place in (Dirac(), Mixup(0.0), Mixup(0.0, k=3, partners="same", second_stream=True)):
         other = fit(model, DATA, Recipe(batch=place), grid={"lr": [0.1, 0.3]}, **arguments)
@@ -356,7 +419,9 @@ def test_the_run_with_alpha_zero_is_bitwise_erm_beside_others():
     arguments = {"steps": 7, "batch_size": 10, "seeds": 3, "device": "cpu", "networks": "last"}
     erm, erm_networks = fit(MLP, DATA, Recipe(), grid={"flood_level": [0.0, 0.5]}, **arguments)
     mixed, networks = fit(MLP, DATA, Recipe(batch=Mixup()), grid={"alpha": [0.0, 1.0]}, **arguments)
-    assert (mixed.test_loss.sel(alpha=0.0).values == erm.test_loss.sel(flood_level=0.0).values).all()
+    assert (
+        mixed.test_loss.sel(alpha=0.0).values == erm.test_loss.sel(flood_level=0.0).values
+    ).all()
     assert (mixed.test_loss.sel(alpha=1.0, step=7) != mixed.test_loss.sel(alpha=0.0, step=7)).all()
     for name, w in networks.params.items():
         assert torch.equal(w[:3], erm_networks.params[name][:3])
@@ -364,9 +429,16 @@ def test_the_run_with_alpha_zero_is_bitwise_erm_beside_others():
 
 def test_runs_share_their_draws_unless_they_differ_in_the_batch_place():
     first = lambda grid: fit(
-        MLP, DATA, Recipe(batch=Mixup(1.0)), steps=1, batch_size=10, seeds=2, grid=grid,
-        networks="last", **ON_CPU,
-    )[1].params["0.weight"]  # fmt: skip
+        MLP,
+        DATA,
+        Recipe(batch=Mixup(1.0)),
+        steps=1,
+        batch_size=10,
+        seeds=2,
+        grid=grid,
+        networks="last",
+        **ON_CPU,
+    )[1].params["0.weight"]
     a = first({"momentum": [0.0, 0.9]})  # acts from the second step on
     assert torch.equal(a[:2], a[2:])
     b = first({"alpha": [1.0, 0.2]})
@@ -377,7 +449,14 @@ def test_runs_share_their_draws_unless_they_differ_in_the_batch_place():
 def test_training_loss_is_that_of_the_examples_themselves():
     """Not of the mixed ones: at α = 1 that would be about half a nat for a perfect network."""
     runs, networks = fit(
-        MLP, DATA, Recipe(batch=Mixup(1.0)), steps=3, batch_size=10, seeds=1, networks="last", **ON_CPU
+        MLP,
+        DATA,
+        Recipe(batch=Mixup(1.0)),
+        steps=3,
+        batch_size=10,
+        seeds=1,
+        networks="last",
+        **ON_CPU,
     )
     loss = networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "train")
     np.testing.assert_allclose(runs.train_loss.isel(step=-1), loss, rtol=1e-12)
@@ -385,17 +464,33 @@ def test_training_loss_is_that_of_the_examples_themselves():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixup_in_half_precision(dtype):
-    runs = fit(MLP, DATA, Recipe(batch=Mixup(1.0)), steps=5, batch_size=10, seeds=2, device="cpu",
-               dtype=dtype, grid={"alpha": [0.0, 0.5]})  # fmt: skip
+    runs = fit(
+        MLP,
+        DATA,
+        Recipe(batch=Mixup(1.0)),
+        steps=5,
+        batch_size=10,
+        seeds=2,
+        device="cpu",
+        dtype=dtype,
+        grid={"alpha": [0.0, 0.5]},
+    )
     assert np.isfinite(runs.test_loss).all() and (runs.diverged_at == -1).all()
 
 
 def test_dropout_in_the_stack():
     """Seeds differ in their masks, runs of a seed do not, and counters count the steps."""
     runs, networks = fit(
-        DROPOUT, DATA, Recipe(), steps=7, batch_size=10, seeds=2, grid={"lr": [0.1, 0.2]},
-        networks="last", **ON_CPU,
-    )  # fmt: skip
+        DROPOUT,
+        DATA,
+        Recipe(),
+        steps=7,
+        batch_size=10,
+        seeds=2,
+        grid={"lr": [0.1, 0.2]},
+        networks="last",
+        **ON_CPU,
+    )
     assert (networks.buffers["2.counter"] == 7).all()
     key = networks.buffers["2.key"]
     assert torch.equal(key[:2], key[2:]) and key[0] != key[1]
@@ -409,15 +504,23 @@ def test_dropout_in_the_stack():
 
 def test_runs_of_one_seed_are_paired():
     runs = fit(
-        MLP, DATA, steps=6, batch_size=10, grid={"momentum": [0.0, 0.9], "flood_level": [0.0, 1e-9]},
-        seeds=3, evaluate_at=6, **ON_CPU,
-    )  # fmt: skip
+        MLP,
+        DATA,
+        steps=6,
+        batch_size=10,
+        grid={"momentum": [0.0, 0.9], "flood_level": [0.0, 1e-9]},
+        seeds=3,
+        evaluate_at=6,
+        **ON_CPU,
+    )
     first = runs.train_loss.sel(step=[0, 1])  # momentum acts from the second step on
     assert (first == first.isel(momentum=0, flood_level=0)).all()
     np.testing.assert_allclose(  # a level that is never reached: the same run, so the same batches
         runs.train_loss.sel(flood_level=0.0), runs.train_loss.sel(flood_level=1e-9), rtol=1e-12
     )
-    assert (runs.train_loss.sel(step=6, momentum=0.0) != runs.train_loss.sel(step=6, momentum=0.9)).all()
+    assert (
+        runs.train_loss.sel(step=6, momentum=0.0) != runs.train_loss.sel(step=6, momentum=0.9)
+    ).all()
     assert len(np.unique(runs.train_loss.sel(step=0))) == 3  # and seeds differ
 
 
@@ -474,10 +577,18 @@ def experiment(schedule, checkpoint=None, *, model=MLP, networks="last", batch=N
     recipe = Recipe(optimizer=SGD(0.1, momentum=0.9, schedule=schedule), batch=batch)
     more = {"grid": {"flood_level": [0.0, 1.0]}, "seeds": [0, 5], "device": "cpu"} | more
     return fit(
-        model, DATA, recipe, steps=8, batch_size=10, evaluate_at=[0, 3, 6, 8], networks=networks,
-        chunk_size=more.pop("chunk_size", 2), checkpoint=checkpoint,
-        checkpoint_every=more.pop("every", 2), **more,
-    )  # fmt: skip
+        model,
+        DATA,
+        recipe,
+        steps=8,
+        batch_size=10,
+        evaluate_at=[0, 3, 6, 8],
+        networks=networks,
+        chunk_size=more.pop("chunk_size", 2),
+        checkpoint=checkpoint,
+        checkpoint_every=more.pop("every", 2),
+        **more,
+    )
 
 
 def assert_bitwise_equal(a, b):
@@ -492,9 +603,10 @@ def assert_bitwise_equal(a, b):
 
 @pytest.mark.parametrize("every", [1, 3, 8, 100])
 @pytest.mark.parametrize(
-    "model, networks", [(MLP, None), (BATCH_NORM, "last"), (BATCH_NORM, "best")],
+    "model, networks",
+    [(MLP, None), (BATCH_NORM, "last"), (BATCH_NORM, "best")],
     ids=["MLP", "batch norm, last", "batch norm, best"],
-)  # fmt: skip
+)
 def test_interrupted_anywhere_and_resumed_is_bitwise_the_same(model, networks, every, tmp_path):
     whole = experiment(Interrupts(10**6), model=model, networks=networks)
     for step in (0, 3, 7, 8, 10, 15):  # the second chunk begins at 8
@@ -510,8 +622,12 @@ def test_interrupted_anywhere_and_resumed_is_bitwise_the_same(model, networks, e
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_dropout_and_mixup_resume_bitwise(every, tmp_path):
-    arguments = {"model": DROPOUT, "batch": Mixup(second_stream=True), "every": every,
-                 "grid": {"alpha": [0.2, 1.0]}}  # fmt: skip
+    arguments = {
+        "model": DROPOUT,
+        "batch": Mixup(second_stream=True),
+        "every": every,
+        "grid": {"alpha": [0.2, 1.0]},
+    }
     whole = experiment(Interrupts(10**6), **arguments)
     for step in (0, 4, 7, 13):
         with pytest.raises(KeyboardInterrupt):
@@ -584,15 +700,29 @@ def test_a_checkpoint_of_another_experiment_is_an_error_and_left_alone(other, tm
 
 def test_a_checkpoint_of_other_data_recipe_or_steps_is_an_error(tmp_path):
     path = tmp_path / "c.pt"
-    arguments = {"model": MLP, "data": DATA, "recipe": Recipe(), "steps": 2, "batch_size": 10,
-                 "seeds": 2, "device": "cpu", "checkpoint": path}  # fmt: skip
+    arguments = {
+        "model": MLP,
+        "data": DATA,
+        "recipe": Recipe(),
+        "steps": 2,
+        "batch_size": 10,
+        "seeds": 2,
+        "device": "cpu",
+        "checkpoint": path,
+    }
     fit(**arguments)
     for other in (
-        {"data": make_data(1)}, {"data": [DATA, make_data(1)]}, {"recipe": Recipe(Flooding(0.1))},
-        {"recipe": Recipe(optimizer=Adam())}, {"recipe": Recipe(optimizer=SGD(schedule="cosine"))},
-        {"steps": 3}, {"batch_size": 11}, {"evaluate_at": 1},
-        {"recipe": Recipe(batch=Mixup())}, {"recipe": Recipe(batch=Dirac())},
-    ):  # fmt: skip
+        {"data": make_data(1)},
+        {"data": [DATA, make_data(1)]},
+        {"recipe": Recipe(Flooding(0.1))},
+        {"recipe": Recipe(optimizer=Adam())},
+        {"recipe": Recipe(optimizer=SGD(schedule="cosine"))},
+        {"steps": 3},
+        {"batch_size": 11},
+        {"evaluate_at": 1},
+        {"recipe": Recipe(batch=Mixup())},
+        {"recipe": Recipe(batch=Dirac())},
+    ):
         with pytest.raises(ValueError, match="checkpoint must come from the same experiment"):
             fit(**arguments | other)
     fit(**arguments)
@@ -618,10 +748,19 @@ def test_seeds_in_another_form_are_the_same_experiment(tmp_path):
         assert_bitwise_equal(whole, experiment("cosine", tmp_path / "c.pt", seeds=seeds))
 
 
-@pytest.mark.parametrize("step, chunk_size, left", [
-    (3, 1, 32), (3, 3, 16), (3, 4, 8), (8, 1, 16), (8, 4, 8), (11, 1, 16), (16, 1, 0),
-    (11, 4, 6),  # the two runs that remain are one chunk, as before: it goes on at step 2
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "step, chunk_size, left",
+    [
+        (3, 1, 32),
+        (3, 3, 16),
+        (3, 4, 8),
+        (8, 1, 16),
+        (8, 4, 8),
+        (11, 1, 16),
+        (16, 1, 0),
+        (11, 4, 6),  # the two runs that remain are one chunk, as before: it goes on at step 2
+    ],
+)
 def test_another_chunk_size_keeps_the_chunks_that_are_finished(step, chunk_size, left, tmp_path):
     whole = experiment(Interrupts(10**6))
     with contextlib.suppress(KeyboardInterrupt):
@@ -639,9 +778,11 @@ def test_progress_can_stop_it_and_no_step_is_done_twice(every, tmp_path):
         calls = Interrupts(10**6)
         with pytest.raises(KeyboardInterrupt):
             experiment(
-                calls, tmp_path / "c.pt", every=every,
+                calls,
+                tmp_path / "c.pt",
+                every=every,
                 progress=lambda n, calls=calls: steps + 10**6 - calls.left >= stop,
-            )  # fmt: skip
+            )
         steps += 10**6 - calls.left
         assert steps == stop
     rest = Interrupts(10**6)
@@ -653,10 +794,18 @@ def test_progress_can_stop_it_and_no_step_is_done_twice(every, tmp_path):
 
 def test_checkpoint_of_half_precision(tmp_path):
     results = [
-        fit(MLP, DATA, steps=2, batch_size=10, seeds=2, device="cpu", dtype=torch.bfloat16,
-            checkpoint=tmp_path / "c.pt")
+        fit(
+            MLP,
+            DATA,
+            steps=2,
+            batch_size=10,
+            seeds=2,
+            device="cpu",
+            dtype=torch.bfloat16,
+            checkpoint=tmp_path / "c.pt",
+        )
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert_bitwise_equal(*results)
 
 
@@ -669,9 +818,17 @@ LINEAR = lambda: nn.Linear(5, 3)
 
 def diverging(lr, **more):
     return fit(
-        LINEAR, DATA, Recipe(criterion=squares), steps=40, batch_size=10, grid={"lr": lr}, seeds=2,
-        evaluate_at=40, device="cpu", **more,
-    )  # fmt: skip
+        LINEAR,
+        DATA,
+        Recipe(criterion=squares),
+        steps=40,
+        batch_size=10,
+        grid={"lr": lr},
+        seeds=2,
+        evaluate_at=40,
+        device="cpu",
+        **more,
+    )
 
 
 def test_a_diverging_run_is_named_and_leaves_the_others_alone():
@@ -728,9 +885,16 @@ def test_claims_refuse_after_a_divergence_unless_it_was_expected():
 def test_selected_networks_are_those_asked_for():
     grid = {"lr": [0.01, 0.02, 0.05], "momentum": [0.0, 0.5]}
     _, networks = fit(
-        LINEAR, DATA, Recipe(optimizer=SGD()), steps=3, batch_size=10, seeds=2, grid=grid,
-        networks="last", device="cpu",
-    )  # fmt: skip
+        LINEAR,
+        DATA,
+        Recipe(optimizer=SGD()),
+        steps=3,
+        batch_size=10,
+        seeds=2,
+        grid=grid,
+        networks="last",
+        device="cpu",
+    )
     few = networks.select(momentum=0.5, lr=[0.05, 0.01])
     assert few.coords == {"lr": [0.05, 0.01], "momentum": [0.5], "seed": networks.coords["seed"]}
     error = lambda network, params, x, y: cross_entropy(network(params, x), y)
@@ -747,9 +911,15 @@ def test_the_last_step_may_diverge():
         schedule = lambda done, n=steps: 1e38 if done > (n - 1.5) / n else 1e-9
         with pytest.warns(UserWarning, match=f"seed=0 at step {steps}"):
             runs = fit(
-                LINEAR, DATA, Recipe(optimizer=SGD(1.0, weight_decay=1e5, schedule=schedule)), steps=steps,
-                batch_size=10, seeds=1, evaluate_at=steps, device="cpu",
-            )  # fmt: skip
+                LINEAR,
+                DATA,
+                Recipe(optimizer=SGD(1.0, weight_decay=1e5, schedule=schedule)),
+                steps=steps,
+                batch_size=10,
+                seeds=1,
+                evaluate_at=steps,
+                device="cpu",
+            )
         assert runs.diverged_at.item() == steps
         for name in ("train_loss", "train_error", "test_loss", "test_error"):
             assert runs[name].isnull().values.tolist() == [[False] * steps + [True]]
@@ -771,8 +941,15 @@ def test_a_network_without_a_loss_has_no_error():
 
 def test_large_seeds_are_named_in_full():
     with pytest.warns(UserWarning, match="seed=12345678 at step"):
-        fit(LINEAR, DATA, Recipe(criterion=squares, optimizer=SGD(1e9)), steps=40, batch_size=10,
-            seeds=[12345678], device="cpu")  # fmt: skip
+        fit(
+            LINEAR,
+            DATA,
+            Recipe(criterion=squares, optimizer=SGD(1e9)),
+            steps=40,
+            batch_size=10,
+            seeds=[12345678],
+            device="cpu",
+        )
 
 
 # ------------------------------------------------------------------------------------ networks
@@ -840,10 +1017,20 @@ def test_measure_returns_what_the_instrument_does():
 
 
 def test_module_takes_the_coordinates_of_one_run():
-    _, networks = fit(MLP, DATA, steps=1, grid={"lr": [1e-10, 0.1]}, seeds=[100000, 100001],
-                      batch_size=10, networks="last", **ON_CPU)  # fmt: skip
+    _, networks = fit(
+        MLP,
+        DATA,
+        steps=1,
+        grid={"lr": [1e-10, 0.1]},
+        seeds=[100000, 100001],
+        batch_size=10,
+        networks="last",
+        **ON_CPU,
+    )
     weights = [
-        networks.module(lr=lr, seed=seed)[0].weight for lr in (1e-10, 0.1) for seed in (100000, 100001)
+        networks.module(lr=lr, seed=seed)[0].weight
+        for lr in (1e-10, 0.1)
+        for seed in (100000, 100001)
     ]
     for k, weight in enumerate(weights):  # seeds that differ by 1e-5 of their size, and lr ≈ 0
         assert torch.equal(weight, networks.params["0.weight"][k])
@@ -875,19 +1062,25 @@ def naive_best(scores, patience):
             st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0, np.nan]), min_size=n, max_size=n).filter(
                 lambda scores: scores[0] == scores[0]
             ),
-            min_size=1, max_size=4,
+            min_size=1,
+            max_size=4,
         )
     ),
     st.one_of(st.none(), st.integers(1, 5)),
-)  # fmt: skip
+)
 def test_best_step_is_early_stopping(scores, patience):
     steps = [10 * t for t in range(len(scores[0]))]
     runs = xr.Dataset(
-        {"validation_loss": (("lr", "seed", "step"), [scores]),
-         "test_error": (("lr", "seed", "step"), np.random.default_rng(0).random((1, *np.shape(scores)))),
-         "diverged_at": (("lr", "seed"), np.full((1, len(scores)), -1))},
+        {
+            "validation_loss": (("lr", "seed", "step"), [scores]),
+            "test_error": (
+                ("lr", "seed", "step"),
+                np.random.default_rng(0).random((1, *np.shape(scores))),
+            ),
+            "diverged_at": (("lr", "seed"), np.full((1, len(scores)), -1)),
+        },
         {"lr": [0.1], "seed": range(len(scores)), "step": steps},
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         chosen = best_step(runs, "validation_loss", patience)
@@ -902,7 +1095,9 @@ def test_best_step_is_early_stopping(scores, patience):
 def test_best_step_of_bad_input():
     runs = fit(MLP, DATA, steps=2, batch_size=10, seeds=2, **ON_CPU)
     for by in ("validation_accuracy", "diverged_at"):
-        with pytest.raises(ValueError, match=f"by must be one of .*'validation_loss'.*, got '{by}'"):
+        with pytest.raises(
+            ValueError, match=f"by must be one of .*'validation_loss'.*, got '{by}'"
+        ):
             best_step(runs, by)
     for patience in (0, -1, 1.5):
         with pytest.raises(ValueError, match=f"patience must be .* 1, got {patience}"):
@@ -914,13 +1109,21 @@ def test_best_step_of_bad_input():
 
 def test_labels(tmp_path):
     runs = fit(
-        MLP, DATA, Recipe(Flooding(0.25), optimizer=SGD(0.05)), steps=7, batch_size=10,
-        grid={"momentum": [0.0, 0.5], "weight_decay": [0.0]}, seeds=3, evaluate_at=3, device="cpu",
+        MLP,
+        DATA,
+        Recipe(Flooding(0.25), optimizer=SGD(0.05)),
+        steps=7,
+        batch_size=10,
+        grid={"momentum": [0.0, 0.5], "weight_decay": [0.0]},
+        seeds=3,
+        evaluate_at=3,
+        device="cpu",
         instruments={"norm": lambda f, params, x, y: sum((w**2).sum() for w in params.values())},
-    )  # fmt: skip
-    assert set(runs.data_vars) == {
-        f"{s}_{m}" for s in SPLITS for m in ("loss", "error")
-    } | {"norm", "diverged_at"}  # fmt: skip
+    )
+    assert set(runs.data_vars) == {f"{s}_{m}" for s in SPLITS for m in ("loss", "error")} | {
+        "norm",
+        "diverged_at",
+    }
     for name in set(runs.data_vars) - {"diverged_at"}:
         assert runs[name].dims == ("momentum", "weight_decay", "seed", "step")
         assert runs[name].dtype == np.float64
@@ -979,9 +1182,16 @@ def test_an_instrument_with_gradients(model, one_a_seed):
 
     data = [make_data(1), make_data(2)] if one_a_seed else DATA
     runs, networks = fit(
-        model, data, steps=4, batch_size=10, seeds=2, evaluate_at=1, networks="last",
-        instruments={"gradient_norm": gradient_norm}, **ON_CPU,
-    )  # fmt: skip
+        model,
+        data,
+        steps=4,
+        batch_size=10,
+        seeds=2,
+        evaluate_at=1,
+        networks="last",
+        instruments={"gradient_norm": gradient_norm},
+        **ON_CPU,
+    )
     for seed in (0, 1):
         d = data[seed] if one_a_seed else data
         module = networks.module(seed=seed)
@@ -991,10 +1201,18 @@ def test_an_instrument_with_gradients(model, one_a_seed):
 
 
 def test_an_instrument_returns_one_number_under_a_name_of_its_own():
-    with pytest.raises(ValueError, match=r"instruments must return one number, but 'all' .* \(23, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"instruments must return one number, but 'all' .* \(23, 3\)"
+    ):
         fit(MLP, DATA, steps=1, batch_size=10, instruments={"all": lambda f, p, x, y: f(p, x)})
     with pytest.raises(ValueError, match=r"instruments must have names of their own.*test_error"):
-        fit(MLP, DATA, steps=1, batch_size=10, instruments={"test_error": lambda f, p, x, y: x.sum()})
+        fit(
+            MLP,
+            DATA,
+            steps=1,
+            batch_size=10,
+            instruments={"test_error": lambda f, p, x, y: x.sum()},
+        )
 
 
 # ------------------------------------------------------------------------------- other places
@@ -1013,8 +1231,13 @@ class Twice:
 
 def test_every_place_takes_part_in_the_grid():
     arguments = {"steps": 5, "batch_size": 10, "seeds": 2, **ON_CPU}
-    scaled = fit(MLP, DATA, Recipe(gradient=Twice(), optimizer=SGD(0.1)),
-                 grid={"scale": [1.0, 3.0]}, **arguments)  # fmt: skip
+    scaled = fit(
+        MLP,
+        DATA,
+        Recipe(gradient=Twice(), optimizer=SGD(0.1)),
+        grid={"scale": [1.0, 3.0]},
+        **arguments,
+    )
     for scale in (1.0, 3.0):
         plain = fit(MLP, DATA, Recipe(optimizer=SGD(0.1 * scale)), **arguments)
         np.testing.assert_allclose(scaled.test_loss.sel(scale=scale), plain.test_loss, rtol=1e-10)
@@ -1054,8 +1277,18 @@ def sam_loop(seed, rho, shards, level):
 @pytest.mark.parametrize("level", [0.0, 0.9, 3.0])
 def test_sam_of_shards_with_flooding_equals_a_loop_by_hand(m, chunk_size, level):
     recipe = Recipe(Flooding(level), SAMGradient(m=m, chunk_size=chunk_size), SGD(lr=0.3))
-    _, networks = fit(MLP, DATA, recipe, steps=8, batch_size=10, seeds=[3, 8], networks="last",
-                      grid={"rho": [0.1, 0.4]}, evaluate_at=1, **ON_CPU)  # fmt: skip
+    _, networks = fit(
+        MLP,
+        DATA,
+        recipe,
+        steps=8,
+        batch_size=10,
+        seeds=[3, 8],
+        networks="last",
+        grid={"rho": [0.1, 0.4]},
+        evaluate_at=1,
+        **ON_CPU,
+    )
     for run in [{"rho": rho, "seed": seed} for rho in (0.1, 0.4) for seed in (3, 8)]:
         found = networks.module(**run).state_dict()
         expected = sam_loop(**run, shards=m or 10, level=level)
@@ -1082,8 +1315,16 @@ def test_the_objective_carries_the_raw_loss_by_rows_and_the_size_of_the_batch():
 
 
 def test_another_criterion():
-    runs = fit(LINEAR, DATA, Recipe(criterion=squares), steps=1, batch_size=None, seeds=1,
-               evaluate_at=1, **ON_CPU)  # fmt: skip
+    runs = fit(
+        LINEAR,
+        DATA,
+        Recipe(criterion=squares),
+        steps=1,
+        batch_size=None,
+        seeds=1,
+        evaluate_at=1,
+        **ON_CPU,
+    )
     logits = initial_module(LINEAR, 0).double()(DATA.x_test.double())
     expected = squares(logits, DATA.y_test).mean().item()
     assert runs.test_loss.isel(seed=0, step=0).item() == pytest.approx(expected, rel=1e-12)
@@ -1092,10 +1333,14 @@ def test_another_criterion():
 def test_hyperparameters():
     recipe = Recipe(Flooding(0.1), Twice(), Adam())
     assert recipe.hyperparameters() == {
-        "flood_level": ("loss", 0.1), "scale": ("gradient", 2.0), "lr": ("optimizer", 1e-3),
-        "beta1": ("optimizer", 0.9), "beta2": ("optimizer", 0.999), "eps": ("optimizer", 1e-8),
+        "flood_level": ("loss", 0.1),
+        "scale": ("gradient", 2.0),
+        "lr": ("optimizer", 1e-3),
+        "beta1": ("optimizer", 0.9),
+        "beta2": ("optimizer", 0.999),
+        "eps": ("optimizer", 1e-8),
         "weight_decay": ("optimizer", 0.0),
-    }  # fmt: skip
+    }
     changed = recipe.with_values({"scale": 5.0, "lr": 0.5, "eps": 0.1})
     assert changed == Recipe(Flooding(0.1), Twice(5.0), Adam(0.5, eps=0.1))
     assert Recipe(loss=torch.mean).hyperparameters().keys() == {"lr", "momentum", "weight_decay"}
@@ -1106,8 +1351,15 @@ def test_hyperparameters():
 
 
 def test_whole_numbers_by_declaration_set_shapes():
-    declared = {"a": int, "b": "int", "c": int | None, "d": "int | None", "e": Optional[int],  # noqa: UP045
-                "f": "Optional[int]", "g": "typing.Union[int, None]"}  # fmt: skip
+    declared = {
+        "a": int,
+        "b": "int",
+        "c": int | None,
+        "d": "int | None",
+        "e": Optional[int],  # noqa: UP045
+        "f": "Optional[int]",
+        "g": "typing.Union[int, None]",
+    }
     numbers = {"x": float, "y": "float | None", "z": "Annotated[int, 'printed']", "q": int | float}
     fields = [(name, of, dataclasses.field(default=1)) for name, of in (declared | numbers).items()]
     place = dataclasses.make_dataclass("Place", fields, frozen=True)()
@@ -1145,27 +1397,43 @@ class Synchronizations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__.rstrip("2").lstrip("_") in [n.lstrip("_") for n in self.NAMES]:
+        if func.overloadpacket.__name__.rstrip("2").lstrip("_") in [
+            n.lstrip("_") for n in self.NAMES
+        ]:
             self.count += 1
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recipe", [
-    Recipe(Flooding(0.5), optimizer=SGD(0.1, **COSINE)),
-    Recipe(Flooding(0.5, per_example=True), optimizer=Adam(0.1, weight_decay=0.1)),
-    Recipe(batch=Mixup(0.3, partners="different", per_example=True)),
-    Recipe(batch=Mixup(0.3, k=3, second_stream=True)),
-    Recipe(batch=Gaussian()),
-    Recipe(batch=LabelSmoothing()),
-], ids=["SGD", "Adam", "mixup", "Dirichlet", "noise", "smoothing"])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(Flooding(0.5), optimizer=SGD(0.1, **COSINE)),
+        Recipe(Flooding(0.5, per_example=True), optimizer=Adam(0.1, weight_decay=0.1)),
+        Recipe(batch=Mixup(0.3, partners="different", per_example=True)),
+        Recipe(batch=Mixup(0.3, k=3, second_stream=True)),
+        Recipe(batch=Gaussian()),
+        Recipe(batch=LabelSmoothing()),
+    ],
+    ids=["SGD", "Adam", "mixup", "Dirichlet", "noise", "smoothing"],
+)
 @pytest.mark.parametrize("batch_size", [10, None])
 def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
     model = lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3))
 
     def waits(steps, recipe):
         with Synchronizations() as found:
-            fit(model, DATA, recipe, steps=steps, batch_size=batch_size, seeds=2, device="cpu",
-                evaluate_at=[0], grid={"lr": [0.01, 0.1]}, expect_divergence=True)  # fmt: skip
+            fit(
+                model,
+                DATA,
+                recipe,
+                steps=steps,
+                batch_size=batch_size,
+                seeds=2,
+                device="cpu",
+                evaluate_at=[0],
+                grid={"lr": [0.01, 0.1]},
+                expect_divergence=True,
+            )
         return found.count
 
     assert waits(13, recipe) == waits(1, recipe)
@@ -1185,11 +1453,22 @@ def test_cpu_and_cuda_agree(model, batch, tmp_path):
     state = torch.cuda.get_rng_state()
     recipe = Recipe(Flooding(0.3), optimizer=SGD(0.1, **COSINE), batch=batch)
     results = [
-        fit(model, DATA, recipe, steps=12, batch_size=10,
-            grid={"lr": [0.05, 0.1]}, seeds=3, evaluate_at=4, networks="best", device=device,
-            dtype=torch.float64, checkpoint=tmp_path / device)
+        fit(
+            model,
+            DATA,
+            recipe,
+            steps=12,
+            batch_size=10,
+            grid={"lr": [0.05, 0.1]},
+            seeds=3,
+            evaluate_at=4,
+            networks="best",
+            device=device,
+            dtype=torch.float64,
+            checkpoint=tmp_path / device,
+        )
         for device in ("cpu", "cuda")
-    ]  # fmt: skip
+    ]
     xr.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-8, atol=1e-10)
     for name, w in results[0][1].params.items():
         assert results[1][1].params[name].is_cuda
@@ -1199,8 +1478,9 @@ def test_cpu_and_cuda_agree(model, batch, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("batch", [None, Mixup(0.3, partners="same"), Gaussian(0.3)],
-                         ids=["ERM", "mixup", "noise"])  # fmt: skip
+@pytest.mark.parametrize(
+    "batch", [None, Mixup(0.3, partners="same"), Gaussian(0.3)], ids=["ERM", "mixup", "noise"]
+)
 def test_cuda_steps_do_not_synchronize(batch):
     class Strict:
         """A schedule, called in every step: from the second on, a synchronization raises."""
@@ -1210,9 +1490,16 @@ def test_cuda_steps_do_not_synchronize(batch):
             return 1.0
 
     try:
-        fit(lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3)), DATA, steps=40, batch_size=10,
+        fit(
+            lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3)),
+            DATA,
+            steps=40,
+            batch_size=10,
             recipe=Recipe(Flooding(0.3), optimizer=SGD(schedule=Strict()), batch=batch),
-            seeds=3, evaluate_at=[0], device="cuda")  # fmt: skip
+            seeds=3,
+            evaluate_at=[0],
+            device="cuda",
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -1231,7 +1518,10 @@ BAD = {
     "empty grid": ({"grid": {"lr": []}}, r"grid\['lr'\] must have at least one value"),
     "unknown name": ({"grid": {"rho": [0.1]}}, r"hyperparameters.*'flood_level', 'lr'.*got 'rho'"),
     "name of a flag": ({"grid": {"nesterov": [0, 1]}}, r"hyperparameters.*got 'nesterov'"),
-    "name of a text": ({"grid": {"schedule": ["cosine"]}}, r"grid\['schedule'\] must be numbers, got \['cosine'\]"),
+    "name of a text": (
+        {"grid": {"schedule": ["cosine"]}},
+        r"grid\['schedule'\] must be numbers, got \['cosine'\]",
+    ),
     "grid of one number": ({"grid": {"lr": 0.1}}, r"grid\['lr'\] must be numbers, got 0.1"),
     "grid value": ({"grid": {"lr": [0.1, -1]}}, r"lr must be a number in \[0, inf\), got -1"),
     "grid nan": ({"grid": {"flood_level": [float("nan")]}}, r"flood_level must be .*got nan"),
@@ -1242,33 +1532,59 @@ BAD = {
     "fraction of a seed": ({"seeds": [0.5]}, r"seeds must be whole numbers.*got \[0.5\]"),
     "few data": ({"data": [DATA]}, r"data must be one Data, or one a seed: got 1 for 2 seeds"),
     "no data": ({"data": []}, r"data must be one Data, or one a seed: got 0 for 2 seeds"),
-    "shapes": ({"data": [DATA, make_data(train=22)]}, r"data of all seeds must have one shape.*22.*23"),
+    "shapes": (
+        {"data": [DATA, make_data(train=22)]},
+        r"data of all seeds must have one shape.*22.*23",
+    ),
     "inputs": ({"data": [DATA, make_data(features=4)]}, r"data of all seeds must have one shape"),
-    "test shapes": ({"data": [DATA, make_data(test=2)]}, r"one shape, got \[\(2, 5\), \(17, 5\)\] for test"),
+    "test shapes": (
+        {"data": [DATA, make_data(test=2)]},
+        r"one shape, got \[\(2, 5\), \(17, 5\)\] for test",
+    ),
     "split": ({"splits": ["tets"]}, r"must be one of .*test.*got 'tets'"),
-    "empty split": ({"data": make_data(validation=0), "splits": ["validation"]},
-                    r"splits must have examples, got 'validation'"),
-    "evaluate late": ({"evaluate_at": [0, 5]}, r"evaluate_at must be steps between 0 and 4, got \[0, 5\]"),
+    "empty split": (
+        {"data": make_data(validation=0), "splits": ["validation"]},
+        r"splits must have examples, got 'validation'",
+    ),
+    "evaluate late": (
+        {"evaluate_at": [0, 5]},
+        r"evaluate_at must be steps between 0 and 4, got \[0, 5\]",
+    ),
     "evaluate early": ({"evaluate_at": [-1]}, r"evaluate_at must be .*got \[-1\]"),
     "evaluate between": ({"evaluate_at": [0.5]}, r"evaluate_at must be .*got \[0.5\]"),
     "evaluate never": ({"evaluate_at": []}, r"evaluate_at must be .*got \[\]"),
     "evaluate zero": ({"evaluate_at": 0}, r"evaluate_at must be a whole number >= 1, got 0"),
     "networks": ({"networks": "x"}, r"networks must be None, 'last' or 'best', got 'x'"),
-    "select_by": ({"networks": "best", "select_by": "loss"},
-                  r"select_by must be one of .*'validation_error'.*got 'loss'"),
-    "select without validation": ({"networks": "best", "data": make_data(validation=0)},
-                                  r"select_by must be one of .*got 'validation_error'"),
-    "dropout": ({"model": lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.3))},
-                r"model must have no random layer but flatmin.models.Dropout, got Dropout\(p=0.3, .*at '1'"),
-}  # fmt: skip
+    "select_by": (
+        {"networks": "best", "select_by": "loss"},
+        r"select_by must be one of .*'validation_error'.*got 'loss'",
+    ),
+    "select without validation": (
+        {"networks": "best", "data": make_data(validation=0)},
+        r"select_by must be one of .*got 'validation_error'",
+    ),
+    "dropout": (
+        {"model": lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.3))},
+        r"model must have no random layer but flatmin.models.Dropout, got Dropout\(p=0.3, .*at '1'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
     arguments, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        fit(**{"model": MLP, "data": DATA, "steps": 4, "batch_size": 10, "seeds": 2, "device": "cpu"}
-            | arguments)  # fmt: skip
+        fit(
+            **{
+                "model": MLP,
+                "data": DATA,
+                "steps": 4,
+                "batch_size": 10,
+                "seeds": 2,
+                "device": "cpu",
+            }
+            | arguments
+        )
 
 
 def test_data_of_another_type_is_named():
@@ -1289,10 +1605,15 @@ def test_dropout_that_is_off_is_no_random_layer():
 
 def test_numbers_of_numpy_and_torch_are_numbers():
     runs = fit(
-        MLP, DATA, steps=np.int64(4), batch_size=np.int64(10), seeds=np.int64(2), device="cpu",
+        MLP,
+        DATA,
+        steps=np.int64(4),
+        batch_size=np.int64(10),
+        seeds=np.int64(2),
+        device="cpu",
         grid={"lr": torch.tensor([0.5, 0.25]), "momentum": np.array([0.5], dtype=np.float32)},
         evaluate_at=np.linspace(0, 4, 3),
-    )  # fmt: skip
+    )
     assert runs.step.values.tolist() == [0, 2, 4]
     assert runs.lr.values.tolist() == [0.5, 0.25]
 

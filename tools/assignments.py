@@ -35,8 +35,10 @@ BUILD = ROOT / "_build" / "assignments"
 HIDDEN_SEED = 2026  # of the hidden tests; a course takes its own: make assignments SEED=...
 LIMIT = 600  # seconds for one submission
 SOLUTION = re.compile(r"^([ ]*)# BEGIN SOLUTION\n.*?# END SOLUTION$", re.S | re.M)
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": LANGUAGE}  # fmt: skip
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": LANGUAGE,
+}
 
 
 # ---------------------------------------------------------------------------------------- masters
@@ -46,7 +48,9 @@ def masters(names=()):
     found = sorted(MASTERS.glob("[0-9]*.md"))
     chosen = [path for path in found if not names or path.stem.startswith(tuple(names))]
     if names and not chosen:
-        sys.exit(f"no assignment is called {' or '.join(names)}; there are {', '.join(p.stem for p in found)}")
+        sys.exit(
+            f"no assignment is called {' or '.join(names)}; there are {', '.join(p.stem for p in found)}"
+        )
     return chosen
 
 
@@ -65,8 +69,12 @@ def name_of(cell):
     """The question's name: that of the function with the solution in it."""
     tree = ast.parse(cell.source)
     lines = cell.source.splitlines()
-    [found] = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)
-               and any("# BEGIN SOLUTION" in line for line in lines[node.lineno - 1:node.end_lineno])]  # fmt: skip
+    [found] = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any("# BEGIN SOLUTION" in line for line in lines[node.lineno - 1 : node.end_lineno])
+    ]
     return found
 
 
@@ -112,7 +120,9 @@ def wrong(path):
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
             asked = node.name.partition("__")[0]
-            source = ast.get_source_segment(text, node).replace(f"def {node.name}(", f"def {asked}(", 1)
+            source = ast.get_source_segment(text, node).replace(
+                f"def {node.name}(", f"def {asked}(", 1
+            )
             found[node.name] = asked, ast.get_docstring(node), source
     return found
 
@@ -129,21 +139,39 @@ def numbered(nb):
 def otter_master(path, hidden_seed):
     """The master in the form that `otter assign` reads: raw cells mark what is what."""
     config = {
-        "init_cell": False, "export_cell": False, "check_all_cell": False,
-        "run_tests": False, "overwrite_requirements": True,
+        "init_cell": False,
+        "export_cell": False,
+        "check_all_cell": False,
+        "run_tests": False,
+        "overwrite_requirements": True,
         "tests": {"files": True, "ok_format": False},
-        "generate": {"pdf": False, "show_stdout": False, "show_hidden": False, "print_summary": False},
-        "requirements": ["--extra-index-url https://download.pytorch.org/whl/cpu", "otter-grader>=7",
-                         f"flatmin[all] @ {source()}"],
-    }  # fmt: skip
+        "generate": {
+            "pdf": False,
+            "show_stdout": False,
+            "show_hidden": False,
+            "print_summary": False,
+        },
+        "requirements": [
+            "--extra-index-url https://download.pytorch.org/whl/cpu",
+            "otter-grader>=7",
+            f"flatmin[all] @ {source()}",
+        ],
+    }
 
     def marked(cell):
         name, half = name_of(cell), points(cell) / 2
         tests = [new_code_cell(otter_test(name, half, seed)) for seed in (0, hidden_seed)]
         mark = lambda text: new_raw_cell(f"# {text}")
-        return [mark("BEGIN QUESTION\n" + json.dumps({"name": name, "check_cell": False})),
-                mark("BEGIN SOLUTION"), new_code_cell(prompted(cell.source)), mark("END SOLUTION"),
-                mark("BEGIN TESTS"), *tests, mark("END TESTS"), mark("END QUESTION")]  # fmt: skip
+        return [
+            mark("BEGIN QUESTION\n" + json.dumps({"name": name, "check_cell": False})),
+            mark("BEGIN SOLUTION"),
+            new_code_cell(prompted(cell.source)),
+            mark("END SOLUTION"),
+            mark("BEGIN TESTS"),
+            *tests,
+            mark("END TESTS"),
+            mark("END QUESTION"),
+        ]
 
     nb = assemble(path, marked)
     nb.cells.insert(0, new_raw_cell("# ASSIGNMENT CONFIG\n" + json.dumps(config)))
@@ -152,17 +180,23 @@ def otter_master(path, hidden_seed):
 
 def prompted(source):
     """Otter's marks for: replace the solution by `raise NotImplementedError`."""
+
     def marked(match):
         block, indent = match[0].replace("# BEGIN SOLUTION", "# BEGIN SOLUTION NO PROMPT"), match[1]
-        return (f'{block}\n{indent}""" # BEGIN PROMPT\n{indent}raise NotImplementedError\n'
-                f'{indent}""" # END PROMPT')  # fmt: skip
+        return (
+            f'{block}\n{indent}""" # BEGIN PROMPT\n{indent}raise NotImplementedError\n'
+            f'{indent}""" # END PROMPT'
+        )
+
     return SOLUTION.sub(marked, source)
 
 
 def otter_test(name, worth, seed):
-    return (f'""" # BEGIN TEST CONFIG\npoints: {worth:g}\nhidden: {str(bool(seed)).lower()}\n""" # END TEST CONFIG\n'
-            f"def {'hidden' if seed else 'public'}(env):\n    from flatmin import check\n"
-            f'    check.{name}.verify(env.get("{name}"), seed={seed})')  # fmt: skip
+    return (
+        f'""" # BEGIN TEST CONFIG\npoints: {worth:g}\nhidden: {str(bool(seed)).lower()}\n""" # END TEST CONFIG\n'
+        f"def {'hidden' if seed else 'public'}(env):\n    from flatmin import check\n"
+        f'    check.{name}.verify(env.get("{name}"), seed={seed})'
+    )
 
 
 def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
@@ -173,7 +207,9 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
 
     for name in questions(read(path)):
         if not hasattr(check, name):
-            sys.exit(f"{path.stem}: there is no check.{name}; write it in src/flatmin/check/ and export it in its __init__.py")
+            sys.exit(
+                f"{path.stem}: there is no check.{name}; write it in src/flatmin/check/ and export it in its __init__.py"
+            )
 
     for folder in ("student", "solution", "autograder"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -184,7 +220,9 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
             assign(str(master), str(Path(work) / "dist"), no_pdfs=True, no_run_tests=True)
         [archive] = (Path(work) / "dist" / "autograder").glob("*.zip")
         shutil.copy(archive, out / "autograder" / f"{path.stem}.zip")
-        student = nbformat.read(Path(work) / "dist" / "student" / f"{path.stem}.ipynb", as_version=4)
+        student = nbformat.read(
+            Path(work) / "dist" / "student" / f"{path.stem}.ipynb", as_version=4
+        )
     written = {"student": clean(student), "solution": plain(path, solution)}
     for folder, nb in written.items():
         nbformat.validate(nb)
@@ -195,8 +233,10 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
 
 def clean(nb):
     """Without metadata and outputs: Otter runs its tests at the end then."""
-    kept = [new_code_cell(cell.source) if cell.cell_type == "code" else new_markdown_cell(cell.source)
-            for cell in nb.cells]  # fmt: skip
+    kept = [
+        new_code_cell(cell.source) if cell.cell_type == "code" else new_markdown_cell(cell.source)
+        for cell in nb.cells
+    ]
     return numbered(new_notebook(cells=kept, metadata=METADATA))
 
 
@@ -205,16 +245,29 @@ def leaks(student, master, hidden_seed):
     nb, text = nbformat.read(student, as_version=4), Path(student).read_text()
     sources = [cell.source for cell in read(master)]
     common = {line.strip() for source in sources for line in exercise(source).splitlines()}
-    secret = {line.strip() for source in sources for block in SOLUTION.finditer(source)
-              for line in block[0].splitlines()} - common  # fmt: skip
+    secret = {
+        line.strip()
+        for source in sources
+        for block in SOLUTION.finditer(source)
+        for line in block[0].splitlines()
+    } - common
     found = [line for line in secret if len(line) > 8 and json.dumps(line)[1:-1] in text]
-    found += [word for word in ("BEGIN", "SOLUTION", "PROMPT", "verify", f"seed={hidden_seed}", "env.get")
-              if word in text]  # fmt: skip
+    found += [
+        word
+        for word in ("BEGIN", "SOLUTION", "PROMPT", "verify", f"seed={hidden_seed}", "env.get")
+        if word in text
+    ]
     found += ["outputs" for cell in nb.cells if cell.get("outputs") or cell.get("execution_count")]
     found += ["cell metadata" for cell in nb.cells if cell.metadata or cell.get("attachments")]
     found += ["notebook metadata"] if nb.metadata != METADATA else []
-    asked = sum(cell.source.count("raise NotImplementedError") for cell in nb.cells if cell.cell_type == "code")
-    return found + (["a question without its exercise"] if asked != len(questions(read(master))) else [])
+    asked = sum(
+        cell.source.count("raise NotImplementedError")
+        for cell in nb.cells
+        if cell.cell_type == "code"
+    )
+    return found + (
+        ["a question without its exercise"] if asked != len(questions(read(master))) else []
+    )
 
 
 # --------------------------------------------------------------------------------------- grading
@@ -237,9 +290,14 @@ def grade_one(submission, archive, limit=LIMIT):
         result = Path(work) / "result.json"
         copy = shutil.copy(submission, Path(work) / "submission.ipynb")
         process = subprocess.Popen(
-            [sys.executable, "-c", ONE, str(copy), str(Path(archive).resolve()), str(result)], cwd=work,
-            env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+            [sys.executable, "-c", ONE, str(copy), str(Path(archive).resolve()), str(result)],
+            cwd=work,
+            env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -249,14 +307,18 @@ def grade_one(submission, archive, limit=LIMIT):
         if not result.exists():
             return {}, "not graded: " + (errors.strip().splitlines() or ["no result"])[-1]
         found = json.loads(result.read_text())
-    return {name: (sum(worth for worth, passed, _ in cases if passed),
-                   [message for _, passed, message in cases if not passed])
-            for name, cases in found.items()}, ""  # fmt: skip
+    return {
+        name: (
+            sum(worth for worth, passed, _ in cases if passed),
+            [message for _, passed, message in cases if not passed],
+        )
+        for name, cases in found.items()
+    }, ""
 
 
 def reports(message):
     """The part of an Otter message that our check wrote."""
-    return message[message.find("✗ check."):].strip() if "✗ check." in message else message.strip()
+    return message[message.find("✗ check.") :].strip() if "✗ check." in message else message.strip()
 
 
 def grade(path, folder, out, archive=None, jobs=1):
@@ -265,22 +327,39 @@ def grade(path, folder, out, archive=None, jobs=1):
     if not archive.exists():
         sys.exit(f"{archive} is missing: make assignments")
     worth = questions(read(path))
-    submissions = sorted(p for p in Path(folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    submissions = sorted(
+        p for p in Path(folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+    )
     if not submissions:
         sys.exit(f"no notebook in {folder}")
     rows = []
     with ThreadPoolExecutor(jobs) as pool:
-        for submission, (found, note) in zip(submissions, pool.map(lambda s: grade_one(s, archive), submissions)):
+        for submission, (found, note) in zip(
+            submissions, pool.map(lambda s: grade_one(s, archive), submissions)
+        ):
             earned = {name: found[name][0] if name in found else 0 for name in worth}
             total = sum(earned.values())
-            rows.append({"submission": str(submission.relative_to(folder)), "total": f"{total:g}",
-                         "out of": sum(worth.values()), **{name: f"{v:g}" for name, v in earned.items()},
-                         "note": note})  # fmt: skip
+            rows.append(
+                {
+                    "submission": str(submission.relative_to(folder)),
+                    "total": f"{total:g}",
+                    "out of": sum(worth.values()),
+                    **{name: f"{v:g}" for name, v in earned.items()},
+                    "note": note,
+                }
+            )
             said = {reports(message) for _, messages in found.values() for message in messages}
-            feedback = Path(out).with_suffix("") / submission.relative_to(folder).with_suffix(".txt")
+            feedback = Path(out).with_suffix("") / submission.relative_to(folder).with_suffix(
+                ".txt"
+            )
             feedback.parent.mkdir(parents=True, exist_ok=True)
-            feedback.write_text("\n\n".join([f"{total:g} of {sum(worth.values())} points", *sorted(said)]) + "\n")
-            print(f"  {rows[-1]['submission']}: {total:g} of {sum(worth.values())}  {note}", flush=True)
+            feedback.write_text(
+                "\n\n".join([f"{total:g} of {sum(worth.values())} points", *sorted(said)]) + "\n"
+            )
+            print(
+                f"  {rows[-1]['submission']}: {total:g} of {sum(worth.values())}  {note}",
+                flush=True,
+            )
     with open(out, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -289,10 +368,17 @@ def grade(path, folder, out, archive=None, jobs=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("build")
-    one.add_argument("names", nargs="*", metavar="NAME", help="an assignment, or how its name starts; default: all")
+    one.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="an assignment, or how its name starts; default: all",
+    )
     one.add_argument("--seed", type=int, default=HIDDEN_SEED, help="of the hidden tests")
     one = commands.add_parser("grade")
     one.add_argument("name", metavar="NAME")
@@ -306,7 +392,9 @@ def main():
         for path in masters(arguments.names):
             build(path, hidden_seed=arguments.seed)
             worth = questions(read(path))
-            print(f"  {path.stem}: {len(worth)} questions, {sum(worth.values())} points", flush=True)
+            print(
+                f"  {path.stem}: {len(worth)} questions, {sum(worth.values())} points", flush=True
+            )
         print(f"assignments: {BUILD.relative_to(ROOT)}/{{student,solution,autograder}}")
     else:
         [path] = masters([arguments.name])

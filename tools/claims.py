@@ -1,6 +1,6 @@
 """Do all claims hold for other seeds? Executes the chapters with FLATMIN_SEED=1..5 and prints claim × seed.
 
-    python tools/claims.py [NAME ...]
+python tools/claims.py [NAME ...]
 """
 
 import json
@@ -31,12 +31,22 @@ def main(names):
     for path in paths:
         sync(path)
     with TemporaryDirectory() as folder:
-        logs = {(path.stem, seed): Path(folder, f"{path.stem}-{seed}.jsonl") for path in paths for seed in SEEDS}
-        crashed = execute_all([
-            (f"{path.stem}, seed {seed}", read_text(path),
-             {"FLATMIN_SEED": str(seed), "FLATMIN_CLAIMS_LOG": str(logs[path.stem, seed])})
-            for path in paths for seed in SEEDS
-        ])
+        logs = {
+            (path.stem, seed): Path(folder, f"{path.stem}-{seed}.jsonl")
+            for path in paths
+            for seed in SEEDS
+        }
+        crashed = execute_all(
+            [
+                (
+                    f"{path.stem}, seed {seed}",
+                    read_text(path),
+                    {"FLATMIN_SEED": str(seed), "FLATMIN_CLAIMS_LOG": str(logs[path.stem, seed])},
+                )
+                for path in paths
+                for seed in SEEDS
+            ]
+        )
         verdicts = {key: holds(log) for key, log in logs.items()}
 
     good = total = 0
@@ -44,7 +54,9 @@ def main(names):
         ids = [name for name, _ in claims_in(path.with_suffix(".ipynb"))]
         print(f"\n{path.stem:<50} seed {'  '.join(map(str, SEEDS))}")
         for name in ids:
-            row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]  # None: the chapter never got there
+            row = [
+                verdicts[path.stem, seed].get(name) for seed in SEEDS
+            ]  # None: the chapter never got there
             print(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
             good, total = good + sum(held is True for held in row), total + len(row)
     print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")

@@ -30,10 +30,20 @@ from packaging.utils import canonicalize_name
 
 # What of Colab's packages matters here, in the versions that it had at the end of 2025; torch is the index's newest.
 COLAB = {
-    "torch": "", "numpy": "2.0.2", "pandas": "2.2.2", "scipy": "1.16.1", "xarray": "2025.7.1", "matplotlib": "3.10.0",
-    "scikit-learn": "1.6.1", "ipykernel": "6.17.1", "ipython": "7.34.0", "requests": "2.32.4", "tqdm": "4.67.1",
-    "pooch": "1.8.2", "pip": "",
-}  # fmt: skip
+    "torch": "",
+    "numpy": "2.0.2",
+    "pandas": "2.2.2",
+    "scipy": "1.16.1",
+    "xarray": "2025.7.1",
+    "matplotlib": "3.10.0",
+    "scikit-learn": "1.6.1",
+    "ipykernel": "6.17.1",
+    "ipython": "7.34.0",
+    "requests": "2.32.4",
+    "tqdm": "4.67.1",
+    "pooch": "1.8.2",
+    "pip": "",
+}
 
 
 def closure(*requirements):
@@ -50,7 +60,9 @@ def closure(*requirements):
             continue  # an optional one
         for line in found[key].requires or ():
             needed = Requirement(line)
-            if not needed.marker or any(needed.marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")):
+            if not needed.marker or any(
+                needed.marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")
+            ):
                 todo.append(needed)
     return {name: dist for (name, _), dist in found.items()}
 
@@ -59,16 +71,24 @@ def share(dists, folder):
     """Links to installed packages, and to nothing else of their environment."""
     folder.mkdir(parents=True)
     for dist in dists:
-        for name in {file.parts[0] for file in dist.files if file.parts[0] not in ("..", "__pycache__")}:
+        for name in {
+            file.parts[0] for file in dist.files if file.parts[0] not in ("..", "__pycache__")
+        }:
             if not (folder / name).exists():
                 (folder / name).symlink_to(dist.locate_file(name))
 
 
 def repack(dist, folder):
     """An installed package as a wheel again."""
-    with zipfile.ZipFile(folder / f"{dist.name.replace('-', '_')}-{dist.version}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(
+        folder / f"{dist.name.replace('-', '_')}-{dist.version}-py3-none-any.whl", "w"
+    ) as wheel:
         for file in dist.files:
-            if ".." not in file.parts and file.suffix != ".pyc" and file.name not in ("INSTALLER", "REQUESTED", "direct_url.json"):
+            if (
+                ".." not in file.parts
+                and file.suffix != ".pyc"
+                and file.name not in ("INSTALLER", "REQUESTED", "direct_url.json")
+            ):
                 wheel.write(file.locate(), file.as_posix())
 
 
@@ -78,9 +98,27 @@ class Colab:
     def __init__(self, folder, python=None):
         self.folder, self.wheels, self.python = folder, folder / "wheels", python
         self.wheels.mkdir(parents=True)
-        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", self.wheels, ROOT], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "-q",
+                "--no-deps",
+                "--no-build-isolation",
+                "-w",
+                self.wheels,
+                ROOT,
+            ],
+            check=True,
+        )
         [self.wheel] = self.wheels.glob("flatmin-*.whl")
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MPLBACKEND", "FLATMIN_SEED")}
+        self.environment = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("PYTHONPATH", "MPLBACKEND", "FLATMIN_SEED")
+        }
         if python:
             self.packages = self.download(python)
         else:
@@ -90,9 +128,17 @@ class Colab:
             for name, dist in closure("flatmin[all]").items():
                 if name not in there and name != "flatmin":
                     repack(dist, self.wheels)
-            offline = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONSTRAINT": ""}
+            offline = {
+                "PIP_CONFIG_FILE": os.devnull,
+                "PIP_NO_INDEX": "1",
+                "PIP_FIND_LINKS": str(self.wheels),
+                "PIP_CONSTRAINT": "",
+            }
             self.environment |= offline
-        self.environment |= {"FLATMIN_PIP": f"flatmin[all] @ {self.wheel.as_uri()}", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        self.environment |= {
+            "FLATMIN_PIP": f"flatmin[all] @ {self.wheel.as_uri()}",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
 
     def download(self, python):
         """Colab's versions in an environment of their own, kept for the next time."""
@@ -103,8 +149,14 @@ class Colab:
             subprocess.run([python, "-m", "venv", "--clear", home], check=True)
             subprocess.run([interpreter(home), "-m", "pip", "install", "-q", *wanted], check=True)
             (home / "ready").write_text(str(wanted))
-        return Path(subprocess.run([interpreter(home), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-                                   check=True, capture_output=True, text=True).stdout.strip())
+        return Path(
+            subprocess.run(
+                [interpreter(home), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.strip()
+        )
 
     def interpreter(self, name):
         """A fresh environment on top of the packages: pip may add to it, and cannot change them."""
@@ -115,14 +167,18 @@ class Colab:
             venv.create(home)
         python = interpreter(home)
         ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        site = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+        site = subprocess.run(
+            [python, "-c", ask], check=True, capture_output=True, text=True
+        ).stdout.strip()
         (Path(site) / "colab.pth").write_text(f"{self.packages}\n")
         return python
 
     def installed(self, python):
         """{package: version}, as pip sees them."""
         command = [python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, env=self.environment).stdout
+        out = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=self.environment
+        ).stdout
         return {package["name"]: package["version"] for package in json.loads(out)}
 
     def run(self, path):
@@ -133,18 +189,35 @@ class Colab:
         kernel = self.folder / path.stem / "kernels" / "colab"
         kernel.mkdir(parents=True)
         argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
-        manager = AsyncKernelManager(kernel_name="colab", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(kernel.parent)]))
+        (kernel / "kernel.json").write_text(
+            json.dumps({"argv": argv, "display_name": "Colab", "language": "python"})
+        )
+        manager = AsyncKernelManager(
+            kernel_name="colab",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(kernel.parent)]),
+        )
         alone = self.folder / path.stem / "content"
         alone.mkdir()
         notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = []
-        client = NotebookClient(notebook, km=manager, timeout=1800, record_timing=False, resources={"metadata": {"path": alone}})
-        client.execute(env=self.environment, cleanup_kc=True)  # else a kernel that was handed to it lives on, with its gigabyte
+        client = NotebookClient(
+            notebook,
+            km=manager,
+            timeout=1800,
+            record_timing=False,
+            resources={"metadata": {"path": alone}},
+        )
+        client.execute(
+            env=self.environment, cleanup_kc=True
+        )  # else a kernel that was handed to it lives on, with its gigabyte
         after = self.installed(python)
-        replaced = {name: (version, after.get(name)) for name, version in before.items() if after.get(name) != version}
+        replaced = {
+            name: (version, after.get(name))
+            for name, version in before.items()
+            if after.get(name) != version
+        }
         if replaced:
             raise RuntimeError(f"the first cell replaced {replaced}")
         return notebook, {name: version for name, version in after.items() if name not in before}
@@ -157,9 +230,16 @@ def interpreter(home):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", help="an interpreter, for which Colab's versions are downloaded; default: this environment")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a chapter, or how its name starts; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--python",
+        help="an interpreter, for which Colab's versions are downloaded; default: this environment",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a chapter, or how its name starts; default: all"
+    )
     arguments = parser.parse_args()
     paths, failed = chapters(arguments.names), []
     with TemporaryDirectory() as folder:
@@ -173,7 +253,10 @@ def main():
                 failed.append(path.stem)
                 outcome = f"FAILED\n{error}"
             print(f"  {path.stem}: {outcome}", flush=True)
-    print(f"colab: {len(paths) - len(failed)} of {len(paths)} notebooks ran, each alone, nothing replaced" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    print(
+        f"colab: {len(paths) - len(failed)} of {len(paths)} notebooks ran, each alone, nothing replaced"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )
     return bool(failed)
 
 

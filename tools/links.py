@@ -1,7 +1,7 @@
 """Carry the repository's address from _config.yml, and the version to install, to every file that names them, and renew the bootstrap cells.
 
-    python tools/links.py            rewrite
-    python tools/links.py --check    only name the files that would change
+python tools/links.py            rewrite
+python tools/links.py --check    only name the files that would change
 """
 
 import re
@@ -10,7 +10,9 @@ import tomllib
 
 from notebooks import BOOK, ROOT, bootstrap, chapters, repository, source
 
-BOOTSTRAP = re.compile(r"(```\{code-cell\}[^\n]*\n:tags: \[remove-cell, nbval-ignore-output\]\n\n).*?(\n```)", re.S)
+BOOTSTRAP = re.compile(
+    r"(```\{code-cell\}[^\n]*\n:tags: \[remove-cell, nbval-ignore-output\]\n\n).*?(\n```)", re.S
+)
 
 INSTALLED = re.compile(r"git\+https://github\.com/[\w.-]+/[\w.-]+?(?:@[\w.-]+)?(?=[\s\"'])")
 
@@ -26,9 +28,27 @@ def recorded():
 
 
 def files():
-    fixed = [ROOT / name for name in ("README.md", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml")]
-    notebooks = [path for folder in (BOOK, ROOT / "assignments") for end in ("md", "ipynb") for path in folder.rglob(f"*.{end}")]
-    return [path for path in fixed + sorted(notebooks) if path.exists() and ".ipynb_checkpoints" not in path.parts]
+    fixed = [
+        ROOT / name
+        for name in (
+            "README.md",
+            "CITATION.cff",
+            "CHANGELOG.md",
+            "CONTRIBUTING.md",
+            "pyproject.toml",
+        )
+    ]
+    notebooks = [
+        path
+        for folder in (BOOK, ROOT / "assignments")
+        for end in ("md", "ipynb")
+        for path in folder.rglob(f"*.{end}")
+    ]
+    return [
+        path
+        for path in fixed + sorted(notebooks)
+        if path.exists() and ".ipynb_checkpoints" not in path.parts
+    ]
 
 
 def rewritten():

@@ -1,6 +1,6 @@
 """A new chapter that runs and passes every test, to be filled: the text half, its notebook, and its places in the book.
 
-    python tools/new_chapter.py NAME [--title "Its title"]      book/09_NAME.md, .ipynb, _toc.yml, index.md, README.md
+python tools/new_chapter.py NAME [--title "Its title"]      book/09_NAME.md, .ipynb, _toc.yml, index.md, README.md
 """
 
 import argparse
@@ -32,24 +32,44 @@ def after(text, last, new):
 def pages(name, title):
     """{path: text}: the chapter, and the pages that list it."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        sys.exit(f"NAME must be lower-case letters, digits and _, starting with a letter, got {name!r}")
+        sys.exit(
+            f"NAME must be lower-case letters, digits and _, starting with a letter, got {name!r}"
+        )
     if any(path.stem[3:] == name for path in chapters()):
         sys.exit(f"NAME must be new, but there is a chapter {name!r} already")
     number = 1 + max(int(path.stem[:2]) for path in chapters())
     stem, last = f"{number:02d}_{name}", chapters()[-1].stem
     where = repository()
-    words = {"number": number, "title": title or name.replace("_", " ").capitalize(), "stem": stem,
-             "folder": where["path_to_book"], "branch": where["branch"],
-             "slug": "/".join(where["url"].rstrip("/").split("/")[-2:])}  # fmt: skip
+    words = {
+        "number": number,
+        "title": title or name.replace("_", " ").capitalize(),
+        "stem": stem,
+        "folder": where["path_to_book"],
+        "branch": where["branch"],
+        "slug": "/".join(where["url"].rstrip("/").split("/")[-2:]),
+    }
     words["colab"] = COLAB.format(**words)
     text = TEMPLATE.read_text()
-    for mark, word in {"BOOTSTRAP": bootstrap(), "NUMBER": str(number), "TITLE": words["title"], "SLUG": name.replace("_", "-")}.items():
+    for mark, word in {
+        "BOOTSTRAP": bootstrap(),
+        "NUMBER": str(number),
+        "TITLE": words["title"],
+        "SLUG": name.replace("_", "-"),
+    }.items():
         text = text.replace(mark, word)
-    toc, index, readme = notebooks.BOOK / "_toc.yml", notebooks.BOOK / "index.md", notebooks.ROOT / "README.md"
+    toc, index, readme = (
+        notebooks.BOOK / "_toc.yml",
+        notebooks.BOOK / "index.md",
+        notebooks.ROOT / "README.md",
+    )
     return {
         notebooks.BOOK / f"{stem}.md": text,
         toc: after(toc.read_text(), rf"^ *- file: {last}\n", f"      - file: {stem}\n"),
-        index: after(index.read_text(), rf"^:::\{{grid-item-card\}}[^\n]*\n:link: {last}\n.*?^:::\n", "\n" + CARD.format(**words)),
+        index: after(
+            index.read_text(),
+            rf"^:::\{{grid-item-card\}}[^\n]*\n:link: {last}\n.*?^:::\n",
+            "\n" + CARD.format(**words),
+        ),
         readme: after(readme.read_text(), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**words)),
     }
 
@@ -65,7 +85,9 @@ def main(arguments=None):
     chapter = next(iter(new))
     failed = notebooks.run([chapter])
     names = ", ".join(str(path.relative_to(notebooks.ROOT)) for path in new)
-    print(f"new-chapter: wrote {names} and the notebook. Edit {chapter.name}, then: make notebooks N={chapter.stem}")
+    print(
+        f"new-chapter: wrote {names} and the notebook. Edit {chapter.name}, then: make notebooks N={chapter.stem}"
+    )
     return failed
 
 

@@ -1,9 +1,9 @@
 """The chapters: a notebook with outputs and its text half, which is the one to edit.
 
-    python tools/notebooks.py sync  [NAME ...]   text half -> notebook, keeping the outputs of unchanged cells
-    python tools/notebooks.py run   [NAME ...]   sync, then execute in place: what gets committed
-    python tools/notebooks.py check              are both halves equal?
-    python tools/notebooks.py book               the book, from chapters executed on this machine
+python tools/notebooks.py sync  [NAME ...]   text half -> notebook, keeping the outputs of unchanged cells
+python tools/notebooks.py run   [NAME ...]   sync, then execute in place: what gets committed
+python tools/notebooks.py check              are both halves equal?
+python tools/notebooks.py book               the book, from chapters executed on this machine
 """
 
 import argparse
@@ -59,9 +59,15 @@ def bootstrap():
 def chapters(names=()):
     """The paths of the text halves, all or those whose file name starts with one of `names`."""
     found = sorted(BOOK.glob("[0-9]*.md"))
-    chosen = [path for path in found if not names or path.stem.startswith(tuple(Path(n).stem for n in names))]
+    chosen = [
+        path
+        for path in found
+        if not names or path.stem.startswith(tuple(Path(n).stem for n in names))
+    ]
     if names and not chosen:
-        sys.exit(f"no chapter is called {' or '.join(names)}; there are {', '.join(path.stem for path in found)}")
+        sys.exit(
+            f"no chapter is called {' or '.join(names)}; there are {', '.join(path.stem for path in found)}"
+        )
     return chosen
 
 
@@ -69,17 +75,21 @@ def read_text(path):
     """A text half as a notebook: only the metadata that both halves keep, cell ids made from the content."""
     notebook = jupytext.read(path, fmt="md:myst")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = nbformat.from_dict({
-        "jupytext": {"formats": "ipynb,md:myst"},
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": LANGUAGE,
-    })
+    notebook.metadata = nbformat.from_dict(
+        {
+            "jupytext": {"formats": "ipynb,md:myst"},
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": LANGUAGE,
+        }
+    )
     seen = defaultdict(int)
     for cell in notebook.cells:
         digest = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]
         seen[digest] += 1
         cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata})
+        cell.metadata = nbformat.from_dict(
+            {key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata}
+        )
     return notebook
 
 
@@ -119,7 +129,11 @@ def execute(notebook, threads=1, **environment):
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **environment}
     with TemporaryDirectory() as empty:
         NotebookClient(
-            notebook, kernel_name="python3", timeout=1800, record_timing=False, coalesce_streams=True,
+            notebook,
+            kernel_name="python3",
+            timeout=1800,
+            record_timing=False,
+            coalesce_streams=True,
             extra_arguments=["--log-level=40"],
             resources={"metadata": {"path": empty}},
         ).execute(env={**os.environ, **environment})
@@ -164,7 +178,11 @@ def differences(path):
     text, notebook = read_text(path), nbformat.read(target, as_version=4)
     if len(text.cells) != len(notebook.cells):
         return [f"{len(text.cells)} cells in {path.name}, {len(notebook.cells)} in {target.name}"]
-    found = [] if text.metadata == notebook.metadata else [f"{path.stem}: the notebook's metadata is not the usual"]
+    found = (
+        []
+        if text.metadata == notebook.metadata
+        else [f"{path.stem}: the notebook's metadata is not the usual"]
+    )
     for i, (ours, theirs) in enumerate(zip(text.cells, notebook.cells, strict=True)):
         for key in ("cell_type", "source", "metadata"):
             if ours[key] != theirs[key]:
@@ -174,7 +192,9 @@ def differences(path):
 
 def inputs():
     """A digest of what chapters compute with, beside their own cells."""
-    digest = hashlib.sha256(f"{sys.version} {version('torch')} {os.environ.get('FLATMIN_SEED')}".encode())
+    digest = hashlib.sha256(
+        f"{sys.version} {version('torch')} {os.environ.get('FLATMIN_SEED')}".encode()
+    )
     for folder in ("src/flatmin", "results"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -188,7 +208,11 @@ def book(build=ROOT / "_build"):
     executed.mkdir(parents=True, exist_ok=True)
     (source / "book").mkdir(parents=True, exist_ok=True)
     shutil.copy2(ROOT / "_config.yml", source)
-    pages = {path.relative_to(BOOK): path for path in BOOK.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    pages = {
+        path.relative_to(BOOK): path
+        for path in BOOK.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     halves = {path.relative_to(BOOK) for path in chapters()}
     for page, path in pages.items():
         if page not in halves and page.with_suffix(".md") not in halves:
@@ -210,7 +234,10 @@ def book(build=ROOT / "_build"):
             stale.append(path.stem)
         notebooks[path.stem] = notebook, key
 
-    print(f"book: {len(stale)} of {len(notebooks)} chapters to execute{', one to four minutes each' if stale else ''}", flush=True)
+    print(
+        f"book: {len(stale)} of {len(notebooks)} chapters to execute{', one to four minutes each' if stale else ''}",
+        flush=True,
+    )
     threads = max(1, os.cpu_count() // max(1, len(stale)))
     failed = execute_all([(name, notebooks[name][0], {"threads": threads}) for name in stale])
     for name, (notebook, key) in notebooks.items():
@@ -224,8 +251,22 @@ def book(build=ROOT / "_build"):
 def render(build=ROOT / "_build"):
     """_build/source as web pages, in _build/html: only those that changed. Returns the exit status."""
     print("book: rendering (a minute and a half at first, then seconds)", flush=True)
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "-W", "--keep-going", "-n", "--quiet"]
-    done = subprocess.run([*command, build / "source" / "book", "--path-output", build.parent], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        "-W",
+        "--keep-going",
+        "-n",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*command, build / "source" / "book", "--path-output", build.parent],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         print(done.stdout + done.stderr, flush=True)
         shutil.rmtree(build / ".doctrees", ignore_errors=True)  # so that the next time warns again
@@ -240,14 +281,22 @@ def make_book():
         return failed
     status, page = render(), ROOT / "_build" / "html" / "index.html"
     took = f"{time.monotonic() - start:.0f} s"
-    print(f"book: rendering FAILED after {took}, see the warnings above" if status else f"book: ready in {took}, open {page}")
+    print(
+        f"book: rendering FAILED after {took}, see the warnings above"
+        if status
+        else f"book: ready in {took}, open {page}"
+    )
     return status
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["sync", "run", "check", "book"])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a chapter, or how its name starts")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="a chapter, or how its name starts"
+    )
     arguments = parser.parse_args()
     paths = chapters(arguments.names)
     match arguments.command:

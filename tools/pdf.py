@@ -19,7 +19,13 @@ from tempfile import TemporaryDirectory
 import yaml
 from notebooks import BOOK, ROOT
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
 SCALE, WIDTH = 0.78, 174  # of what is printed; millimetres between the margins
 TYPESET = """() => window.MathJax?.startup?.promise?.then(
     () => document.querySelectorAll('mjx-container').length >= document.querySelectorAll('.math').length)"""
@@ -45,34 +51,52 @@ WIDE = """() => [...document.querySelectorAll('article *')].filter(e =>
 def parts():
     """(caption, [page, …]) of the table of contents."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
-    return [(part.get("caption"), [entry["file"] for entry in part["chapters"]]) for part in toc["parts"]]
+    return [
+        (part.get("caption"), [entry["file"] for entry in part["chapters"]])
+        for part in toc["parts"]
+    ]
 
 
 def article(folder, name, names):
     """The text of a page: its anchors carry the page's name, its links lead into the PDF or to the web."""
-    [text] = re.findall(r'<article class="bd-article">(.*?)</article>', (folder / f"{name}.html").read_text(), re.S)
+    [text] = re.findall(
+        r'<article class="bd-article">(.*?)</article>', (folder / f"{name}.html").read_text(), re.S
+    )
     text = re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
     text = re.sub(r'<a class="headerlink".*?</a>', "", text, flags=re.S)
     text = re.sub(r'<details class="[^"]*\babove-input[^"]*">.*?</details>', "", text, flags=re.S)
     text = re.sub(r"<details(?![^>]* open)", "<details open", text)
     text = re.sub(r'(<[^>]* )(id|for|aria-labelledby)="([^"]*)"', rf'\1\2="{name}--\3"', text)
     text = re.sub(r'loading="lazy" ', "", text)
-    text = re.sub(r'src="(_\w+/[^"]*)"', lambda match: f'src="{(folder / match[1]).as_uri()}"', text)
+    text = re.sub(
+        r'src="(_\w+/[^"]*)"', lambda match: f'src="{(folder / match[1]).as_uri()}"', text
+    )
 
     def link(match):
         target, _, anchor = match[1].partition("#")
         page = target.removesuffix(".html") if target else name
         if ":" in target:
             return match[0]
-        return f' href="#{page}--{anchor}"' if page in names and anchor else f' href="#{page}"' if page in names else ""
+        return (
+            f' href="#{page}--{anchor}"'
+            if page in names and anchor
+            else f' href="#{page}"'
+            if page in names
+            else ""
+        )
 
     return re.sub(r' href="([^"]*)"', link, text)
 
 
 def heading(text, level):
     """[(anchor, title)] of the sections of a level in an article."""
-    pattern = rf'<section[^>]* id="([^"]*)"[^>]*>(?:\s*<span[^>]*></span>)*\s*<h{level}>(.*?)</h{level}>'
-    return [(anchor, re.sub(r"</?a\b[^>]*>", "", title)) for anchor, title in re.findall(pattern, text, re.S)]
+    pattern = (
+        rf'<section[^>]* id="([^"]*)"[^>]*>(?:\s*<span[^>]*></span>)*\s*<h{level}>(.*?)</h{level}>'
+    )
+    return [
+        (anchor, re.sub(r"</?a\b[^>]*>", "", title))
+        for anchor, title in re.findall(pattern, text, re.S)
+    ]
 
 
 def line(anchor, title, kind):
@@ -84,8 +108,13 @@ def book(folder):
     index = (folder / "index.html").read_text()
     names = ["index"] + [name for _, group in parts() for name in group]
     articles = {name: article(folder, name, names) for name in names}
-    styles = "\n".join(re.findall(r'<link [^>]*\bstylesheet[^>]*>', index)).replace('href="_static', f'href="{folder.as_uri()}/_static')
-    math = re.search(r"<script>window\.MathJax = .*?</script>", next(a.read_text() for a in folder.glob("0*.html")))[0]
+    styles = "\n".join(re.findall(r"<link [^>]*\bstylesheet[^>]*>", index)).replace(
+        'href="_static', f'href="{folder.as_uri()}/_static'
+    )
+    math = re.search(
+        r"<script>window\.MathJax = .*?</script>",
+        next(a.read_text() for a in folder.glob("0*.html")),
+    )[0]
     toc = ""
     for caption, group in [(None, ["index"])] + parts():
         toc += f"<li class='part'>{caption}</li>" if caption else ""
@@ -93,8 +122,13 @@ def book(folder):
             [(_, title)] = heading(articles[name], 1)
             toc += line(name, "Preface" if name == "index" else title, "page")
             if name[0].isdigit():
-                toc += "".join(line(anchor, text, "section") for anchor, text in heading(articles[name], 2))
-    texts = "".join(f'<article class="bd-article" id="{name}">{text}</article>' for name, text in articles.items())
+                toc += "".join(
+                    line(anchor, text, "section") for anchor, text in heading(articles[name], 2)
+                )
+    texts = "".join(
+        f'<article class="bd-article" id="{name}">{text}</article>'
+        for name, text in articles.items()
+    )
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     return f"""<!DOCTYPE html>
 <html lang="en" data-theme="light" data-mode="light"><head><meta charset="utf-8"><title>{config["title"]}</title>
@@ -112,13 +146,18 @@ def numbers(path):
     from pypdf import PdfReader
 
     reader = PdfReader(path)
-    found = {name: reader.get_destination_page_number(target) for name, target in reader.named_destinations.items()}
+    found = {
+        name: reader.get_destination_page_number(target)
+        for name, target in reader.named_destinations.items()
+    }
     return {name.removeprefix("/"): page + 1 for name, page in found.items() if page is not None}
 
 
 def make(browser, folder, target):
     """Print twice: the first PDF tells on which page everything stands."""
-    page = browser.new_page(viewport={"width": round(WIDTH / 25.4 * 96 / SCALE), "height": 1100}, color_scheme="light")
+    page = browser.new_page(
+        viewport={"width": round(WIDTH / 25.4 * 96 / SCALE), "height": 1100}, color_scheme="light"
+    )
     page.set_default_timeout(600_000)
     page.emulate_media(media="print")
     with TemporaryDirectory() as temporary:
@@ -129,7 +168,12 @@ def make(browser, folder, target):
         page.evaluate(FIT)
         for wide in page.evaluate(WIDE)[:5]:
             print(f"pdf: wider than the paper: {wide}", file=sys.stderr)
-        paper = {"path": target, "scale": SCALE, "prefer_css_page_size": True, "print_background": True}
+        paper = {
+            "path": target,
+            "scale": SCALE,
+            "prefer_css_page_size": True,
+            "print_background": True,
+        }
         page.pdf(**paper)
         page.evaluate(NUMBER, numbers(target))
         page.pdf(**paper, outline=True, tagged=True)
@@ -141,13 +185,20 @@ def main(arguments):
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_build/html")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "_build/flat-minima.pdf")
     options = parser.parse_args(arguments)
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    executable = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not executable:
         sys.exit("pdf: no Chromium on this machine (Debian: apt-get install chromium)")
     if not (options.folder / "index.html").exists():
         sys.exit(f"pdf: no rendered book in {options.folder}: make book")
     if shutil.which("fc-list") and not subprocess.check_output(["fc-list", ":lang=zh"]):
-        print("pdf: no Chinese font here, so the glossary shows boxes (Debian: apt-get install fonts-noto-cjk)", file=sys.stderr)
+        print(
+            "pdf: no Chinese font here, so the glossary shows boxes (Debian: apt-get install fonts-noto-cjk)",
+            file=sys.stderr,
+        )
     from playwright.sync_api import sync_playwright
 
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -63,8 +63,15 @@ def memorization__verdict_from_the_mean(seeds):
     def train(label_noise):
         data = [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds]
         recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
-        return fit(lambda: MLP(40, 64, 10), data, recipe, steps=200, seeds=seeds,
-                   evaluate_at=[200], dtype=torch.float64).isel(step=0)  # fmt: skip
+        return fit(
+            lambda: MLP(40, 64, 10),
+            data,
+            recipe,
+            steps=200,
+            seeds=seeds,
+            evaluate_at=[200],
+            dtype=torch.float64,
+        ).isel(step=0)
 
     change = train(0.9) - train(0.0)
     return {

@@ -86,8 +86,16 @@ def flooding_effect__wrong_way_round(seeds):
     """flooded minus not flooded"""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
-    end = fit(lambda: MLP(40, 32, 10), data, recipe, steps=400, seeds=seeds,
-              grid={"flood_level": [0.0, 0.3]}, evaluate_at=[400], dtype=torch.float64).isel(step=0)  # fmt: skip
+    end = fit(
+        lambda: MLP(40, 32, 10),
+        data,
+        recipe,
+        steps=400,
+        seeds=seeds,
+        grid={"flood_level": [0.0, 0.3]},
+        evaluate_at=[400],
+        dtype=torch.float64,
+    ).isel(step=0)
     change = end.sel(flood_level=0.0) - end.sel(flood_level=0.3)
     return {
         "test loss": (change.test_loss, "higher"),

@@ -29,7 +29,8 @@ def dirichlet_mixup__per_class(x, labels, num_classes, alpha, k, generator):
     """λ was drawn for each class on its own"""
     n = len(x)
     draw = lambda *shape: torch._standard_gamma(
-        torch.full(shape, alpha, dtype=torch.float64), generator=generator)  # fmt: skip
+        torch.full(shape, alpha, dtype=torch.float64), generator=generator
+    )
     w, v = draw(k, n, 1), draw(k, n, num_classes)
     w, v = w / w.sum(0), v / v.sum(0)
     one = F.one_hot(labels, num_classes).to(x.dtype)

@@ -129,8 +129,15 @@ def sam_effect__unfair(seeds):
     sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
 
     def train(recipe):
-        return fit(lambda: MLP(40, 32, 10), data, recipe, steps=150, seeds=seeds,
-                   evaluate_at=[150], dtype=torch.float64).isel(step=0)  # fmt: skip
+        return fit(
+            lambda: MLP(40, 32, 10),
+            data,
+            recipe,
+            steps=150,
+            seeds=seeds,
+            evaluate_at=[150],
+            dtype=torch.float64,
+        ).isel(step=0)
 
     change = train(Recipe(gradient=SAMGradient(rho=0.5), optimizer=sgd)) - train(
         Recipe(optimizer=sgd)

@@ -27,7 +27,9 @@ COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{book}/{n
 
 
 def cells_in(path, kind):
-    return [cell for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == kind]
+    return [
+        cell for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == kind
+    ]
 
 
 def code_in(path):
@@ -39,10 +41,15 @@ def claims_in(path):
     """The (id, text) of each `claim("id", "text", ...)` in a notebook's code cells, in order."""
     found = []
     for node in (node for tree in code_in(path) for node in ast.walk(tree)):
-        if isinstance(node, ast.Call) and "claim" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
+        if isinstance(node, ast.Call) and "claim" in (
+            getattr(node.func, "id", ""),
+            getattr(node.func, "attr", ""),
+        ):
             words = [getattr(argument, "value", None) for argument in node.args[:2]]
             if len(words) < 2 or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}")
+                raise ValueError(
+                    f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}"
+                )
             found.append(tuple(words))
     return found
 
@@ -55,7 +62,11 @@ def names_in(path):
             names = [alias.name for alias in node.names]
             module = __import__(node.module, fromlist=names)  # submodules, too
             things = [getattr(module, name) for name in names]
-            found += [f"{thing.__module__}.{thing.__qualname__}" for thing in things if hasattr(thing, "__qualname__")]
+            found += [
+                f"{thing.__module__}.{thing.__qualname__}"
+                for thing in things
+                if hasattr(thing, "__qualname__")
+            ]
     return list(dict.fromkeys(found))
 
 
@@ -64,7 +75,11 @@ def papers_in(path):
     rows = []
     for output in (output for cell in cells_in(path, "code") for output in cell["outputs"]):
         lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
-        cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("|")]
+        cells = [
+            [cell.strip() for cell in line.strip("| ").split(" | ")]
+            for line in lines
+            if line.startswith("|")
+        ]
         if cells and cells[0][-1] == "verdict":
             head = [name.removeprefix("article: ") for name in cells[0]]
             rows += [dict(zip(head, row)) for row in cells[2:]]
@@ -93,7 +108,9 @@ def first_paragraph(thing):
 
 def command(name, size):
     """The one line that makes a record."""
-    return f"python -m flatmin.experiments {name}" + ("" if size == experiments.default_size(name) else f" --size {size}")
+    return f"python -m flatmin.experiments {name}" + (
+        "" if size == experiments.default_size(name) else f" --size {size}"
+    )
 
 
 def chapters(env):
@@ -113,13 +130,17 @@ class Table(SphinxDirective):
     def table(self, widths, head, rows, kind):
         if not rows:
             return [nodes.paragraph("", "Nothing yet.")]
-        group = nodes.tgroup("", *[nodes.colspec(colwidth=width) for width in widths], cols=len(widths))
+        group = nodes.tgroup(
+            "", *[nodes.colspec(colwidth=width) for width in widths], cols=len(widths)
+        )
         group += nodes.thead("", self.row(head))
         group += nodes.tbody("", *[self.row(row) for row in rows])
         return [nodes.table("", group, classes=[kind])]
 
     def row(self, cells):
-        entries = (nodes.paragraph("", "", *self.state.inline_text(cell, self.lineno)[0]) for cell in cells)
+        entries = (
+            nodes.paragraph("", "", *self.state.inline_text(cell, self.lineno)[0]) for cell in cells
+        )
         return nodes.row("", *[nodes.entry("", entry) for entry in entries])
 
     def depend_on_records(self):
@@ -176,9 +197,16 @@ class RecordsList(Table):
             self.state.document.note_implicit_target(section)
             section += self.text(f"{first_paragraph(module)} It repeats: {module.SOURCE}.")
             known = dict(records_of(name))
-            section += self.table((15, 55, 30), ("Size", "Command", "Record"), [
-                (size, f"`{command(name, size)}`", self.state_of(name, size, known)) for size in module.SETTINGS if size != "tiny"
-            ], "records")
+            section += self.table(
+                (15, 55, 30),
+                ("Size", "Command", "Record"),
+                [
+                    (size, f"`{command(name, size)}`", self.state_of(name, size, known))
+                    for size in module.SETTINGS
+                    if size != "tiny"
+                ],
+                "records",
+            )
             for size, record in known.items():
                 section += self.text(", ".join(said(record.attrs, key) for key in PROVENANCE) + ".")
                 section += self.figure(name, size, record)
@@ -193,8 +221,10 @@ class RecordsList(Table):
             attrs = known[size].attrs
             seeds = len(json.loads(attrs["seeds"]))
             changed = attrs["size"].partition(", ")[2]
-            return (f"recorded{f' with `{changed}`' * bool(changed)} on {attrs['device']}, {seeds} seeds, "
-                    f"{duration(float(attrs['seconds']))}")
+            return (
+                f"recorded{f' with `{changed}`' * bool(changed)} on {attrs['device']}, {seeds} seeds, "
+                f"{duration(float(attrs['seconds']))}"
+            )
         estimate = experiments.plan(name, size).seconds()
         if estimate is None:
             return "not yet recorded"
@@ -214,8 +244,12 @@ class RecordsList(Table):
             drawn.savefig(path, metadata={"Date": None})
             matplotlib.pyplot.close(drawn)
         here = Path(self.env.doc2path(self.env.docname)).parent
-        image = nodes.image(uri=os.path.relpath(path, here), alt=f"{name}, {size}: {words}", width="100%")
-        return nodes.figure("", image, nodes.caption("", "", *self.state.inline_text(words, self.lineno)[0]))
+        image = nodes.image(
+            uri=os.path.relpath(path, here), alt=f"{name}, {size}: {words}", width="100%"
+        )
+        return nodes.figure(
+            "", image, nodes.caption("", "", *self.state.inline_text(words, self.lineno)[0])
+        )
 
 
 class BenchmarksList(Table):
@@ -227,7 +261,9 @@ class BenchmarksList(Table):
         for folder in experiments.FOLDERS:
             for name, setting in benchmarks_in(folder):
                 where = ", ".join(said(setting, key) for key in PROVENANCE if key in setting)
-                rest = ", ".join(f"{key} {value}" for key, value in setting.items() if key not in PROVENANCE)
+                rest = ", ".join(
+                    f"{key} {value}" for key, value in setting.items() if key not in PROVENANCE
+                )
                 rows.append((f"`{name}`", where, rest))
         return self.table((20, 30, 50), ("Record", "Where", "Settings"), rows, "records")
 
@@ -239,7 +275,9 @@ class Colab(SphinxRole):
         options = self.config.html_theme_options
         address = COLAB.format(
             slug="/".join(options["repository_url"].rstrip("/").split("/")[-2:]),
-            branch=options["repository_branch"], book=options["path_to_docs"], name=self.text,
+            branch=options["repository_branch"],
+            book=options["path_to_docs"],
+            name=self.text,
         )
         if self.text not in self.env.found_docs:
             raise ValueError(f"{{colab}}`{self.text}`: there is no such chapter")
@@ -254,11 +292,17 @@ def link_chapter_to_package(app, doctree):
         return
     links = [
         addnodes.pending_xref(
-            "", nodes.literal("", name.rsplit(".", 1)[1]), refdomain="py", reftype="obj",
-            reftarget=name, refexplicit=True, refwarn=True, refdoc=env.docname,
+            "",
+            nodes.literal("", name.rsplit(".", 1)[1]),
+            refdomain="py",
+            reftype="obj",
+            reftarget=name,
+            refexplicit=True,
+            refwarn=True,
+            refdoc=env.docname,
         )
         for name in names
-    ]  # fmt: skip
+    ]
     text = nodes.paragraph("", "In the package: ", classes=["in-the-package"])
     for i, link in enumerate(links):
         text += [nodes.Text(", "), link] if i else link
@@ -270,16 +314,24 @@ def link_package_to_chapters(app, what, name, thing, options, lines):
     """In the API reference: the chapters that use a function or class."""
     users = [chapter for chapter, path in chapters(app.env).items() if name in names_in(path)]
     if users:
-        lines += ["", "In the book: " + ", ".join(f":doc:`{int(user[:2])} <{user}>`" for user in users) + ".", ""]
+        lines += [
+            "",
+            "In the book: " + ", ".join(f":doc:`{int(user[:2])} <{user}>`" for user in users) + ".",
+            "",
+        ]
 
 
 def resolve_public_name(app, env, node, content):
     """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.training.fit`."""
     name = node.get("reftarget", "").removeprefix("flatmin.")
-    thing = functools.reduce(lambda thing, part: getattr(thing, part, None), name.split("."), flatmin)
+    thing = functools.reduce(
+        lambda thing, part: getattr(thing, part, None), name.split("."), flatmin
+    )
     if node.get("refdomain") == "py" and hasattr(thing, "__qualname__"):
         target = f"{thing.__module__}.{thing.__qualname__}"
-        return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
+        return env.get_domain("py").resolve_xref(
+            env, node["refdoc"], app.builder, "obj", target, node, content
+        )
 
 
 def setup(app):

@@ -19,7 +19,10 @@ def forms(term):
     """How a term may be written in a chapter, in lower case: itself and its plural."""
     term = term.lower()
     *_, last = term.split()
-    plural = IRREGULAR.get(last) or re.sub("(s|x|ch|sh)$", r"\1e", re.sub("([^aeiou])y$", r"\1ie", last)) + "s"
+    plural = (
+        IRREGULAR.get(last)
+        or re.sub("(s|x|ch|sh)$", r"\1e", re.sub("([^aeiou])y$", r"\1ie", last)) + "s"
+    )
     return {term, term.removesuffix(last) + plural}
 
 
@@ -52,7 +55,9 @@ class LinkTerms(SphinxPostTransform):
         if self.env.docname not in chapters(self.env):
             return
         left, place = glossary(self.env), (nodes.title, nodes.reference, addnodes.pending_xref)
-        for node in self.document.findall(lambda node: isinstance(node, (nodes.emphasis, nodes.strong))):
+        for node in self.document.findall(
+            lambda node: isinstance(node, (nodes.emphasis, nodes.strong))
+        ):
             entry = left.get(written(node.astext()))
             above = node.parent
             while above is not None and not isinstance(above, place):

@@ -18,12 +18,17 @@ from docutils import nodes
 from PIL import Image
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
-FONTAWESOME = files("pydata_sphinx_theme") / "theme/pydata_sphinx_theme/static/scripts/fontawesome.js"
+FONTAWESOME = (
+    files("pydata_sphinx_theme") / "theme/pydata_sphinx_theme/static/scripts/fontawesome.js"
+)
 ICON = re.compile(r'<(i|span) class="([^"]*\bfa-[^"]*)"([^>]*)></\1>')
 DATA = re.compile(r'(<img [^>]*?)src="data:image/png;base64,([^"]+)"')
 FIGURE = re.compile(r'(<img )(?=[^>]*src="(?:\.\./)*_images/)')
 SIZED = re.compile(r'<img ([^>]*)style="width: (\d+)px; height: (\d+)px;"')
-THEBE = re.compile(r'<script type="text/x-thebe-config">.*?</script>|<script>kernelName = .*?</script>|<link [^>]*thebe[^>]*>', re.S)
+THEBE = re.compile(
+    r'<script type="text/x-thebe-config">.*?</script>|<script>kernelName = .*?</script>|<link [^>]*thebe[^>]*>',
+    re.S,
+)
 
 
 @functools.cache
@@ -39,7 +44,11 @@ def icons():
 def icon(match):
     """`<i class="fa-solid fa-moon">` as a drawing.  Where a name has several styles, the solid one is the last."""
     classes, rest = match[2].split(), match[3]
-    [name] = [word.removeprefix("fa-") for word in classes if word.startswith("fa-") and word[3:] in icons()]
+    [name] = [
+        word.removeprefix("fa-")
+        for word in classes
+        if word.startswith("fa-") and word[3:] in icons()
+    ]
     width, height, path = icons()[name][-1]
     return (
         f'<svg class="svg-inline--fa {" ".join(classes)}"{rest} aria-hidden="true" focusable="false" '
@@ -53,13 +62,16 @@ def deferred(page):
     page = re.sub(r"<script(?![^>]* (?:defer|async)\b)(?=[^>]* src=)", "<script defer", page)
     return re.sub(
         r"<script>(DOCUMENTATION_OPTIONS\.pagename = [^<]*;)</script>",
-        r'<script>addEventListener("DOMContentLoaded", () => { \1 });</script>', page,
-    )  # fmt: skip
+        r'<script>addEventListener("DOMContentLoaded", () => { \1 });</script>',
+        page,
+    )
 
 
 def lazy(page):
     """All figures but the first load when they come into sight, and nothing moves when they do."""
-    above, first, below = re.split(FIGURE, page, maxsplit=1) if FIGURE.search(page) else (page, "", "")
+    above, first, below = (
+        re.split(FIGURE, page, maxsplit=1) if FIGURE.search(page) else (page, "", "")
+    )
     page = above + first + FIGURE.sub(r'\1loading="lazy" decoding="async" ', below)
     return SIZED.sub(r'<img width="\2" height="\3" \1', page)
 
@@ -68,10 +80,18 @@ def accessible(page):
     """What the theme leaves to do: tables scroll in a box of their own, and stay tables for a screen reader; an empty
     corner is no heading; the sidebar is a landmark; what is cited is an item of a list."""
     box = '<div class="pst-scrollable-table-container">'
-    page = re.sub(f"({box})?(<table.*?</table>)", lambda m: m[0] if m[1] else f"{box}{m[2]}</div>", page, flags=re.S)
+    page = re.sub(
+        f"({box})?(<table.*?</table>)",
+        lambda m: m[0] if m[1] else f"{box}{m[2]}</div>",
+        page,
+        flags=re.S,
+    )
     page = re.sub(r"<th\b([^>]*)>((?:\s|</?p>|&nbsp;|\xa0)*)</th>", r"<td\1>\2</td>", page)
     page = page.replace(' role="doc-biblioentry"', ' role="listitem"')
-    return page.replace('<div id="pst-primary-sidebar"', '<div id="pst-primary-sidebar" role="complementary" aria-label="Book"')
+    return page.replace(
+        '<div id="pst-primary-sidebar"',
+        '<div id="pst-primary-sidebar" role="complementary" aria-label="Book"',
+    )
 
 
 def as_webp(picture, folder):
@@ -86,7 +106,10 @@ def as_webp(picture, folder):
 
 def data_in_files(page, folder, up):
     """A page whose pictures are files."""
-    return DATA.sub(lambda match: f'{match[1]}src="{up}_images/{as_webp(base64.b64decode(match[2]), folder)}"', page)
+    return DATA.sub(
+        lambda match: f'{match[1]}src="{up}_images/{as_webp(base64.b64decode(match[2]), folder)}"',
+        page,
+    )
 
 
 class FiguresAsWebp(SphinxPostTransform):
@@ -100,7 +123,9 @@ class FiguresAsWebp(SphinxPostTransform):
         for image in self.document.findall(nodes.image):
             path = source / image["uri"]
             if path.suffix == ".png" and path.parent.name == "jupyter_execute":
-                image["uri"] = str(Path(image["uri"]).with_name(as_webp(path.read_bytes(), path.parent)))
+                image["uri"] = str(
+                    Path(image["uri"]).with_name(as_webp(path.read_bytes(), path.parent))
+                )
                 image["candidates"] = {"*": image["uri"]}
                 self.env.images.add_file(self.env.docname, image["uri"])
 

@@ -23,7 +23,12 @@ def copy_mathjax(app, error):
 
 def drop_thebe(app, pagename, templatename, context, doctree):
     def is_thebe(script):
-        return "thebe" in (str(getattr(script, "filename", script)) + str(getattr(script, "attributes", ""))).lower()
+        return (
+            "thebe"
+            in (
+                str(getattr(script, "filename", script)) + str(getattr(script, "attributes", ""))
+            ).lower()
+        )
 
     context["script_files"] = [script for script in context["script_files"] if not is_thebe(script)]
 

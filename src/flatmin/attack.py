@@ -297,12 +297,20 @@ class Attack:
             start = random_start((self.restarts, *x.shape), self.eps, self.p, self.seed)
             start = start.to(x.device, x.dtype)
         return pgd(
-            self.source or model, x, y, self.eps, steps=self.steps, step_size=self.step_size,
-            p=self.p, start=start, bounds=self.bounds,
-        )  # fmt: skip
+            self.source or model,
+            x,
+            y,
+            self.eps,
+            steps=self.steps,
+            step_size=self.step_size,
+            p=self.p,
+            start=start,
+            bounds=self.bounds,
+        )
 
-    def __call__(self, network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor,
-                 y: Tensor) -> Tensor:  # fmt: skip
+    def __call__(
+        self, network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor
+    ) -> Tensor:
         moved = self.perturb(lambda x: network(params, x), x, y)
         return (network(params, moved).argmax(-1) != y).to(x.dtype).mean()
 

@@ -58,9 +58,14 @@ class Panel:
 
 
 def explorable(
-    id: str, panels: Sequence[Panel], knob: str | Sequence[str], values: Sequence[Any], alt: str,
-    start: int = 0, notes: Sequence[str] = (),
-) -> HTML:  # fmt: skip
+    id: str,
+    panels: Sequence[Panel],
+    knob: str | Sequence[str],
+    values: Sequence[Any],
+    alt: str,
+    start: int = 0,
+    notes: Sequence[str] = (),
+) -> HTML:
     """A figure whose frames one or more sliders move through.
 
     Parameters
@@ -112,22 +117,34 @@ def explorable(
         "notes": list(notes),
         "panels": [
             {
-                "title": p.title, "xlabel": p.xlabel, "ylabel": p.ylabel,
-                "xlim": [float(v) for v in p.xlim], "xticks": _ticks(p.xlim),
-                "ylim": [float(v) for v in p.ylim], "yticks": _ticks(p.ylim),
+                "title": p.title,
+                "xlabel": p.xlabel,
+                "ylabel": p.ylabel,
+                "xlim": [float(v) for v in p.xlim],
+                "xticks": _ticks(p.xlim),
+                "ylim": [float(v) for v in p.ylim],
+                "yticks": _ticks(p.ylim),
                 "lines": [
-                    {"label": label, "color": p.colors[label], "dashed": label in p.dashed,
-                     "dots": label in p.dots, "x": x, "y": y}
+                    {
+                        "label": label,
+                        "color": p.colors[label],
+                        "dashed": label in p.dashed,
+                        "dots": label in p.dots,
+                        "x": x,
+                        "y": y,
+                    }
                     for label, (x, y) in zip(p.lines, lines)
                 ],
             }
             for p, lines in zip(panels, frames)
         ],
-    }  # fmt: skip
+    }
     at = np.unravel_index(start, [len(values) for values in knobs.values()])
     title = ", ".join(f"{name} = {values[i]}" for (name, values), i in zip(knobs.items(), at))
     sliders = [
-        _SLIDER.format(id=f"{id}-knob{k or ''}", name=html.escape(name), last=len(values) - 1, start=i)
+        _SLIDER.format(
+            id=f"{id}-knob{k or ''}", name=html.escape(name), last=len(values) - 1, start=i
+        )
         for k, ((name, values), i) in enumerate(zip(knobs.items(), at))
     ]
     parts = {
@@ -175,8 +192,13 @@ def _static(panels: Sequence[Panel], frames: list[Any], title: str, start: int) 
         for label, (x, y) in zip(panel.lines, lines):
             style = "o" if label in panel.dots else "--" if label in panel.dashed else "-"
             ax.plot(at(x), at(y), style, color=panel.colors[label], label=label, markersize=4)
-        ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel,
-               xlim=panel.xlim, ylim=panel.ylim)  # fmt: skip
+        ax.set(
+            title=panel.title,
+            xlabel=panel.xlabel,
+            ylabel=panel.ylabel,
+            xlim=panel.xlim,
+            ylim=panel.ylim,
+        )
         ax.legend()
     fig.suptitle(title, fontsize=10)
     buffer = io.BytesIO()

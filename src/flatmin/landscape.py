@@ -113,8 +113,13 @@ def _normals(params: Params, seed: int, purpose: str, index: int = 0) -> Params:
 # ------------------------------------------------------------------------------------------ slices
 
 
-def _slice(value: Callable[[Params], Tensor], params: Params, directions: Sequence[Params],
-           coordinates: Sequence[Tensor], chunk_size: int) -> Tensor:  # fmt: skip
+def _slice(
+    value: Callable[[Params], Tensor],
+    params: Params,
+    directions: Sequence[Params],
+    coordinates: Sequence[Tensor],
+    chunk_size: int,
+) -> Tensor:
     """The kernel: ``value`` at every point of the grid."""
 
     def at(point: Tensor) -> Tensor:

@@ -205,8 +205,14 @@ class Adam:
     schedule: str | Callable[[float], float] = "constant"
 
     def __post_init__(self) -> None:
-        _check(self, lr=(0, math.inf), beta1=(0, 1), beta2=(0, 1), eps=(0, math.inf),
-               weight_decay=(0, math.inf))
+        _check(
+            self,
+            lr=(0, math.inf),
+            beta1=(0, 1),
+            beta2=(0, 1),
+            eps=(0, math.inf),
+            weight_decay=(0, math.inf),
+        )
 
     def init(self, params: Params) -> State:
         zeros = lambda: {name: torch.zeros_like(w) for name, w in params.items()}

@@ -116,7 +116,9 @@ class GradientPenalty:
         if self.difference not in DIFFERENCES:
             raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
         if self.radius is not None and self.difference is None:
-            raise ValueError(f"radius is for a difference, but difference is None: got {self.radius!r}")
+            raise ValueError(
+                f"radius is for a difference, but difference is None: got {self.radius!r}"
+            )
         if isinstance(self.radius, Real) and not number("radius", self.radius, 0):
             raise ValueError(f"radius must be > 0, got {self.radius!r}")
 
@@ -134,8 +136,11 @@ class GradientPenalty:
 
         g, (loss, new_buffers) = field(params)
         v = toward(g)
-        r, alpha = (self.penalty, 1.0) if self.radius is None else (
-            self.radius, self.penalty / self.radius)  # fmt: skip
+        r, alpha = (
+            (self.penalty, 1.0)
+            if self.radius is None
+            else (self.radius, self.penalty / self.radius)
+        )
         at = lambda r: field(_plus(params, r, v))[0]
         mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
         if self.difference == "forward":
@@ -232,10 +237,16 @@ def gradient_penalty(
     grads = {str(i): g for i, g in enumerate(found) if g is not None}
     if not grads:
         return loss * 0
-    return penalty / 2 * sum(((g**2).sum() for g in grads.values()), loss.new_zeros(())) if squared else penalty * _norm(grads)
+    return (
+        penalty / 2 * sum(((g**2).sum() for g in grads.values()), loss.new_zeros(()))
+        if squared
+        else penalty * _norm(grads)
+    )
 
 
-def gradient_norm(network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor) -> Tensor:
+def gradient_norm(
+    network: Callable[[Params, Tensor], Tensor], params: Params, x: Tensor, y: Tensor
+) -> Tensor:
     r"""An instrument: the length :math:`\|\nabla L\|` of the gradient of the mean loss, for ``fit``
     and :meth:`~flatmin.Networks.measure`.
 

@@ -42,32 +42,34 @@ COLORS = {
 
 def use_style() -> None:
     """Set the book's look for all figures that follow, sharp on dense screens."""
-    plt.rcParams.update({
-        "figure.figsize": (7.2, 3.2),
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "figure.facecolor": "white",
-        "axes.facecolor": "white",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#555555",
-        "axes.labelcolor": "#222222",
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.labelsize": 10,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e8e8e8",
-        "grid.linewidth": 0.8,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "xtick.color": "#555555",
-        "ytick.color": "#555555",
-        "font.size": 10,
-        "lines.linewidth": 1.8,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-    })  # fmt: skip
+    plt.rcParams.update(
+        {
+            "figure.figsize": (7.2, 3.2),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "axes.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#555555",
+            "axes.labelcolor": "#222222",
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "axes.labelsize": 10,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e8e8e8",
+            "grid.linewidth": 0.8,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "xtick.color": "#555555",
+            "ytick.color": "#555555",
+            "font.size": 10,
+            "lines.linewidth": 1.8,
+            "legend.frameon": False,
+            "legend.fontsize": 9,
+        }
+    )
     with contextlib.suppress(ImportError):  # outside a notebook there is no inline backend
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -77,13 +79,26 @@ def use_style() -> None:
 def label_end(ax: Axes, x: Any, y: Any, text: str, color: str, dy: float = 0.0) -> None:
     """Write ``text`` beside the last point of a line, shifted up by ``dy`` points."""
     ax.annotate(
-        text, (float(np.asarray(x)[-1]), float(np.asarray(y)[-1])), xytext=(5, dy),
-        textcoords="offset points", va="center", color=color, fontsize=9, annotation_clip=False,
-    )  # fmt: skip
+        text,
+        (float(np.asarray(x)[-1]), float(np.asarray(y)[-1])),
+        xytext=(5, dy),
+        textcoords="offset points",
+        va="center",
+        color=color,
+        fontsize=9,
+        annotation_clip=False,
+    )
 
 
-def band(ax: Axes, values: xr.DataArray, x: str = "step", color: str = COLORS["ERM"], label: str = "",
-         dy: float = 0.0, **line: Any) -> Line2D:  # fmt: skip
+def band(
+    ax: Axes,
+    values: xr.DataArray,
+    x: str = "step",
+    color: str = COLORS["ERM"],
+    label: str = "",
+    dy: float = 0.0,
+    **line: Any,
+) -> Line2D:
     """Draw the mean over seeds and its 95 % confidence band against a dimension.
 
     Parameters
@@ -118,9 +133,11 @@ def band(ax: Axes, values: xr.DataArray, x: str = "step", color: str = COLORS["E
 
 
 def bars(
-    ax: Axes, values: Mapping[str, xr.DataArray], colors: Mapping[str, str] | None = None,
+    ax: Axes,
+    values: Mapping[str, xr.DataArray],
+    colors: Mapping[str, str] | None = None,
     unit: float = 1.0,
-) -> None:  # fmt: skip
+) -> None:
     """Draw one dot with a 95 % interval a row: ``{row label: DataArray over seeds}``.
 
     Parameters

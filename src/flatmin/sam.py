@@ -117,10 +117,13 @@ def dual_norm_perturbation(
 
 
 def _perturbation(
-    gradients: Sequence[Tensor], rho: float | Tensor, p: float | Tensor,
-    scales: Sequence[float | Tensor] | None = None, total: Callable[..., Tensor] | None = None,
+    gradients: Sequence[Tensor],
+    rho: float | Tensor,
+    p: float | Tensor,
+    scales: Sequence[float | Tensor] | None = None,
+    total: Callable[..., Tensor] | None = None,
     foreach: bool = False,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The kernel; ``total`` makes one number of one a tensor, across shards where there are any."""
     each, total = _foreach if foreach else _each, total or _total
     single = lambda g: g.to(torch.promote_types(g.dtype, torch.float32))
@@ -279,23 +282,31 @@ class SAMGradient:
         if self.normalized:
             epsilon = dual_norm_perturbation(g, self.rho, self.p, scales)
         else:
-            epsilon = [self.rho * x if scales is None else self.rho * t**2 * x
-                       for x, t in zip(g, scales or g, strict=True)]  # fmt: skip
+            epsilon = [
+                self.rho * x if scales is None else self.rho * t**2 * x
+                for x, t in zip(g, scales or g, strict=True)
+            ]
         return dict(zip(params, epsilon, strict=True))
 
-    def __call__(
-        self, objective: Callable[..., Any], params: Params, buffers: Params
-    ) -> Found:
+    def __call__(self, objective: Callable[..., Any], params: Params, buffers: Params) -> Found:
         raw = getattr(objective, "raw", objective)
         if self.m is None:
             return self._one(objective, raw, params, buffers)
         if not hasattr(objective, "examples"):
-            raise TypeError("objective must have an attribute `examples`, the size of the batch, "
-                            f"where m is set, got {objective!r}")  # fmt: skip
+            raise TypeError(
+                "objective must have an attribute `examples`, the size of the batch, "
+                f"where m is set, got {objective!r}"
+            )
         return self._shards(objective, raw, params, buffers)
 
-    def _one(self, objective: Callable[..., Any], raw: Callable[..., Any], params: Params,
-             buffers: Params, *rows: Tensor) -> Found:  # fmt: skip
+    def _one(
+        self,
+        objective: Callable[..., Any],
+        raw: Callable[..., Any],
+        params: Params,
+        buffers: Params,
+        *rows: Tensor,
+    ) -> Found:
         g, (loss, new_buffers) = grad_and_value(raw, has_aux=True)(params, buffers, *rows)
 
         def worst(params: Params, perturbation: Params) -> Any:
@@ -309,8 +320,9 @@ class SAMGradient:
             direction, _ = grad(worst, has_aux=True)(params, self.perturbation(params, g))
         return direction, loss, new_buffers
 
-    def _shards(self, objective: Any, raw: Callable[..., Any], params: Params,
-                buffers: Params) -> Found:  # fmt: skip
+    def _shards(
+        self, objective: Any, raw: Callable[..., Any], params: Params, buffers: Params
+    ) -> Found:
         n, m = objective.examples, min(self.m, objective.examples)
         rows = torch.arange(n, device=next(iter(params.values())).device)
         full, rest = rows[: n // m * m].view(-1, m), rows[n // m * m :].view(1, -1)
@@ -338,8 +350,13 @@ def _add(total: Found | None, found: Found, weight: float) -> Found:
     return tree_map(times, found) if total is None else tree_map(plus, total, found)
 
 
-def sam_gradient(loss: Callable[[Params], Tensor], params: Params, rho: float | Tensor = 0.05,
-                 p: float | Tensor = 2.0, **settings: Any) -> Params:  # fmt: skip
+def sam_gradient(
+    loss: Callable[[Params], Tensor],
+    params: Params,
+    rho: float | Tensor = 0.05,
+    p: float | Tensor = 2.0,
+    **settings: Any,
+) -> Params:
     r"""SAM's gradient of a loss: :math:`\nabla L(w+\hat\epsilon)`, for ``torch.func``.
 
     Parameters
@@ -601,9 +618,10 @@ class SAM(torch.optim.Optimizer):
 
     @_eager
     def step(
-        self, closure: Callable[[], Any] | Iterable[Callable[[], Any]] | None = None,
+        self,
+        closure: Callable[[], Any] | Iterable[Callable[[], Any]] | None = None,
         scaler: torch.amp.GradScaler | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Both passes and the base optimizer's step; without a closure, what follows them.
 
         Parameters
@@ -623,8 +641,10 @@ class SAM(torch.optim.Optimizer):
             return self._finish()
         if hasattr(self, "found_inf"):
             del self.found_inf, self.grad_scale
-            raise RuntimeError("step(closure) must get the scaler itself: "
-                               "optimizer.step(closure, scaler), then scaler.update()")  # fmt: skip
+            raise RuntimeError(
+                "step(closure) must get the scaler itself: "
+                "optimizer.step(closure, scaler), then scaler.update()"
+            )
         self.restore()  # of a step that was given up
         closures = [closure] if callable(closure) else list(closure)
         if not closures:
@@ -678,8 +698,10 @@ class SAM(torch.optim.Optimizer):
             Zero the gradients afterwards, as the second pass needs it.
         """
         if self._phase is not None:
-            raise RuntimeError("first_step() was called twice: second_step() must come between, "
-                               "or restore() to give up the step")  # fmt: skip
+            raise RuntimeError(
+                "first_step() was called twice: second_step() must come between, "
+                "or restore() to give up the step"
+            )
         balls = self._balls()
         weights, grads, layouts = (
             [x for ball in balls for x in getattr(ball, name)]
@@ -742,8 +764,11 @@ class SAM(torch.optim.Optimizer):
     def _skip(self, silently: bool) -> None:
         self.skipped += 1
         if not silently and self.skipped == 1:
-            warnings.warn("a gradient is infinite or NaN, so the step is skipped; further ones are "
-                          "only counted, in the attribute `skipped`", stacklevel=4)  # fmt: skip
+            warnings.warn(
+                "a gradient is infinite or NaN, so the step is skipped; further ones are "
+                "only counted, in the attribute `skipped`",
+                stacklevel=4,
+            )
 
     # ---------------------------------------------------------------------------- gradients
 
@@ -758,8 +783,10 @@ class SAM(torch.optim.Optimizer):
             if ball.weights:
                 balls.append(ball)
         if self.per_rank and any(x is not None for ball in balls for x in ball.layouts):
-            raise ValueError("per_rank must be False where parameters are sharded: their gradient "
-                             "is that of all processes")  # fmt: skip
+            raise ValueError(
+                "per_rank must be False where parameters are sharded: their gradient "
+                "is that of all processes"
+            )
         return balls
 
     def _gradients(self) -> tuple[list[Tensor], list[Layout]]:
@@ -798,10 +825,15 @@ class SAM(torch.optim.Optimizer):
     def _random_state(self) -> RandomState:
         devices = {p.device for group in self.param_groups for p in group["params"]}
         modules = () if self.model is None else self.model.modules()
-        return {None: torch.get_rng_state()} | {
-            d: torch.get_device_module(d).get_rng_state(*_index(d))
-            for d in devices if d.type not in ("cpu", "meta")
-        } | {module: module.counter.clone() for module in modules if isinstance(module, Dropout)}  # fmt: skip
+        return (
+            {None: torch.get_rng_state()}
+            | {
+                d: torch.get_device_module(d).get_rng_state(*_index(d))
+                for d in devices
+                if d.type not in ("cpu", "meta")
+            }
+            | {module: module.counter.clone() for module in modules if isinstance(module, Dropout)}
+        )
 
     def _replay(self) -> None:
         """From here on, the random numbers of the first pass again; restore() ends it."""
@@ -855,8 +887,10 @@ class SAM(torch.optim.Optimizer):
 
     def _check_at_rest(self, what: str) -> None:
         if self._phase is not None:
-            raise RuntimeError(f"{what} must wait for second_step(): now the weights are moved by "
-                               "first_step(); restore() gives up the step")  # fmt: skip
+            raise RuntimeError(
+                f"{what} must wait for second_step(): now the weights are moved by "
+                "first_step(); restore() gives up the step"
+            )
 
     def __repr__(self) -> str:
         return f"SAM around {self.base_optimizer!r}"
@@ -883,8 +917,10 @@ class _Ball:
             if g is None:
                 continue
             if g.layout is not torch.strided:
-                raise TypeError("gradients must be dense, got one with layout "
-                                f"{g.layout} (of an Embedding with sparse=True?)")  # fmt: skip
+                raise TypeError(
+                    "gradients must be dense, got one with layout "
+                    f"{g.layout} (of an Embedding with sparse=True?)"
+                )
             if isinstance(p, dtensor):
                 layout = p.device_mesh, p.placements
                 g = g if g.placements == p.placements else g.redistribute(*layout)
@@ -977,9 +1013,11 @@ def _finite(grads: list[Tensor], layouts: list[Layout]) -> bool:
     kinds = [(g.device, g.dtype) for g in grads]
     found = {kind: torch.zeros((), device=kind[0]) for kind in set(kinds)}
     for (device, dtype), flag in found.items():
-        alike = grads if len(found) == 1 else [
-            g for g, kind in zip(grads, kinds, strict=True) if kind == (device, dtype)
-        ]  # fmt: skip
+        alike = (
+            grads
+            if len(found) == 1
+            else [g for g, kind in zip(grads, kinds, strict=True) if kind == (device, dtype)]
+        )
         if device.type in ("cpu", "cuda", "xpu"):  # as GradScaler does it: in one launch
             torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, torch.ones_like(flag))
         else:
@@ -989,7 +1027,9 @@ def _finite(grads: list[Tensor], layouts: list[Layout]) -> bool:
     return not _total_of_shards([found[kind] for kind in kinds], "amax", layouts=layouts)
 
 
-def _total_of_shards(parts: list[Tensor], op: str, power: float = 1, *, layouts: list[Layout]) -> Tensor:
+def _total_of_shards(
+    parts: list[Tensor], op: str, power: float = 1, *, layouts: list[Layout]
+) -> Tensor:
     """One number of one a tensor, from all shards of those that are sharded."""
     if not any(layouts):
         return _total(parts, op, power)

@@ -77,9 +77,14 @@ class _Ball:
         return {name: x * factor for name, x in u.items()}
 
 
-def _sharpness(loss: Callable[[Params], Tensor],
-               slope: Callable[[Params], tuple[Params, Tensor]], w: Params, ball: _Ball,
-               steps: int, starts: list[Params]) -> Tensor:  # fmt: skip
+def _sharpness(
+    loss: Callable[[Params], Tensor],
+    slope: Callable[[Params], tuple[Params, Tensor]],
+    w: Params,
+    ball: _Ball,
+    steps: int,
+    starts: list[Params],
+) -> Tensor:
     r"""The kernel, of one shard: ``loss(w)`` and ``slope(u) = (gradient, loss) at w + Tu``.
 
     The first start is SAM's :math:`\hat\epsilon`.  With ``steps=1`` and no other it is the result;
@@ -102,9 +107,21 @@ def _sharpness(loss: Callable[[Params], Tensor],
     return highest - here
 
 
-def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, ball: _Ball, *,
-                 m: int | None, steps: int, restarts: int, seed: int, batch_size: int,
-                 chunk_size: int) -> Tensor:  # fmt: skip
+def _over_shards(
+    network: Network,
+    loss: Loss,
+    w: Params,
+    x: Tensor,
+    y: Tensor,
+    ball: _Ball,
+    *,
+    m: int | None,
+    steps: int,
+    restarts: int,
+    seed: int,
+    batch_size: int,
+    chunk_size: int,
+) -> Tensor:
     """The mean over all shards, each with its number of examples."""
     n = len(x)
     m = min(m or n, n)
@@ -113,7 +130,9 @@ def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, 
     def of(rows: Tensor) -> Tensor:
         mean = _MeanLoss(network, loss, x[rows], y[rows], batch_size)
 
-        def slope(u: Params) -> Any:  # one batch after another: the graph of each is gone before the next
+        def slope(
+            u: Params,
+        ) -> Any:  # one batch after another: the graph of each is gone before the next
             climb = grad_and_value(lambda u, *batch: mean.of(ball.at(w, u), *batch))
             found = [climb(u, *batch) for batch in mean.batches]
             return {name: sum(g[name] for g, _ in found) for name in u}, sum(v for _, v in found)
@@ -125,8 +144,18 @@ def _over_shards(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, 
     return mean + of(rows[n // m * m :]) * (n % m / n) if n % m else mean
 
 
-def _around(network: Network, loss: Loss, w: Params, x: Tensor, y: Tensor, ball: _Ball, *,
-            directions: int, seed: int, batch_size: int) -> Tensor:  # fmt: skip
+def _around(
+    network: Network,
+    loss: Loss,
+    w: Params,
+    x: Tensor,
+    y: Tensor,
+    ball: _Ball,
+    *,
+    directions: int,
+    seed: int,
+    batch_size: int,
+) -> Tensor:
     """How much the loss rises, as the mean of two opposite points of the sphere: [directions]."""
     value = _MeanLoss(network, loss, x, y, batch_size)
 
@@ -230,8 +259,9 @@ def sharpness(
     >>> sharpness(model, squared, x, y, 0.2, steps=3), sharpness(model, squared, x, y, 0.2, m=1)
     (tensor(0.), tensor(0.2200))
     """
-    settings = Sharpness(rho, p, adaptive, eta, steps, restarts, m, seed, None, loss, batch_size,
-                         chunk_size)  # fmt: skip
+    settings = Sharpness(
+        rho, p, adaptive, eta, steps, restarts, m, seed, None, loss, batch_size, chunk_size
+    )
     with _inspecting(model), torch.no_grad():  # torch.func takes its gradients all the same
         return settings(*_as_function(model, x, y, dtype))
 
@@ -355,11 +385,19 @@ class Sharpness:
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with _plain_attention():
             return _over_shards(
-                network, self.loss, params, x[: self.examples], y[: self.examples],
-                _Ball(self.rho, self.p, self.adaptive, self.eta), m=self.m, steps=self.steps,
-                restarts=self.restarts, seed=self.seed, batch_size=self.batch_size,
+                network,
+                self.loss,
+                params,
+                x[: self.examples],
+                y[: self.examples],
+                _Ball(self.rho, self.p, self.adaptive, self.eta),
+                m=self.m,
+                steps=self.steps,
+                restarts=self.restarts,
+                seed=self.seed,
+                batch_size=self.batch_size,
                 chunk_size=self.chunk_size,
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -402,9 +440,15 @@ class AverageSharpness:
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with _plain_attention():
             rise = _around(
-                network, self.loss, params, x[: self.examples], y[: self.examples],
-                _Ball(self.rho, 2, self.adaptive, self.eta), directions=self.directions,
-                seed=self.seed, batch_size=self.batch_size,
-            )  # fmt: skip
+                network,
+                self.loss,
+                params,
+                x[: self.examples],
+                y[: self.examples],
+                _Ball(self.rho, 2, self.adaptive, self.eta),
+                directions=self.directions,
+                seed=self.seed,
+                batch_size=self.batch_size,
+            )
         mean, error = rise.mean(), rise.std() / math.sqrt(self.directions)
         return torch.stack([mean, error]) if self.standard_error else mean

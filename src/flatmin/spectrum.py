@@ -455,8 +455,11 @@ def eigenvalues(
     found = lanczos(hessian, v0, max_steps, good)
     values, errors, vectors = _ends(found, top, bottom)
     if not good(found):
-        warnings.warn(f"after {max_steps} steps the errors of the eigenvalues are up to "
-                      f"{errors.max():.2g}: give more steps, or a tol above {tol:g}", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"after {max_steps} steps the errors of the eigenvalues are up to "
+            f"{errors.max():.2g}: give more steps, or a tol above {tol:g}",
+            stacklevel=2,
+        )
     vectors = vectors.mT.to(found.basis.dtype) @ found.basis
     return Eigenvalues(values.to(hessian.dtype), errors.to(hessian.dtype), vectors)
 
@@ -557,8 +560,11 @@ def trace(
             break
     else:
         if half_width > tol * abs(value):
-            warnings.warn(f"after {probes} probes the trace is {value:.3g} ± {half_width:.2g} "
-                          f"(95 %): give more probes, or a tol above {tol:g}", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"after {probes} probes the trace is {value:.3g} ± {half_width:.2g} "
+                f"(95 %): give more probes, or a tol above {tol:g}",
+                stacklevel=2,
+            )
     return Trace(float(value), float(standard_error), probes)
 
 

@@ -658,9 +658,10 @@ class _Outer:
         step = max(1, _AT_ONCE // (groups * t1 * n2 * t2))
         parts = [
             _positions(self.rows(slice(i, i + step)), other)
-            .view(groups, -1, t1, n2, t2).sum((0, 2, 4))
+            .view(groups, -1, t1, n2, t2)
+            .sum((0, 2, 4))
             for i in range(0, n1, step)
-        ]  # fmt: skip
+        ]
         return torch.cat(parts)
 
     def squares(self) -> Tensor:
@@ -765,9 +766,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Opera
     return _Operation(weight, bias, input, "outer", lambda a, delta: (_tokens(a), _tokens(delta)))
 
 
-def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-                 padding: Any = 0, dilation: Any = 1,
-                 groups: int = 1) -> _Operation | None:  # fmt: skip
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Operation | None:
     size = weight.shape[2:]
     if input.ndim != weight.ndim:  # one image without a batch dimension
         return None
@@ -804,10 +811,15 @@ def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     return _Operation(weight, bias, input, "outer", factors, groups, 1, form if faster else None)
 
 
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None,
-               max_norm: float | None = None, norm_type: float = 2.0,
-               scale_grad_by_freq: bool = False,
-               sparse: bool = False) -> _Operation | None:  # fmt: skip
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> _Operation | None:
     if max_norm is not None or scale_grad_by_freq:
         return None
     if padding_idx is not None and padding_idx < 0:
@@ -871,8 +883,11 @@ _OPERATIONS: dict[Any, Callable[..., _Operation | None]] = {
     F.batch_norm: _norm(F.batch_norm),
 }
 _COMMUTATIVE: dict[Any, Callable[[Tensor, Tensor], _Operation]] = {
-    torch.mul: _scale, Tensor.mul: _scale, torch.add: _shift, Tensor.add: _shift,
-}  # fmt: skip
+    torch.mul: _scale,
+    Tensor.mul: _scale,
+    torch.add: _shift,
+    Tensor.add: _shift,
+}
 
 
 # ---------------------------------------------------------- what a network does with its parameters
@@ -903,9 +918,13 @@ class _Tape(TorchFunctionMode):
         Detach the parameters of the known operations: what still has a gradient has another use.
     """
 
-    def __init__(self, params: Params, n: int,
-                 mark: Callable[[Any], tuple[Any, Any]] = lambda out: (out.shape, out),
-                 cut: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        params: Params,
+        n: int,
+        mark: Callable[[Any], tuple[Any, Any]] = lambda out: (out.shape, out),
+        cut: bool = False,
+    ) -> None:
         super().__init__()
         self.names = {id(p): name for name, p in params.items()}
         self.n, self.mark, self.cut = n, mark, cut
@@ -962,9 +981,7 @@ def _check_batch_norm(arguments: dict[str, Any]) -> None:
         )
 
 
-def _parts(
-    uses: list[_Use], deltas: list[Tensor], rest: Tensor
-) -> dict[str, _Formed | _Outer]:
+def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict[str, _Formed | _Outer]:
     """The parts of the gradients, from what went into the operations and what came back."""
     formed: dict[str, list[Tensor]] = defaultdict(list)  # the gradients of each use
     outer = defaultdict(list)
@@ -980,8 +997,9 @@ def _parts(
     owners = Counter(name for use in uses for name in {use.weight, use.bias})
     together = {
         (w, b): owners[w] == owners[b] == len(calls)
-        for (w, b), calls in outer.items() if None not in (w, b)
-    }  # fmt: skip
+        for (w, b), calls in outer.items()
+        if None not in (w, b)
+    }
     weights: dict[str | None, list[tuple[_Use, Tensor]]] = defaultdict(list)
     for (weight, _), calls in outer.items():
         weights[weight] += calls
@@ -1047,8 +1065,15 @@ def _form(use: _Use, delta: Tensor) -> Tensor:
     return torch.cat(gradients)
 
 
-def _rest(network: Network, params: Params, names: list[str], loss: Loss, x: Tensor, y: Tensor,
-          unit: Tensor) -> Tensor:  # fmt: skip
+def _rest(
+    network: Network,
+    params: Params,
+    names: list[str],
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    unit: Tensor,
+) -> Tensor:
     """Gradients with respect to the parameters with other uses, [n, P], by vmap(grad)."""
     if not names:
         return _full(unit).new_zeros(len(x), 0)
@@ -1062,8 +1087,15 @@ def _rest(network: Network, params: Params, names: list[str], loss: Loss, x: Ten
     return torch.cat([_full(g).reshape(len(x), -1) for g in gradients.values()], 1)
 
 
-def _rest_in_a_loop(network: Network, params: Params, names: list[str], loss: Loss, x: Tensor,
-                    y: Tensor, unit: Tensor) -> Tensor:  # fmt: skip
+def _rest_in_a_loop(
+    network: Network,
+    params: Params,
+    names: list[str],
+    loss: Loss,
+    x: Tensor,
+    y: Tensor,
+    unit: Tensor,
+) -> Tensor:
     """The same, for what vmap cannot run (torch.nn.LSTM, a branch that depends on the data)."""
     some = [params[name] for name in names]
     rows = []
@@ -1120,7 +1152,11 @@ class _Passes:
     def __call__(self, x: Tensor, y: Tensor) -> _Features:
         n = len(x)
 
-        def mark(out: Tensor) -> tuple[Any, Tensor]:  # its place in autograd's graph, which no in-place operation later moves
+        def mark(
+            out: Tensor,
+        ) -> tuple[
+            Any, Tensor
+        ]:  # its place in autograd's graph, which no in-place operation later moves
             return (get_gradient_edge(out) if out.requires_grad else None, out.shape), out
 
         with _Tape(self.known, n, mark) as tape:
@@ -1179,8 +1215,9 @@ def _functional_plan(network: Network, params: Params, x: Tensor) -> _Plan:
     return _Plan({k: p for k, p in params.items() if k in known}, sorted({*params} - known), shapes)
 
 
-def _functional_pass(network: Network, params: Params, loss: Loss, plan: _Plan, x: Tensor,
-                     y: Tensor) -> _Features:  # fmt: skip
+def _functional_pass(
+    network: Network, params: Params, loss: Loss, plan: _Plan, x: Tensor, y: Tensor
+) -> _Features:
     n = len(x)
     uses: list[_Use] = []
 

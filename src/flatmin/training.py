@@ -253,7 +253,9 @@ class Networks:
     def module(self, **coords: Any) -> nn.Module:
         """One network as an ordinary module: ``networks.module(flood_level=0.1, seed=3)``."""
         if set(coords) != set(self.coords):
-            raise ValueError(f"module() needs a value for each of {list(self.coords)}, got {coords}")
+            raise ValueError(
+                f"module() needs a value for each of {list(self.coords)}, got {coords}"
+            )
         one = self.select(**coords)
         module = copy.deepcopy(self.template)
         with torch.no_grad():
@@ -294,16 +296,26 @@ class _Options(TypedDict, total=False):
 
 @overload
 def fit(
-    model: nn.Module | Callable[[], nn.Module], data: Data | Sequence[Data], recipe: Recipe = ...,
-    *, steps: int, networks: None = None, **options: Unpack[_Options],
-) -> xr.Dataset: ...  # fmt: skip
+    model: nn.Module | Callable[[], nn.Module],
+    data: Data | Sequence[Data],
+    recipe: Recipe = ...,
+    *,
+    steps: int,
+    networks: None = None,
+    **options: Unpack[_Options],
+) -> xr.Dataset: ...
 
 
 @overload
 def fit(
-    model: nn.Module | Callable[[], nn.Module], data: Data | Sequence[Data], recipe: Recipe = ...,
-    *, steps: int, networks: Literal["last", "best"], **options: Unpack[_Options],
-) -> tuple[xr.Dataset, Networks]: ...  # fmt: skip
+    model: nn.Module | Callable[[], nn.Module],
+    data: Data | Sequence[Data],
+    recipe: Recipe = ...,
+    *,
+    steps: int,
+    networks: Literal["last", "best"],
+    **options: Unpack[_Options],
+) -> tuple[xr.Dataset, Networks]: ...
 
 
 def fit(
@@ -413,10 +425,23 @@ def fit(
     {'flood_level': 2, 'seed': 3, 'step': 21}
     """
     plan = _Plan(
-        model, data, recipe, steps, batch_size, dict(grid or {}), seeds, evaluate_at, splits,
-        dict(instruments or {}), networks, select_by, chunk_size, evaluation_batch_size,
-        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), dtype,
-    )  # fmt: skip
+        model,
+        data,
+        recipe,
+        steps,
+        batch_size,
+        dict(grid or {}),
+        seeds,
+        evaluate_at,
+        splits,
+        dict(instruments or {}),
+        networks,
+        select_by,
+        chunk_size,
+        evaluation_batch_size,
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        dtype,
+    )
     started = time.perf_counter()
     saved = _Checkpoint(checkpoint, checkpoint_every, plan)
     batch = plan.batch_size or plan.train_size
@@ -490,7 +515,9 @@ def best_step(
         whole("patience", patience)
         axis = score.get_axis_num("step")
         low = np.minimum.accumulate(score.values, axis)
-        index = np.arange(score.sizes["step"]).reshape([-1 if d == "step" else 1 for d in score.dims])
+        index = np.arange(score.sizes["step"]).reshape(
+            [-1 if d == "step" else 1 for d in score.dims]
+        )
         new = low < np.roll(low, 1, axis)  # at index 0 it does not matter
         last_new = np.maximum.accumulate(np.where(new, index, 0), axis)
         stopped = np.logical_or.accumulate(index - last_new >= patience, axis)
@@ -596,8 +623,10 @@ class _Plan:
                 raise ValueError(f"splits must have examples, got {split!r} of {first!r}")
         n = len(first.x_train)
         if self.batch_size is not None and self.batch_size > n:
-            raise ValueError(f"batch_size must be at most the {n} training examples, "
-                             f"or None for the full batch, got {self.batch_size}")  # fmt: skip
+            raise ValueError(
+                f"batch_size must be at most the {n} training examples, "
+                f"or None for the full batch, got {self.batch_size}"
+            )
         self.train_size, self.num_classes = n, first.num_classes
         self.steps_per_epoch = math.ceil(n / self.batch_size) if self.batch_size else 1
 
@@ -629,10 +658,11 @@ class _Plan:
             "steps": self.steps,
             "batch_size": self.batch_size or self.train_size,
             "device": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda" else str(self.device),
+            if self.device.type == "cuda"
+            else str(self.device),
             "dtype": str(self.dtype),
             "torch": torch.__version__,
-        }  # fmt: skip
+        }
 
     def fingerprint(self) -> str:
         """What a checkpoint must have been made with."""
@@ -646,12 +676,17 @@ class _Plan:
         return repr(
             self.describe()
             | {
-                "data": content.hexdigest(), "weights": weights.hexdigest(), "grid": self.grid,
-                "seeds": self.seeds, "evaluate_at": self.evaluate_at, "splits": list(self.splits),
-                "instruments": sorted(self.instruments), "networks": self.networks,
+                "data": content.hexdigest(),
+                "weights": weights.hexdigest(),
+                "grid": self.grid,
+                "seeds": self.seeds,
+                "evaluate_at": self.evaluate_at,
+                "splits": list(self.splits),
+                "instruments": sorted(self.instruments),
+                "networks": self.networks,
                 "select_by": self.select_by,
             }
-        )  # fmt: skip
+        )
 
 
 def _train(
@@ -697,9 +732,9 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict[str, Any]:
     params, buffers = stack_module_state(modules)
     for name in [name for name, w in params.items() if not w.requires_grad]:
         buffers[name] = params.pop(name)  # frozen
-    place = lambda w: w.detach().to(
-        plan.device, plan.dtype if w.is_floating_point() else w.dtype
-    )[seed_of_run]  # fmt: skip
+    place = lambda w: w.detach().to(plan.device, plan.dtype if w.is_floating_point() else w.dtype)[
+        seed_of_run
+    ]
     params = {name: place(w) for name, w in params.items()}
     buffers = {name: place(b) for name, b in buffers.items()}
     optimizer = plan.recipe.with_values(hyper).optimizer.init(params)
@@ -710,8 +745,17 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Stacked) -> dict[str, Any]:
 def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
     """One step of the pipeline, for all runs of a chunk at once."""
 
-    def one(params: Stacked, buffers: Stacked, optimizer: Any, hyper: Stacked, draw: Stacked,
-            batch: tuple[Tensor, ...], *, t: int, factor: float) -> Any:  # fmt: skip
+    def one(
+        params: Stacked,
+        buffers: Stacked,
+        optimizer: Any,
+        hyper: Stacked,
+        draw: Stacked,
+        batch: tuple[Tensor, ...],
+        *,
+        t: int,
+        factor: float,
+    ) -> Any:
         recipe = plan.recipe.with_values(hyper)
         x, y, *other = batch
         if recipe.batch is not None:
@@ -731,8 +775,14 @@ def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
         params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
         return params, buffers, optimizer, loss
 
-    def step(state: dict[str, Any], hyper: Stacked, batch: tuple[Tensor, ...], draw: Stacked,
-             t: int, factor: float) -> dict[str, Any]:  # fmt: skip
+    def step(
+        state: dict[str, Any],
+        hyper: Stacked,
+        batch: tuple[Tensor, ...],
+        draw: Stacked,
+        t: int,
+        factor: float,
+    ) -> dict[str, Any]:
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
         stacked = vmap(
@@ -783,20 +833,34 @@ def _evaluate(plan: _Plan) -> Callable[..., Stacked]:
         for name, instrument in plan.instruments.items():
             rows = (seed_of_run,) if per_run else ...
             values[name] = _measure(
-                plan.template, instrument, state["params"], state["buffers"], x[rows], y[rows],
+                plan.template,
+                instrument,
+                state["params"],
+                state["buffers"],
+                x[rows],
+                y[rows],
                 per_run,
-            ).double()  # fmt: skip
+            ).double()
             if values[name].ndim > 1:
-                raise ValueError(f"instruments must return one number, but {name!r} returned shape "
-                                 f"{tuple(values[name].shape[1:])}")  # fmt: skip
+                raise ValueError(
+                    f"instruments must return one number, but {name!r} returned shape "
+                    f"{tuple(values[name].shape[1:])}"
+                )
         healthy = state["diverged_at"] < 0
         return {name: torch.where(healthy, v, torch.nan) for name, v in values.items()}
 
     return evaluate
 
 
-def _measure(template: nn.Module, instrument: Instrument, params: Stacked, buffers: Stacked,
-             x: Tensor, y: Tensor, per_run: bool) -> Tensor:  # fmt: skip
+def _measure(
+    template: nn.Module,
+    instrument: Instrument,
+    params: Stacked,
+    buffers: Stacked,
+    x: Tensor,
+    y: Tensor,
+    per_run: bool,
+) -> Tensor:
     def one(params: Stacked, buffers: Stacked, x: Tensor, y: Tensor) -> Tensor:
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
@@ -971,8 +1035,11 @@ def _warn_of_divergence(dataset: xr.Dataset, expected: bool) -> None:
     ]
     if names and not expected:
         claims.report_divergence(names)
-        warnings.warn(f"the loss of {len(names)} runs is not finite: {'; '.join(names)}. Their "
-                      "results are NaN from there.", stacklevel=3)  # fmt: skip
+        warnings.warn(
+            f"the loss of {len(names)} runs is not finite: {'; '.join(names)}. Their "
+            "results are NaN from there.",
+            stacklevel=3,
+        )
 
 
 def _name(thing: Any) -> str:

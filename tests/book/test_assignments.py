@@ -16,13 +16,26 @@ import assignments
 from flatmin import check
 
 MASTERS = assignments.masters()
-EXPERIMENTS = {"memorization", "flooding_effect", "level_walk", "stiffness_effect", "mixup_effect", "sam_effect",
-               "sharpness_effect"}  # fmt: skip
+EXPERIMENTS = {
+    "memorization",
+    "flooding_effect",
+    "level_walk",
+    "stiffness_effect",
+    "mixup_effect",
+    "sam_effect",
+    "sharpness_effect",
+}
 WRONG = [(path, name) for path in MASTERS for name in assignments.wrong(path)]
 # that are graded by Otter itself, one an assignment
-NAMED = ["paired_interval__unpaired", "accumulate__sign_lost", "two_rate_loss__factor_two",
-         "class_means__diagonal_left_in", "dirichlet_mixup__per_class", "sam_step__not_restored",
-         "lanczos__no_reorthogonalization"]  # fmt: skip
+NAMED = [
+    "paired_interval__unpaired",
+    "accumulate__sign_lost",
+    "two_rate_loss__factor_two",
+    "class_means__diagonal_left_in",
+    "dirichlet_mixup__per_class",
+    "sam_step__not_restored",
+    "lanczos__no_reorthogonalization",
+]
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +56,9 @@ def environment(path, source=assignments.solution, keep=lambda name: True):
     """What the cells of a notebook define, questions by `source`; those that `keep` refuses are left out."""
     env = {}
     for cell in assignments.read(path):
-        if cell.cell_type == "code" and (not assignments.points(cell) or keep(assignments.name_of(cell))):
+        if cell.cell_type == "code" and (
+            not assignments.points(cell) or keep(assignments.name_of(cell))
+        ):
             text = source(cell.source) if assignments.points(cell) else cell.source
             exec(compile(text, path.stem, "exec"), env)
     return env
@@ -56,7 +71,10 @@ def scores(built, path, env, names):
         for name in names:
             test = ExceptionTestFile.from_string(archive.read(f"tests/{name}.py").decode())
             test.run(env)
-            found[name] = test.score, "\n".join(r.message or "" for r in test.test_case_results if not r.passed)
+            found[name] = (
+                test.score,
+                "\n".join(r.message or "" for r in test.test_case_results if not r.passed),
+            )
     return found
 
 
@@ -64,7 +82,9 @@ def scores(built, path, env, names):
 
 
 def test_every_chapter_to_the_seventh_has_one():
-    chapters = {path.name for folder in ("book", "drafts") for path in (ROOT / folder).glob("0[1-7]_*.md")}
+    chapters = {
+        path.name for folder in ("book", "drafts") for path in (ROOT / folder).glob("0[1-7]_*.md")
+    }
     assert [path.name for path in MASTERS] == sorted(chapters) and len(MASTERS) == 7
 
 
@@ -76,7 +96,9 @@ def test_time_points_and_prerequisites_are_stated(path):
     assert re.search(r"\*\*Time:\*\* about \S+", first) and "**You need:**" in first
     number = {4: "four", 5: "five", 6: "six"}[len(worth)]
     assert f"**Points:** {sum(worth.values())}, in {number} questions." in first
-    headings = re.findall(r"^## Question (\d) \((\d) points\): \w", "\n".join(c.source for c in cells), re.M)
+    headings = re.findall(
+        r"^## Question (\d) \((\d) points\): \w", "\n".join(c.source for c in cells), re.M
+    )
     assert [(int(n), int(p)) for n, p in headings] == list(enumerate(worth.values(), 1))
     assert len(EXPERIMENTS & set(worth)) == 1
 
@@ -87,19 +109,27 @@ def test_every_question_has_a_check_a_docstring_and_an_exercise(path):
             name = assignments.name_of(cell)
             assert name in check.__all__
             [function] = [node for node in ast.parse(assignments.exercise(cell.source)).body]
-            assert ast.get_docstring(function) and ast.unparse(function.body[1:]) == "raise NotImplementedError"
+            assert (
+                ast.get_docstring(function)
+                and ast.unparse(function.body[1:]) == "raise NotImplementedError"
+            )
             assert "SOLUTION" not in assignments.solution(cell.source)
 
 
 def test_questions_and_checks_are_the_same():
-    asked = Counter(name for path in MASTERS for name in assignments.questions(assignments.read(path)))
+    asked = Counter(
+        name for path in MASTERS for name in assignments.questions(assignments.read(path))
+    )
     assert set(asked.values()) == {1} and set(asked) == set(check.__all__) - {"Check", "Report"}
 
 
 def test_the_page_for_students_shows_what_a_check_says():
     env, (_, _, source) = {}, assignments.wrong(MASTERS[1])["flooded_step__decay_flooded"]
     exec(source, env)
-    assert f"```text\n{check.flooded_step.run(env['flooded_step'])}\n```" in (BOOK / "assignments.md").read_text()
+    assert (
+        f"```text\n{check.flooded_step.run(env['flooded_step'])}\n```"
+        in (BOOK / "assignments.md").read_text()
+    )
 
 
 def test_the_page_for_instructors_shows_a_check_that_works():
@@ -109,7 +139,9 @@ def test_the_page_for_instructors_shows_a_check_that_works():
     env = {"question": question, "torch": check.core.torch}
     exec(re.search(r"```python\n(@question\n.*?)```", page, re.S)[1], env)
     assert env["margins"].run(environment(MASTERS[0])["margins"])
-    assert "took part in the maximum" in str(env["margins"].run(lambda z, y: z.gather(1, y[:, None])[:, 0] - z.amax(1)))
+    assert "took part in the maximum" in str(
+        env["margins"].run(lambda z, y: z.gather(1, y[:, None])[:, 0] - z.amax(1))
+    )
 
 
 # ------------------------------------------------------------------------- what students get
@@ -125,7 +157,9 @@ def test_student_notebooks_hold_no_solution(built, path):
         assert sum(cell.source == f"_ = check.{name}({name})" for cell in nb.cells) == 1
 
 
-@pytest.mark.parametrize("where", ["source", "markdown", "output", "metadata", "notebook metadata", "hidden seed"])
+@pytest.mark.parametrize(
+    "where", ["source", "markdown", "output", "metadata", "notebook metadata", "hidden seed"]
+)
 def test_a_leak_would_be_found(built, tmp_path, where):
     path = MASTERS[1]
     nb = nbformat.read(built / "student" / f"{path.stem}.ipynb", as_version=4)
@@ -154,7 +188,10 @@ def test_a_course_can_have_hidden_tests_of_its_own(built, tmp_path):
         with zipfile.ZipFile(folder / "autograder" / f"{MASTERS[3].stem}.zip") as archive:
             test = ExceptionTestFile.from_string(archive.read("tests/cosines.py").decode())
             assert f"seed={seed}" in test.source and "seed=0" in test.source
-            assert [(case.points, case.hidden) for case in test.test_cases] == [(1.5, False), (1.5, True)]
+            assert [(case.points, case.hidden) for case in test.test_cases] == [
+                (1.5, False),
+                (1.5, True),
+            ]
 
 
 # ------------------------------------------------------------- grades, by the autograder's tests
@@ -170,24 +207,34 @@ def test_the_reference_scores_all_but_the_experiment(built, path):
 def test_a_blank_one_scores_nothing(built, path):
     worth = assignments.questions(assignments.read(path))
     for env in (environment(path, assignments.exercise), {}):
-        assert {name: score for name, (score, _) in scores(built, path, env, worth).items()} == dict.fromkeys(worth, 0)
+        assert {
+            name: score for name, (score, _) in scores(built, path, env, worth).items()
+        } == dict.fromkeys(worth, 0)
 
 
 def test_there_are_at_least_five_wrong_answers_an_assignment():
     for path in MASTERS:
         found = assignments.wrong(path)
         assert len(found) >= 5 and {asked for asked, _, _ in found.values()} == set(
-            assignments.questions(assignments.read(path)))  # fmt: skip
+            assignments.questions(assignments.read(path))
+        )
     assert len(WRONG) >= 35
 
 
 def cheap(name):
-    return name.partition("__")[0] not in EXPERIMENTS or name.rpartition("__")[2] in ("not_a_dict", "raises")
+    return name.partition("__")[0] not in EXPERIMENTS or name.rpartition("__")[2] in (
+        "not_a_dict",
+        "raises",
+    )
 
 
-@pytest.mark.parametrize(("path", "name"), [
-    pytest.param(path, name, id=name, marks=[] if cheap(name) else pytest.mark.course) for path, name in WRONG
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        pytest.param(path, name, id=name, marks=[] if cheap(name) else pytest.mark.course)
+        for path, name in WRONG
+    ],
+)
 def test_a_wrong_answer_loses_its_points_and_hears_why(built, path, name, monkeypatch):
     """And no others: every check is given its own function only."""
     asked, phrase, source = assignments.wrong(path)[name]
@@ -237,7 +284,13 @@ def test_otter_takes_the_points_of_one_mistake(built, path, name, tmp_path):
 
     def answered(text):
         names = {node.name for node in ast.parse(text).body}
-        return source if asked in names else assignments.exercise(text) if names & EXPERIMENTS else assignments.solution(text)
+        return (
+            source
+            if asked in names
+            else assignments.exercise(text)
+            if names & EXPERIMENTS
+            else assignments.solution(text)
+        )
 
     lost = {asked, *(EXPERIMENTS & set(worth))}
     expected = {question: 0 if question in lost else points for question, points in worth.items()}
@@ -251,21 +304,41 @@ def test_a_folder_becomes_a_table(built, tmp_path, monkeypatch, capsys):
     worth = assignments.questions(assignments.read(path))
     folder = tmp_path / "submissions"
     (folder / "late").mkdir(parents=True)
-    some = assignments.plain(path, lambda text: assignments.solution(text) if "def cosines" in text else assignments.exercise(text))
+    some = assignments.plain(
+        path,
+        lambda text: (
+            assignments.solution(text) if "def cosines" in text else assignments.exercise(text)
+        ),
+    )
     nbformat.write(some, folder / "ada.ipynb")
     (folder / "late" / "bob.ipynb").write_text("{")
     some.cells.insert(1, nbformat.v4.new_code_cell("while True: pass"))
     nbformat.write(some, folder / "cyd.ipynb")
     limit = 60
     one = assignments.grade_one
-    monkeypatch.setattr(assignments, "grade_one", lambda s, a: one(s, a, limit if "cyd" not in s.name else 20))
-    assignments.grade(path, folder, tmp_path / "grades.csv", built / "autograder" / f"{path.stem}.zip", jobs=2)
-    rows = {row["submission"]: row for row in csv.DictReader(io.StringIO((tmp_path / "grades.csv").read_text()))}
+    monkeypatch.setattr(
+        assignments, "grade_one", lambda s, a: one(s, a, limit if "cyd" not in s.name else 20)
+    )
+    assignments.grade(
+        path, folder, tmp_path / "grades.csv", built / "autograder" / f"{path.stem}.zip", jobs=2
+    )
+    rows = {
+        row["submission"]: row
+        for row in csv.DictReader(io.StringIO((tmp_path / "grades.csv").read_text()))
+    }
     assert list(rows) == ["ada.ipynb", "cyd.ipynb", "late/bob.ipynb"]
-    assert rows["ada.ipynb"]["total"] == rows["ada.ipynb"]["cosines"] == "3" and rows["ada.ipynb"]["out of"] == "20"
-    assert {rows["ada.ipynb"][name] for name in worth} == {"0", "3"} and rows["ada.ipynb"]["note"] == ""
+    assert (
+        rows["ada.ipynb"]["total"] == rows["ada.ipynb"]["cosines"] == "3"
+        and rows["ada.ipynb"]["out of"] == "20"
+    )
+    assert {rows["ada.ipynb"][name] for name in worth} == {"0", "3"} and rows["ada.ipynb"][
+        "note"
+    ] == ""
     assert rows["cyd.ipynb"]["note"] == "not graded: stopped after 20 seconds"
-    assert rows["late/bob.ipynb"]["note"].startswith("not graded: ") and rows["late/bob.ipynb"]["total"] == "0"
+    assert (
+        rows["late/bob.ipynb"]["note"].startswith("not graded: ")
+        and rows["late/bob.ipynb"]["total"] == "0"
+    )
     feedback = (tmp_path / "grades" / "ada.txt").read_text()
     assert feedback.startswith("3 of 20 points\n") and feedback.count("✗ check.") == 4
     assert "Not answered yet" in feedback and "ada.ipynb: 3 of 20" in capsys.readouterr().out
@@ -280,8 +353,17 @@ def test_a_student_runs_all_cells_in_jupyter(built, tmp_path):
     cell = next(cell for cell in nb.cells if "def flooded_step" in cell.source)
     cell.source = cell.source.replace("raise NotImplementedError", "while True: pass")
     cell.source += "\ncheck.flooded_step.seconds = 0.5"
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = ["".join(o.get("text", "") for o in cell.outputs) for cell in nb.cells if cell.source.startswith("_ = check.")]
-    assert len(said) == len(assignments.questions(assignments.read(MASTERS[1]))) and all(text.startswith("✗ check.") for text in said)
+    NotebookClient(
+        nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    said = [
+        "".join(o.get("text", "") for o in cell.outputs)
+        for cell in nb.cells
+        if cell.source.startswith("_ = check.")
+    ]
+    assert len(said) == len(assignments.questions(assignments.read(MASTERS[1]))) and all(
+        text.startswith("✗ check.") for text in said
+    )
     assert [("stopped after 0.5 seconds" in text, "Not answered yet" in text) for text in said] == [
-        (i == 3, i != 3) for i in range(len(said))]  # fmt: skip
+        (i == 3, i != 3) for i in range(len(said))
+    ]

@@ -39,19 +39,34 @@ def path(request):
 
 
 def test_a_chapter_imports_only_what_colab_has_or_the_first_cell_installs(path):
-    ours = {Requirement(line).name for line in requires("flatmin") if "extra ==" not in line or re.search("data|plot", line)}
+    ours = {
+        Requirement(line).name
+        for line in requires("flatmin")
+        if "extra ==" not in line or re.search("data|plot", line)
+    }
     have = {canonicalize_name(name) for name in {*colab.COLAB, *ours, "flatmin"}}
     owners = packages_distributions() | {"flatmin": ["flatmin"]}
-    names = {name for source in code_of(path) for name in imported(source)} - sys.stdlib_module_names
+    names = {
+        name for source in code_of(path) for name in imported(source)
+    } - sys.stdlib_module_names
     assert "flatmin" in names
-    assert {name for name in names if not have & {canonicalize_name(owner) for owner in owners.get(name, ())}} == set()
+    assert {
+        name
+        for name in names
+        if not have & {canonicalize_name(owner) for owner in owners.get(name, ())}
+    } == set()
 
 
 def test_a_chapter_reads_no_file_beside_it(path):
     """Neither a picture of the text, nor data: Colab has the notebook alone."""
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img\b[^>]*\bsrc=[\"']([^\"']+)", text_of(path))
-    assert [a or b for a, b in pictures if not (a or b).startswith(("https://", "data:", "attachment:"))] == []
-    read = re.findall(r"\b(?:open|imread|load_dataset|open_dataset|np\.load|torch\.load|read_text|Path)\(", "\n".join(code_of(path)))
+    assert [
+        a or b for a, b in pictures if not (a or b).startswith(("https://", "data:", "attachment:"))
+    ] == []
+    read = re.findall(
+        r"\b(?:open|imread|load_dataset|open_dataset|np\.load|torch\.load|read_text|Path)\(",
+        "\n".join(code_of(path)),
+    )
     assert read == []
 
 
@@ -71,7 +86,9 @@ def test_a_chapter_runs_alone_and_installs_flatmin(tmp_path):
     [first, *_] = chapters()
     notebook, added = colab.Colab(tmp_path / "colab").run(first)
     assert set(added) == {"flatmin", "mnist1d"}, "what Colab lacks, and nothing else"
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     text = "".join(output.get("text", "") for output in outputs)
     claims = len(re.findall(r"\bclaim\(\s*[\"']", "\n".join(code_of(first))))
     assert text.count("✓ ") >= claims > 0 and "✗" not in text
@@ -83,7 +100,9 @@ def test_a_replaced_package_is_found(tmp_path, monkeypatch):
     lists = iter([{"numpy": "2.0.2"}, {"numpy": "2.4.6", "flatmin": "0.1.0"}])
     machine = object.__new__(colab.Colab)
     machine.folder, machine.environment = tmp_path, {}
-    monkeypatch.setattr(machine, "interpreter", lambda name: (tmp_path / name).mkdir(), raising=False)
+    monkeypatch.setattr(
+        machine, "interpreter", lambda name: (tmp_path / name).mkdir(), raising=False
+    )
     monkeypatch.setattr(machine, "installed", lambda python: next(lists), raising=False)
     asked = {}
     monkeypatch.setattr(colab.NotebookClient, "execute", lambda self, **more: asked.update(more))

@@ -18,7 +18,11 @@ def copy(tmp_path_factory):
     """The repository's files that a new chapter touches, and their tests."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("book", "tools", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     for path in (path for path in ROOT.iterdir() if path.is_file()):
         shutil.copy2(path, folder)
     return folder
@@ -26,7 +30,9 @@ def copy(tmp_path_factory):
 
 def run(folder, *command):
     quiet = os.environ | {"TQDM_DISABLE": "1"}  # as the Makefile has it
-    return subprocess.run([sys.executable, *command], cwd=folder, env=quiet, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=quiet, capture_output=True, text=True
+    )
 
 
 def test_a_new_chapter_passes_the_tests(copy):
@@ -61,14 +67,21 @@ def test_workflows_run_what_exists(path):
     extras = (ROOT / "pyproject.toml").read_text()
     for extra in re.findall(r"\.\[([\w,]+)\]", text):
         assert all(re.search(rf"^{name} = \[", extras, re.M) for name in extra.split(",")), extra
-    assert all((ROOT / file).exists() for file in re.findall(r"\bbash (\S+)|\bpython (\S+\.py)", text) for file in file if file)
+    assert all(
+        (ROOT / file).exists()
+        for file in re.findall(r"\bbash (\S+)|\bpython (\S+\.py)", text)
+        for file in file
+        if file
+    )
 
 
 def test_contributing_names_what_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert set(re.findall(r"`?make ([a-z][a-z-]+)", text)) <= set(targets)
-    for path in re.findall(r"`((?:src|tests|tools|book|assignments|benchmarks|results|\.github)/[\w./]+)`", text):
+    for path in re.findall(
+        r"`((?:src|tests|tools|book|assignments|benchmarks|results|\.github)/[\w./]+)`", text
+    ):
         if "NN_" not in path and "NAME" not in path:
             assert (ROOT / path).exists(), path
 
@@ -76,10 +89,16 @@ def test_contributing_names_what_exists():
 def test_no_skeleton_is_left():
     """What the template says of itself has been replaced in the chapters and the pages that list them."""
     pages = [ROOT / "README.md", BOOK / "index.md", *chapters()]
-    for words in ("What the chapter shows, in one or two lines", "]: what it shows", "Replace everything, and keep the stations"):
+    for words in (
+        "What the chapter shows, in one or two lines",
+        "]: what it shows",
+        "Replace everything, and keep the stations",
+    ):
         assert [path.name for path in pages if words in path.read_text()] == []
 
 
-def test_the_code_is_clean():
-    checked = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-fix", "--no-cache", "--output-format", "concise", "."], cwd=ROOT, capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
+@pytest.mark.parametrize("words", ["check --no-fix --output-format concise", "format --check"])
+def test_the_code_is_clean(words):
+    command = [sys.executable, "-m", "ruff", *words.split(), "--no-cache", "."]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr

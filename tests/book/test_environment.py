@@ -17,9 +17,19 @@ NOT_ON_CONDA_FORGE = {"mnist1d", "sphinx-mathjax-offline", "playwright", "axe-pl
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 groups = {"": project["dependencies"], **project["optional-dependencies"]}
-OURS = ("", "data", "plot", "book", "test", "course")  # what environment.yml and the Makefile install
+OURS = (
+    "",
+    "data",
+    "plot",
+    "book",
+    "test",
+    "course",
+)  # what environment.yml and the Makefile install
 by_name = {
-    canonicalize_name(r.name): r for group in groups.values() for r in map(Requirement, group) if r.name != "flatmin"
+    canonicalize_name(r.name): r
+    for group in groups.values()
+    for r in map(Requirement, group)
+    if r.name != "flatmin"
 }
 pins = {
     canonicalize_name(r.name): r
@@ -50,7 +60,11 @@ def test_environment_repeats_the_bounds():
     for requirement in (Requirement(line) for group in OURS for line in groups[group]):
         if requirement.name != "flatmin":
             pip = requirement.name in NOT_ON_CONDA_FORGE
-            name = f"pip:{requirement.name}" if pip else CONDA_NAMES.get(requirement.name, requirement.name)
+            name = (
+                f"pip:{requirement.name}"
+                if pip
+                else CONDA_NAMES.get(requirement.name, requirement.name)
+            )
             wanted[name] = str(requirement.specifier)
     assert {name: set(bounds.split(",")) for name, bounds in conda_specs().items()} == {
         name: set(bounds.split(",")) for name, bounds in wanted.items()
@@ -80,9 +94,13 @@ def home(tmp_path, monkeypatch):
     scripts.mkdir(parents=True)
     (scripts / ("python.exe" if sys.platform == "win32" else "python")).touch()
     there = {"version_info": "1", "import pip": "pip", "version('torch')": ""}
-    monkeypatch.setattr(install, "ask", lambda python, code: next(v for k, v in there.items() if k in code))
+    monkeypatch.setattr(
+        install, "ask", lambda python, code: next(v for k, v in there.items() if k in code)
+    )
     calls = []
-    monkeypatch.setattr(install, "install", lambda python, pins: calls.append(install.read(pins)) or True)
+    monkeypatch.setattr(
+        install, "install", lambda python, pins: calls.append(install.read(pins)) or True
+    )
     return str(folder), there, calls
 
 
@@ -90,7 +108,10 @@ def test_an_old_python_can_read_the_installer_and_is_told_that_it_is_old(tmp_pat
     source = (ROOT / "tools" / "install.py").read_text()
     ast.parse(source, feature_version=(3, 7))
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
-    with pytest.raises(SystemExit, match=r"setup: Python 3.11 or newer is needed, and .* is 3.9. Name another one: make PYTHON=python3.12"):
+    with pytest.raises(
+        SystemExit,
+        match=r"setup: Python 3.11 or newer is needed, and .* is 3.9. Name another one: make PYTHON=python3.12",
+    ):
         install.main(str(tmp_path / "env"))
     assert not (tmp_path / "env").exists()
 
@@ -107,7 +128,10 @@ def test_a_torch_that_is_there_stays(home):
     there["version('torch')"] = "2.9.1+cu128"
     install.main(folder)
     pinned = (ROOT / "constraints.txt").read_text()
-    assert calls == [re.sub(r"(?m)^torch==.*$", "torch==2.9.1+cu128", pinned)] and "torch==2.9.1+cu128\nnumpy==" in calls[0]
+    assert (
+        calls == [re.sub(r"(?m)^torch==.*$", "torch==2.9.1+cu128", pinned)]
+        and "torch==2.9.1+cu128\nnumpy==" in calls[0]
+    )
 
 
 def test_an_environment_of_its_own_follows_the_pins(home):
@@ -127,7 +151,11 @@ def test_what_is_installed_is_not_installed_again(home):
 
 
 @pytest.mark.parametrize(
-    ("absent", "says"), [("version_info", "Remove .*env, and name another"), ("import pip", "there is no pip in .*-m ensurepip")]
+    ("absent", "says"),
+    [
+        ("version_info", "Remove .*env, and name another"),
+        ("import pip", "there is no pip in .*-m ensurepip"),
+    ],
 )
 def test_what_is_wrong_with_an_environment_is_said(home, absent, says):
     folder, there, calls = home
@@ -140,11 +168,17 @@ def test_what_is_wrong_with_an_environment_is_said(home, absent, says):
 def test_a_failed_installation_is_said_and_tried_again(home, monkeypatch):
     folder, _, _ = home
     monkeypatch.setattr(install, "install", lambda python, pins: False)
-    with pytest.raises(SystemExit, match=r"pip could not install everything, see above; \d+ GB are free .* needs a network"):
+    with pytest.raises(
+        SystemExit,
+        match=r"pip could not install everything, see above; \d+ GB are free .* needs a network",
+    ):
         install.main(folder)
     assert install.read(f"{folder}/.flatmin-ready") == ""
 
 
 def test_every_way_of_installing_names_the_same_extras():
     readme = (ROOT / "README.md").read_text()
-    assert f'-e "{install.EXTRAS}"' in readme and install.EXTRAS in (ROOT / "constraints.txt").read_text()
+    assert (
+        f'-e "{install.EXTRAS}"' in readme
+        and install.EXTRAS in (ROOT / "constraints.txt").read_text()
+    )

@@ -10,7 +10,9 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from notebooks import BOOK, chapters
 
 ENTRY = re.compile(r"^(\S.*)\n((?:  .*\n?)+)", re.M)
-ENTRIES = dict(ENTRY.findall((BOOK / "glossary.md").read_text().split("```")[1].partition("\n\n")[2]))
+ENTRIES = dict(
+    ENTRY.findall((BOOK / "glossary.md").read_text().split("```")[1].partition("\n\n")[2])
+)
 CHAPTERS = [path.stem for path in chapters()]
 
 
@@ -45,7 +47,12 @@ def emphasised(path):
 def not_emphasised():
     """(term, chapter) of each entry that a chapter it names never emphasises."""
     words = {name: emphasised(BOOK / f"{name}.ipynb") for name in CHAPTERS}
-    return [(term, name) for term, text in ENTRIES.items() for name in introduced_in(text) if not forms(term) & words[name]]
+    return [
+        (term, name)
+        for term, text in ENTRIES.items()
+        for name in introduced_in(text)
+        if not forms(term) & words[name]
+    ]
 
 
 @pytest.mark.parametrize("term", ENTRIES)
@@ -54,20 +61,33 @@ def test_every_entry_names_its_chapters(term):
 
 
 def test_every_chapter_emphasises_the_words_it_introduces():
-    assert not_emphasised() == [], "write *term* where the chapter explains it; it becomes a link to the glossary"
+    assert not_emphasised() == [], (
+        "write *term* where the chapter explains it; it becomes a link to the glossary"
+    )
 
 
 def test_no_two_entries_are_written_alike():
     assert len(set().union(*map(forms, ENTRIES))) == sum(len(forms(term)) for term in ENTRIES)
 
 
-@pytest.mark.parametrize(("term", "plural"), [
-    ("flat minimum", "flat minima"), ("Gram matrix", "gram matrices"), ("gradient penalty", "gradient penalties"),
-    ("batch", "batches"), ("epoch", "epochs"), ("seed", "seeds"), ("vicinity", "vicinities"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("term", "plural"),
+    [
+        ("flat minimum", "flat minima"),
+        ("Gram matrix", "gram matrices"),
+        ("gradient penalty", "gradient penalties"),
+        ("batch", "batches"),
+        ("epoch", "epochs"),
+        ("seed", "seeds"),
+        ("vicinity", "vicinities"),
+    ],
+)
 def test_forms(term, plural):
     assert forms(term) == {term.lower(), plural}
 
 
 def test_written():
-    assert written("Early  stopping.") == "early stopping" and written("Taylor’s\nformula:") == "taylor's formula"
+    assert (
+        written("Early  stopping.") == "early stopping"
+        and written("Taylor’s\nformula:") == "taylor's formula"
+    )

@@ -27,16 +27,27 @@ def test_a_picture_loses_nothing(tmp_path, mode):
 
 def test_data_becomes_a_file(tmp_path):
     picture, _ = png()
-    page = f'<img alt="a" src="data:image/png;base64,{base64.b64encode(picture).decode()}" style="x">'
-    found = re.fullmatch(r'<img alt="a" src="\.\./_images/(\w+\.webp)" style="x">', pages.data_in_files(page, tmp_path, "../"))
+    page = (
+        f'<img alt="a" src="data:image/png;base64,{base64.b64encode(picture).decode()}" style="x">'
+    )
+    found = re.fullmatch(
+        r'<img alt="a" src="\.\./_images/(\w+\.webp)" style="x">',
+        pages.data_in_files(page, tmp_path, "../"),
+    )
     assert (tmp_path / found[1]).exists()
 
 
 @pytest.mark.parametrize("tag", ["i", "span"])
-@pytest.mark.parametrize("classes", ["theme-switch fa-solid fa-moon fa-lg", "fas fa-list", "fab fa-github", "fa-brands fa-github"])
+@pytest.mark.parametrize(
+    "classes",
+    ["theme-switch fa-solid fa-moon fa-lg", "fas fa-list", "fab fa-github", "fa-brands fa-github"],
+)
 def test_an_icon_is_drawn(classes, tag):
     drawn = pages.ICON.sub(pages.icon, f'<{tag} class="{classes}" title="t"></{tag}>')
-    assert drawn.startswith(f'<svg class="svg-inline--fa {classes}" title="t" aria-hidden="true"') and ' d="M' in drawn
+    assert (
+        drawn.startswith(f'<svg class="svg-inline--fa {classes}" title="t" aria-hidden="true"')
+        and ' d="M' in drawn
+    )
 
 
 def test_scripts_are_deferred_and_none_twice():
@@ -57,5 +68,10 @@ def test_figures_after_the_first_wait_and_keep_their_place():
 
 def test_every_table_scrolls_in_one_box():
     box = '<div class="pst-scrollable-table-container">'
-    page = pages.accessible(f'<table class="a"><th class="head"><p></p></th><th>b</th></table>{box}<table>c</table></div>')
-    assert page == f'{box}<table class="a"><td class="head"><p></p></td><th>b</th></table></div>{box}<table>c</table></div>'
+    page = pages.accessible(
+        f'<table class="a"><th class="head"><p></p></th><th>b</th></table>{box}<table>c</table></div>'
+    )
+    assert (
+        page
+        == f'{box}<table class="a"><td class="head"><p></p></td><th>b</th></table></div>{box}<table>c</table></div>'
+    )

@@ -14,7 +14,9 @@ import flatmin
 
 toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
 in_toc = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-TIMING = re.compile(r"\d\s*(?:ms|µs|us|it/s|s/it)\b|\b\d+(?:\.\d+)?\s+(?:s|sec|secs|seconds|minutes)\b|\d%\|")
+TIMING = re.compile(
+    r"\d\s*(?:ms|µs|us|it/s|s/it)\b|\b\d+(?:\.\d+)?\s+(?:s|sec|secs|seconds|minutes)\b|\d%\|"
+)
 
 
 @pytest.fixture(params=chapters(), ids=lambda path: path.stem)
@@ -41,7 +43,11 @@ def is_figure(cell):
 
 
 def test_the_table_of_contents_names_files_that_exist():
-    assert [name for name in [toc["root"], *in_toc] if not any((BOOK / name).with_suffix(s).exists() for s in (".ipynb", ".md"))] == []
+    assert [
+        name
+        for name in [toc["root"], *in_toc]
+        if not any((BOOK / name).with_suffix(s).exists() for s in (".ipynb", ".md"))
+    ] == []
 
 
 def test_every_chapter_is_in_the_table_of_contents():
@@ -55,7 +61,10 @@ def test_both_halves_are_equal(path):
 
 def test_the_text_half_carries_the_header_that_jupyter_pairs_by(path):
     header = yaml.safe_load(path.read_text().split("---")[1])
-    assert header["jupytext"]["formats"] == "ipynb,md:myst" and header["kernelspec"]["name"] == "python3"
+    assert (
+        header["jupytext"]["formats"] == "ipynb,md:myst"
+        and header["kernelspec"]["name"] == "python3"
+    )
 
 
 def test_the_first_code_cell_is_the_bootstrap(cells):
@@ -65,7 +74,9 @@ def test_the_first_code_cell_is_the_bootstrap(cells):
 
 
 def test_outputs_are_stored_and_none_is_an_error(cells):
-    assert [cell.execution_count for cell in code(cells)] == list(range(1, len(code(cells)) + 1)), "executed top to bottom?"
+    assert [cell.execution_count for cell in code(cells)] == list(range(1, len(code(cells)) + 1)), (
+        "executed top to bottom?"
+    )
     kinds = Counter(output.output_type for cell in code(cells) for output in cell.outputs)
     assert kinds["error"] == 0 and kinds.total() > 0
 
@@ -83,14 +94,22 @@ def test_every_figure_has_alt_text_and_a_caption(cells):
         if cell.cell_type == "code" and is_figure(cell):
             alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(alt) > 20, f"says nothing to who cannot see it:\n{cell.source}"
-            assert following is not None and following.cell_type == "markdown" and "**Figure" in following.source, cell.source
+            assert (
+                following is not None
+                and following.cell_type == "markdown"
+                and "**Figure" in following.source
+            ), cell.source
     for html in (d["text/html"] for cell in code(cells) for d in data(cell) if "text/html" in d):
-        assert all(re.search(r"""\balt=["'][^"']+""", image) for image in re.findall(r"<img\b[^>]*>", html))
+        assert all(
+            re.search(r"""\balt=["'][^"']+""", image) for image in re.findall(r"<img\b[^>]*>", html)
+        )
 
 
 def test_pictures_in_markdown_have_alt_text(cells):
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert not re.search(r"!\[\s*\]\(", text) and all("alt=" in tag for tag in re.findall(r"<img\b[^>]*>", text))
+    assert not re.search(r"!\[\s*\]\(", text) and all(
+        "alt=" in tag for tag in re.findall(r"<img\b[^>]*>", text)
+    )
 
 
 def test_markdown_is_plain(cells):
@@ -106,8 +125,12 @@ def test_markdown_boxes_are_closed(cells):
     for cell in cells:
         if cell.cell_type == "markdown":
             for tag in ("div", "details"):
-                assert len(re.findall(rf"<{tag}\b", cell.source)) == cell.source.count(f"</{tag}>"), cell.source
-            assert not re.search(r"<div class=[^\n]*>\n(?!\n)", cell.source), f"a blank line after <div>:\n{cell.source}"
+                assert len(re.findall(rf"<{tag}\b", cell.source)) == cell.source.count(
+                    f"</{tag}>"
+                ), cell.source
+            assert not re.search(r"<div class=[^\n]*>\n(?!\n)", cell.source), (
+                f"a blank line after <div>:\n{cell.source}"
+            )
 
 
 def test_code_is_plain_python_and_short(cells):

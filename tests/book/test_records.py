@@ -36,11 +36,24 @@ def page(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, docutils_namespace():
             patch.setattr(records, "FOLDERS", [folder])
             patch.setattr("flatmin.experiments.FOLDERS", [folder])
-            app = Sphinx(here, None, here / "out", here / "trees", "html", status=None, warningiserror=True,
-                         confoverrides={"extensions": ["sphinx.ext.autodoc", "myst_parser", "flatmin_book"], "project": "try"})
+            app = Sphinx(
+                here,
+                None,
+                here / "out",
+                here / "trees",
+                "html",
+                status=None,
+                warningiserror=True,
+                confoverrides={
+                    "extensions": ["sphinx.ext.autodoc", "myst_parser", "flatmin_book"],
+                    "project": "try",
+                },
+            )
             app.build()
         known = {Path(path).name for path in app.env.dependencies["index"]}
-        assert known >= {path.name for path in folder.iterdir()}  # another record makes the page anew
+        assert known >= {
+            path.name for path in folder.iterdir()
+        }  # another record makes the page anew
         return here / "out" / "index.html"
 
     return render
@@ -60,8 +73,14 @@ def test_every_experiment_says_what_it_repeats_and_how(committed, name):
     here = section(committed, name)
     text = re.sub(r"<[^>]+>", "", here)
     assert experiment(name).SOURCE in unescape(text.replace("\n", " "))
-    assert f"python -m flatmin.experiments {name} --size paper" in text and "--size tiny" not in text
-    known = [size for size in experiment(name).SETTINGS if records.record_path(name, records.FOLDERS[1], size).exists()]
+    assert (
+        f"python -m flatmin.experiments {name} --size paper" in text and "--size tiny" not in text
+    )
+    known = [
+        size
+        for size in experiment(name).SETTINGS
+        if records.record_path(name, records.FOLDERS[1], size).exists()
+    ]
     assert here.count("<figure") == here.count("<img") == len(known)
     assert ("not yet recorded" in text) == (len(known) < len(experiment(name).SETTINGS) - 1)
 
@@ -70,7 +89,9 @@ def test_a_record_is_shown_with_where_it_comes_from_its_figure_and_the_rate(comm
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
     assert "recorded on cpu, 10 seeds, 36 min" in text
     assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
-    assert "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
+    assert (
+        "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
+    )
     alt = re.search(r'<img alt="([^"]*)"', section(committed, "flooding_synthetic"))[1]
     assert alt.startswith("flooding_synthetic, demo: Test accuracy")
 
@@ -97,4 +118,6 @@ def test_a_new_record_appears(page, tmp_path):
     text = re.sub(r"<[^>]+>", "", section(page(tmp_path).read_text(), "flooding_synthetic"))
     assert "recorded with seeds=10 on A large GPU, 10 seeds, 2.0 h" in text
     assert "at the rate" not in text  # of a record with changed settings
-    assert json.loads(xr.load_dataset(tmp_path / "flooding_synthetic-paper.nc", engine="scipy").attrs["seeds"])
+    assert json.loads(
+        xr.load_dataset(tmp_path / "flooding_synthetic-paper.nc", engine="scipy").attrs["seeds"]
+    )

@@ -11,7 +11,9 @@ import yaml
 from notebooks import BOOK, ROOT, chapters, repository
 
 URL = repository()["url"]
-ADDRESS = re.compile(r"(?:github\.com|colab\.research\.google\.com/github|raw\.githubusercontent\.com)/([\w.-]+/[\w.-]*\w)(/[^\s)\"'>\]]*)?")
+ADDRESS = re.compile(
+    r"(?:github\.com|colab\.research\.google\.com/github|raw\.githubusercontent\.com)/([\w.-]+/[\w.-]*\w)(/[^\s)\"'>\]]*)?"
+)
 
 
 def addresses():
@@ -36,18 +38,25 @@ def test_colab_links_open_what_exists():
     for path, _, rest in addresses():
         if match := re.fullmatch(r"/blob/([^/]+)/(.+)", rest):
             branch, file = match.groups()
-            assert branch == repository()["branch"] and (ROOT / file.split("#")[0]).exists(), f"{path}: {rest}"
+            assert branch == repository()["branch"] and (ROOT / file.split("#")[0]).exists(), (
+                f"{path}: {rest}"
+            )
 
 
 def test_metadata_names_the_repository():
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"] == URL
+    assert (
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"] == URL
+    )
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == URL
 
 
 def test_citation_states_the_package_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and {"message", "title", "authors"} <= citation.keys()
-    assert citation["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (
+        citation["version"]
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    )
 
 
 def test_a_move_is_one_edit(tmp_path):
@@ -55,20 +64,39 @@ def test_a_move_is_one_edit(tmp_path):
     for path in [ROOT / "_config.yml", *links.files()]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
-    shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__")
+    )
     config = tmp_path / "_config.yml"
     config.write_text(config.read_text().replace(URL, "https://github.com/someone/elsewhere"))
 
     def run(*command):
-        return subprocess.run([sys.executable, tmp_path / "tools" / command[0], *command[1:]], capture_output=True).returncode
+        return subprocess.run(
+            [sys.executable, tmp_path / "tools" / command[0], *command[1:]], capture_output=True
+        ).returncode
 
     assert run("links.py", "--check") == 1
-    assert run("links.py") == 0 and run("links.py", "--check") == 0 and run("notebooks.py", "check") == 0
-    texts = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.suffix in {".md", ".ipynb", ".toml", ".cff"}}
+    assert (
+        run("links.py") == 0
+        and run("links.py", "--check") == 0
+        and run("notebooks.py", "check") == 0
+    )
+    texts = {
+        path.relative_to(tmp_path): path.read_text()
+        for path in tmp_path.rglob("*")
+        if path.suffix in {".md", ".ipynb", ".toml", ".cff"}
+    }
     assert [name for name, text in texts.items() if links.slug(URL) in text] == []
-    assert all("git+https://github.com/someone/elsewhere" in texts[path.relative_to(ROOT)] for path in chapters())
+    assert all(
+        "git+https://github.com/someone/elsewhere" in texts[path.relative_to(ROOT)]
+        for path in chapters()
+    )
 
 
 def test_every_reference_can_be_found():
     entries = (BOOK / "references.bib").read_text().split("\n@")
-    assert [entry.split("\n")[0] for entry in entries if not re.search(r"^\s*(doi|eprint|url) =", entry, re.M)] == []
+    assert [
+        entry.split("\n")[0]
+        for entry in entries
+        if not re.search(r"^\s*(doi|eprint|url) =", entry, re.M)
+    ] == []

@@ -97,8 +97,13 @@ def test_book_executes_only_what_changed_and_leaves_the_tree_alone(tree, capsys)
 def test_a_cell_that_raises_is_reported_and_nothing_is_written(tree, capsys):
     [path] = chapters()
     path.write_text(CHAPTER.replace("1 + 1", "1 / 0"))
-    assert list(notebooks.run([path])) == ["01_try"] and "ZeroDivisionError" in capsys.readouterr().out
-    assert all(cell.outputs == [] for cell in code_cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4)))
+    assert (
+        list(notebooks.run([path])) == ["01_try"] and "ZeroDivisionError" in capsys.readouterr().out
+    )
+    assert all(
+        cell.outputs == []
+        for cell in code_cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
+    )
     assert list(notebooks.book(tree / "_build")) == ["01_try"]
 
 
@@ -111,11 +116,21 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
     [path] = chapters()
     monkeypatch.setattr(claims, "SEEDS", [1, 2])
     seed = 'os.environ["FLATMIN_SEED"]'
-    path.write_text(with_claims('claim("always", "it holds", True)', f'claim("odd", "the seed is odd", {seed} == "1")',
-                                f'assert {seed} != "2"', 'claim("last", "it is reached", True)'))
+    path.write_text(
+        with_claims(
+            'claim("always", "it holds", True)',
+            f'claim("odd", "the seed is odd", {seed} == "1")',
+            f'assert {seed} != "2"',
+            'claim("last", "it is reached", True)',
+        )
+    )
     assert claims.main([]) == 1
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ") and len(line.split()) == 3}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in out.splitlines()
+        if line.startswith("  ") and len(line.split()) == 3
+    }
     assert rows == {"always": ["✓", "✓"], "odd": ["✓", "✗"], "last": ["✓", "–"]}
     assert "claims: 4 of 6 hold, 1 chapter runs crashed" in out
 
@@ -123,7 +138,10 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
 def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
     monkeypatch.setattr(claims, "SEEDS", [3])
     chapters()[0].write_text(with_claims('claim("always", "it holds", True)'))
-    assert claims.main([]) == 0 and "claims: 1 of 1 hold, 0 chapter runs crashed" in capsys.readouterr().out
+    assert (
+        claims.main([]) == 0
+        and "claims: 1 of 1 hold, 0 chapter runs crashed" in capsys.readouterr().out
+    )
 
 
 def test_claims_list_wants_plain_strings(tree):
@@ -141,13 +159,16 @@ def test_bootstrap_does_nothing_here_and_keeps_torch_elsewhere(monkeypatch):
     assert commands == []
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flatmin" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "flatmin" else find(name)
+    )
     exec(bootstrap(), {})
     monkeypatch.setenv("FLATMIN_PIP", "flatmin-0.1.0-py3-none-any.whl")
     exec(bootstrap(), {})
     kept = [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
     assert [command[-3:] for command in commands] == [
-        [f"flatmin[all] @ {notebooks.source()}", *kept], ["flatmin-0.1.0-py3-none-any.whl", *kept],
+        [f"flatmin[all] @ {notebooks.source()}", *kept],
+        ["flatmin-0.1.0-py3-none-any.whl", *kept],
     ]
 
 
@@ -161,8 +182,14 @@ def test_the_book_ends_with_one_line_that_says_what_came_out(tree, monkeypatch, 
     [path] = chapters()
     last = lambda: capsys.readouterr().out.rstrip().splitlines()[-1]
     monkeypatch.setattr(notebooks, "book", lambda: {})
-    for status, says in ((0, "book: ready in 0 s, open "), (1, "book: rendering FAILED after 0 s, see the warnings above")):
+    for status, says in (
+        (0, "book: ready in 0 s, open "),
+        (1, "book: rendering FAILED after 0 s, see the warnings above"),
+    ):
         monkeypatch.setattr(notebooks, "render", lambda status=status: status)
         assert notebooks.make_book() == status and last().startswith(says)
     monkeypatch.setattr(notebooks, "book", lambda: {path.stem: "error"})
-    assert notebooks.make_book() and last() == "book: NOT rendered, for these failed, see above: 01_try"
+    assert (
+        notebooks.make_book()
+        and last() == "book: NOT rendered, for these failed, see above: 01_try"
+    )

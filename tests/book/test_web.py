@@ -25,8 +25,12 @@ CHAPTERS = [name for name in PAGES if name[0].isdigit()]
 SOURCES = sorted(str(path.relative_to(HTML)) for path in HTML.glob("_modules/**/*.html"))
 SHOTS = ROOT / "_build" / "screenshots"
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
 ]
 RENDERED = """() => {
     const math = [...document.querySelectorAll('.math')].length;
@@ -47,8 +51,10 @@ TOO_WIDE = """() => {
 # formula is no text to axe-core, so that `empty-table-header` finds headings empty that are not: test_page asks itself.
 RULES = """{resultTypes: ['violations'], preload: false, rules: {'color-contrast': {enabled: false}, 'empty-table-header': {enabled: false}},
     runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}"""
-AXE = "([context, options]) => axe.run(context, options).then(found => found.violations.flatMap(" \
+AXE = (
+    "([context, options]) => axe.run(context, options).then(found => found.violations.flatMap("
     "v => v.nodes.map(n => `${v.id}: ${n.target} ${n.html.slice(0, 120)} ${n.failureSummary}`)))"
+)
 ONE_OF_EACH = """() => {
     const seen = new Set();
     const clear = color => color === 'transparent' || color.endsWith(', 0)');
@@ -75,7 +81,11 @@ def missing(reason):
 
 @pytest.fixture(scope="module")
 def browser():
-    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    executable = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not executable:
         missing("no Chromium on this machine (Debian: apt-get install chromium)")
     if not PAGES:
@@ -128,7 +138,13 @@ def opened(page, address):
 def watched(browser, address, **options):
     """A new page, and the list that everything that goes wrong in it is added to."""
     page, troubles = browser.new_page(**options), []
-    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or troubles.append(f"leaves the host: {r.url}"))
+    page.on(
+        "request",
+        lambda r: (
+            r.url.startswith((address, "data:", "blob:"))
+            or troubles.append(f"leaves the host: {r.url}")
+        ),
+    )
     page.on("requestfailed", lambda r: troubles.append(f"failed: {r.url}"))
     page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
     page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
@@ -144,25 +160,44 @@ def test_there_is_a_book(browser):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("name", PAGES)
 def test_page(browser, address, name, width, scheme):
-    page, troubles = watched(browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, troubles = watched(
+        browser, address, viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
     try:
         opened(page, f"{address}/{name}")
         assert page.evaluate("document.documentElement.dataset.theme") == scheme
         assert page.locator("mjx-merror, .MathJax_Error").count() == 0, "a formula does not parse"
-        silent = page.locator("img").evaluate_all("all => all.filter(i => !i.alt.trim()).map(i => i.src)")
+        silent = page.locator("img").evaluate_all(
+            "all => all.filter(i => !i.alt.trim()).map(i => i.src)"
+        )
         assert silent == [], "pictures without alt text"
-        page.locator(".bd-article img:visible").evaluate_all("all => Promise.all(all.map(i => { i.loading = 'eager'; return i.decode(); }))")
+        page.locator(".bd-article img:visible").evaluate_all(
+            "all => Promise.all(all.map(i => { i.loading = 'eager'; return i.decode(); }))"
+        )
         assert page.locator("h1:visible").count() == 1
-        assert page.locator("th").evaluate_all("all => all.filter(e => !e.textContent.trim()).length") == 0
+        assert (
+            page.locator("th").evaluate_all("all => all.filter(e => !e.textContent.trim()).length")
+            == 0
+        )
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        page.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        )
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / f"{Path(name).stem}-{width}-{scheme}.jpg", full_page=True, type="jpeg", quality=80)
+        page.screenshot(
+            path=SHOTS / f"{Path(name).stem}-{width}-{scheme}.jpg",
+            full_page=True,
+            type="jpeg",
+            quality=80,
+        )
         page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
         assert page.evaluate(ONE_OF_EACH) > 3
-        contrast = [{"include": [["[data-one-of-each]"]]}, {"runOnly": ["color-contrast"], "resultTypes": ["violations"], "preload": False}]
+        contrast = [
+            {"include": [["[data-one-of-each]"]]},
+            {"runOnly": ["color-contrast"], "resultTypes": ["violations"], "preload": False},
+        ]
         assert page.evaluate(AXE, contrast) == []
         if scheme == "light":  # the rest does not depend on colours
             assert page.evaluate(f"({AXE})([document, {RULES}])") == []
@@ -175,7 +210,10 @@ def test_the_package_s_source_fits_a_phone(browser, address):
     page, troubles = watched(browser, address, viewport={"width": 390, "height": 900})
     for name in SOURCES:
         page.goto(f"{address}/{name}", wait_until="load")
-        assert page.evaluate(TOO_WIDE) == [] and page.evaluate("document.documentElement.scrollWidth") <= 390, name
+        assert (
+            page.evaluate(TOO_WIDE) == []
+            and page.evaluate("document.documentElement.scrollWidth") <= 390
+        ), name
     assert troubles == []
     page.close()
 
@@ -186,9 +224,14 @@ def test_a_page_is_light(name):
     size = lambda places: sum((HTML / place).stat().st_size for place in set(places))
     page = text(name)
     assert size([name, *re.findall(r'<img [^>]*src="([^":?]*)', page)]) < 1.5e6
-    scripts, styles = (re.findall(pattern, page) for pattern in (r'<script [^>]*src="([^"?]*)', r'<link [^>]*href="([^"?]*\.css)'))
+    scripts, styles = (
+        re.findall(pattern, page)
+        for pattern in (r'<script [^>]*src="([^"?]*)', r'<link [^>]*href="([^"?]*\.css)')
+    )
     assert size(scripts) < 1.6e6 and size(styles) < 0.6e6
-    assert [tag for tag in re.findall(r"<script [^>]*src=[^>]*>", page) if " defer" not in tag] == []
+    assert [
+        tag for tag in re.findall(r"<script [^>]*src=[^>]*>", page) if " defer" not in tag
+    ] == []
     assert "data:image" not in page and not re.search(r'<(?:i|span) class="[^"]*\bfa-', page)
 
 
@@ -205,7 +248,11 @@ def test_no_script_holds_a_page_up(browser, address, name):
 
 
 def test_the_book_works_anywhere(browser, anywhere):
-    for name in ("index.html", CHAPTERS[0], SOURCES[0]):  # a page each: who walks on breaks off what still loads
+    for name in (
+        "index.html",
+        CHAPTERS[0],
+        SOURCES[0],
+    ):  # a page each: who walks on breaks off what still loads
         page, troubles = watched(browser, anywhere)
         opened(page, f"{anywhere}/{name}")
         assert page.locator("svg.svg-inline--fa:visible").count() >= 3, "icons"
@@ -229,17 +276,32 @@ def test_search_finds_every_word_of_the_glossary(browser, address):
     page = browser.new_page()
     page.goto(f"{address}/search.html?q=flatness", wait_until="networkidle")
     found = "words => Search._performSearch(...Search._parseQuery(words)).map(result => result[0])"
-    terms = [" ".join(unescape(term).split()) for term in re.findall(r'<dt id="term-[^"]*">(.*?)<a', text("glossary.html"), re.S)]
+    terms = [
+        " ".join(unescape(term).split())
+        for term in re.findall(r'<dt id="term-[^"]*">(.*?)<a', text("glossary.html"), re.S)
+    ]
     assert len(terms) > 50
-    assert [term for term in terms if not {"glossary"} < set(page.evaluate(found, term))] == [], "found in the glossary and in a chapter"
+    assert [term for term in terms if not {"glossary"} < set(page.evaluate(found, term))] == [], (
+        "found in the glossary and in a chapter"
+    )
     page.close()
 
 
 def test_the_words_that_a_chapter_introduces_link_to_the_glossary():
     entries = re.findall(r'<dt id="(term-[^"]*)">.*?<dd>(.*?)</dd>', text("glossary.html"), re.S)
-    links = {name: set(re.findall(r'href="glossary\.html#(term-[^"]*)"', text(name))) for name in CHAPTERS}
-    said = [(term, name) for term, entry in entries for name in re.findall(r'href="(\w+\.html)"', entry.rpartition("(Chapter")[2])]
-    assert len(said) >= len(entries) and [(term, name) for term, name in said if term not in links[name]] == []
+    links = {
+        name: set(re.findall(r'href="glossary\.html#(term-[^"]*)"', text(name)))
+        for name in CHAPTERS
+    }
+    said = [
+        (term, name)
+        for term, entry in entries
+        for name in re.findall(r'href="(\w+\.html)"', entry.rpartition("(Chapter")[2])
+    ]
+    assert (
+        len(said) >= len(entries)
+        and [(term, name) for term, name in said if term not in links[name]] == []
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in CHAPTERS if 'class="explorable"' in text(name)])
@@ -250,7 +312,9 @@ def test_explorable_figures_obey_the_keyboard(browser, address, name):
         id = figure.get_attribute("id")
         for knob in figure.locator("input").all():
             assert knob.evaluate("knob => knob.labels.length") == 1
-            knob.evaluate("knob => { const before = document.createElement('button'); knob.before(before); before.focus(); }")
+            knob.evaluate(
+                "knob => { const before = document.createElement('button'); knob.before(before); before.focus(); }"
+            )
             page.keyboard.press("Tab")
             assert knob.evaluate("knob => document.activeElement === knob")
             page.keyboard.press("Home")
@@ -275,10 +339,28 @@ def test_the_whole_book_as_a_pdf(browser, tmp_path):
     starts, names = pdf.numbers(target), [name for _, group in pdf.parts() for name in group]
     contents = " ".join(texts[1 : starts["index"] - 1])
     for name in names:
-        title = " ".join(unescape(re.sub(r"<[^>]*>", "", re.search(r"<h1>(.*?)<a ", text(f"{name}.html").split("bd-article\">")[1], re.S)[1])).split())
+        title = " ".join(
+            unescape(
+                re.sub(
+                    r"<[^>]*>",
+                    "",
+                    re.search(r"<h1>(.*?)<a ", text(f"{name}.html").split('bd-article">')[1], re.S)[
+                        1
+                    ],
+                )
+            ).split()
+        )
         assert title[:30] in texts[starts[name] - 1], f"{title!r} begins on page {starts[name]}"
-        assert re.search(rf"{re.escape(title[-20:])}\s*{starts[name]}\b", contents), f"the contents give its page: {title!r}"
+        assert re.search(rf"{re.escape(title[-20:])}\s*{starts[name]}\b", contents), (
+            f"the contents give its page: {title!r}"
+        )
     outline = [entry.title for entry in reader.outline if not isinstance(entry, list)]
     assert len(outline) >= len(names) and reader.trailer["/Root"]["/MarkInfo"]["/Marked"]
-    wanted = {str(a["/Dest"]).removeprefix("/") for page in reader.pages for a in page.get("/Annots", []) for a in [a.get_object()] if "/Dest" in a}
+    wanted = {
+        str(a["/Dest"]).removeprefix("/")
+        for page in reader.pages
+        for a in page.get("/Annots", [])
+        for a in [a.get_object()]
+        if "/Dest" in a
+    }
     assert len(wanted) > 300 and wanted <= starts.keys()

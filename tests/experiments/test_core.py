@@ -151,7 +151,9 @@ def child(output, *words, **environment):
     code = 99
     try:
         os.environ.update(environment)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a job in the background ignores it
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
@@ -187,8 +189,13 @@ def test_the_record_is_what_the_units_return(toy):
     whole = run("toy", "tiny", out=toy.out)
     assert dict(whole.sizes) == {"method": 2, "seed": 3, "step": 30}
     assert list(whole.method.values) == ["a", "b"] and list(whole.seed.values) == [0, 1, 2]
-    work = SimpleNamespace(path=Path("x-y"), load=lambda: None, save=lambda state: None,
-                           due=lambda every: False, progress=lambda n: None)  # fmt: skip
+    work = SimpleNamespace(
+        path=Path("x-y"),
+        load=lambda: None,
+        save=lambda state: None,
+        due=lambda every: False,
+        progress=lambda n: None,
+    )
     settings = toy.module.SETTINGS["tiny"]
     for unit in ({"method": m, "seed": s} for m in "ab" for s in range(3)):
         alone = toy.module.run_unit(unit, settings, work)
@@ -225,7 +232,9 @@ def test_units_that_are_no_grid(toy, monkeypatch):
     whole = run("toy", "tiny", out=toy.out)
     assert list(whole.method.values) == ["b", "a"] and list(whole.seed.values) == [4, 2, 1]
     there = whole.walk.notnull().all("step")
-    assert [dict(method=m, seed=s) in chosen for m in "ba" for s in (4, 2, 1)] == [*there.values.flat]
+    assert [dict(method=m, seed=s) in chosen for m in "ba" for s in (4, 2, 1)] == [
+        *there.values.flat
+    ]
 
 
 @pytest.mark.parametrize("spoil", ["cut", "changed", "empty"])
@@ -233,7 +242,11 @@ def test_a_damaged_part_is_computed_again(toy, spoil):
     first = run("toy", "tiny", out=toy.out)
     part = sorted((toy.out / "toy.parts").iterdir())[3]
     content = part.read_bytes()
-    spoilt = {"cut": content[:-100], "changed": content[:-1] + bytes([content[-1] ^ 1]), "empty": b""}
+    spoilt = {
+        "cut": content[:-100],
+        "changed": content[:-1] + bytes([content[-1] ^ 1]),
+        "empty": b"",
+    }
     part.write_bytes(spoilt[spoil])
     with pytest.warns(UserWarning, match="is damaged, its unit is computed again"):
         assert same(first, run("toy", "tiny", out=toy.out))
@@ -245,7 +258,10 @@ def test_a_part_of_another_rank_that_is_damaged(toy, monkeypatch):
     part = toy.out / "toy.parts" / core.plan("toy", "tiny").file({"method": "a", "seed": 1})
     part.write_bytes(b"x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(RuntimeError, match="same command"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(RuntimeError, match="same command"),
+    ):
         run("toy", "tiny", out=toy.out)
     monkeypatch.delenv("WORLD_SIZE")
     assert run("toy", "tiny", out=toy.out).walk.notnull().all() and len(toy.log("start")) == 7
@@ -253,7 +269,9 @@ def test_a_part_of_another_rank_that_is_damaged(toy, monkeypatch):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta:x"])
 def test_bad_devices_are_named(toy, device):
-    with pytest.raises(ValueError, match=f"device must be one that PyTorch finds here, got '{device}'"):
+    with pytest.raises(
+        ValueError, match=f"device must be one that PyTorch finds here, got '{device}'"
+    ):
         run("toy", out=toy.out, device=device)
 
 
@@ -270,13 +288,17 @@ def test_a_damaged_checkpoint_starts_its_unit_anew(tmp_path):
         assert core.Work(torch.device("cpu"), tmp_path, [], bar).load() is None
 
 
-@pytest.mark.parametrize("path", sorted(records.FOLDERS[1].glob("*.nc")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(records.FOLDERS[1].glob("*.nc")), ids=lambda path: path.name
+)
 def test_every_record_keeps_the_schema(path):
     known = xr.load_dataset(path, engine="scipy")
     check(known)
     size = known.attrs["size"].split(",")[0]
     assert path.name == records.record_path(known.attrs["experiment"], "", size).name
-    empty = {k for k, v in known.variables.items() if v.dtype.kind == "f" and not np.isfinite(v).any()}
+    empty = {
+        k for k, v in known.variables.items() if v.dtype.kind == "f" and not np.isfinite(v).any()
+    }
     assert empty <= {"xi", "within_group"}  # no line that comes down to zero; no super-classes
 
 
@@ -291,7 +313,9 @@ def test_the_schema_names_what_is_missing(key):
 @pytest.mark.parametrize("name", records.NAMES)
 def test_every_experiment_keeps_the_contract(name):
     module = records.experiment(name)
-    assert {"tiny", "reduced", "paper"} <= {*module.SETTINGS} and module.SOURCE and module.plot.__doc__
+    assert (
+        {"tiny", "reduced", "paper"} <= {*module.SETTINGS} and module.SOURCE and module.plot.__doc__
+    )
     costs = {}
     for size in module.SETTINGS:
         todo = core.plan(name, size)
@@ -314,7 +338,9 @@ def test_killed_at_any_moment(toy, reference, every, tmp_path):
         if kills < 4:  # after so many steps of the 180; later after some time
             steps = len(toy.log("step")) + moments.randint(0, 30)
             until(lambda steps=steps: len(toy.log("step")) >= steps)
-        time.sleep(moments.uniform(0, 0.01) if kills < 4 else moments.uniform(0.02, 0.25) * kills / 4)
+        time.sleep(
+            moments.uniform(0, 0.01) if kills < 4 else moments.uniform(0.02, 0.25) * kills / 4
+        )
         os.kill(pid, signal.SIGKILL)
         if exit_code(pid) == 0:
             break
@@ -408,7 +434,17 @@ def test_a_rank_that_died_is_named_and_the_rest_goes_on(toy, reference, tmp_path
 
 @forks
 def test_a_slow_rank_is_waited_for_while_it_lives(toy, tmp_path):
-    words = ["toy", "--size", "tiny", "--out", str(toy.out), "--set", "pause=0.1", "--patience", "2"]
+    words = [
+        "toy",
+        "--size",
+        "tiny",
+        "--out",
+        str(toy.out),
+        "--set",
+        "pause=0.1",
+        "--patience",
+        "2",
+    ]
     first = child(tmp_path / "0", *words, RANK="0", WORLD_SIZE="6")
     others = [child(tmp_path / "x", *words, RANK=f"{r}", WORLD_SIZE="6") for r in range(1, 6)]
     assert [exit_code(pid) for pid in (first, *others)] == [0] * 6
@@ -418,14 +454,31 @@ def test_torchrun_equals_one_process(toy, reference, tmp_path):
     runner = tmp_path / "runner.py"
     runner.write_text(RUNNER)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", runner,
-         toy.file, "toy", "--size", "tiny", "--out", toy.out],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            runner,
+            toy.file,
+            "toy",
+            "--size",
+            "tiny",
+            "--out",
+            toy.out,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert same(reference, xr.load_dataset(toy.out / "toy-tiny.nc", engine="scipy"))
     assert len(toy.log("start")) == 6
-    assert {"wrote", "this"} == {line.split()[1] for line in done.stdout.splitlines() if " s" in line}
+    assert {"wrote", "this"} == {
+        line.split()[1] for line in done.stdout.splitlines() if " s" in line
+    }
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -457,16 +510,20 @@ def test_out_of_memory_halves_and_goes_on(tmp_path):
 def test_the_last_line_says_what_happened(toy, capsys):
     assert main(["toy", "--size", "tiny", "--out", str(toy.out)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[-1].startswith(f"toy: wrote {toy.out / 'toy-tiny.nc'} (6 units, 0 s of computing; this call")
+    assert out[-1].startswith(
+        f"toy: wrote {toy.out / 'toy-tiny.nc'} (6 units, 0 s of computing; this call"
+    )
 
 
 def test_estimate_and_list_run_nothing(toy, capsys):
     assert main(["toy", "--estimate", "--size", "tiny", "--set", 'methods=["c"]']) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "method=c seed=0", "method=c seed=1", "method=c seed=2",
+        "method=c seed=0",
+        "method=c seed=1",
+        "method=c seed=2",
         'toy, tiny, methods=["c"]: 3 units, 90 gradients of an example, '
         "for its time there is no record to judge by",
-    ]  # fmt: skip
+    ]
     assert main(["flooding_synthetic", "--estimate", "--seeds", "5"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "flooding_synthetic, demo, seeds=5: 6 units, 4.3e+06 gradients of an example, "
@@ -475,7 +532,9 @@ def test_estimate_and_list_run_nothing(toy, capsys):
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == records.NAMES
-    assert lines[0].endswith("recorded on cpu, size demo") and lines[-1].endswith("no paper; not yet recorded")
+    assert lines[0].endswith("recorded on cpu, size demo") and lines[-1].endswith(
+        "no paper; not yet recorded"
+    )
     assert toy.log("start") == []
 
 
@@ -483,7 +542,10 @@ BAD = {
     "name": (["tou"], "name must be one of .*'toy'.*, got 'tou'"),
     "no name": ([], "name an experiment, or ask for the --list"),
     "size": (["toy", "--size", "big"], r"size must be one of \['reduced', 'tiny'\], got 'big'"),
-    "setting": (["toy", "--set", "stepz=3"], r"settings must be among \['every', .*\], got 'stepz'"),
+    "setting": (
+        ["toy", "--set", "stepz=3"],
+        r"settings must be among \['every', .*\], got 'stepz'",
+    ),
     "no value": (["toy", "--set", "steps"], "--set must be KEY=VALUE, got 'steps'"),
     "kind": (["toy", "--set", "steps=many"], "steps must be a number like 1, got 'many'"),
     "list": (["toy", "--set", "methods=a"], r"methods must be a list like \[\"a\"\], got 'a'"),
@@ -506,9 +568,9 @@ def test_bad_input_is_named(toy, capsys, case):
 
 
 @pytest.mark.parametrize(
-    "device, gpus, processes, sharing", [("cpu", 0, 8, 1), ("cuda", 1, 8, 8), ("cuda", 4, 8, 2),
-                                         ("cuda", 4, 4, 1), ("cuda", 3, 8, 3)]
-)  # fmt: skip
+    "device, gpus, processes, sharing",
+    [("cpu", 0, 8, 1), ("cuda", 1, 8, 8), ("cuda", 4, 8, 2), ("cuda", 4, 4, 1), ("cuda", 3, 8, 3)],
+)
 def test_processes_share_a_gpu(device, gpus, processes, sharing, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert core._sharing(torch.device(device), processes) == sharing
@@ -524,7 +586,10 @@ def test_of_a_shared_device_the_share_counts(tmp_path, monkeypatch):
     xr.testing.assert_equal(shared, alone)
 
 
-@pytest.mark.parametrize("key, value", [("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("RANK", "-1"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0")],
+)
 def test_bad_ranks_are_named(toy, monkeypatch, key, value):
     monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=rf"{key} must be a whole number >= [01], got '?{value}"):
@@ -533,7 +598,9 @@ def test_bad_ranks_are_named(toy, monkeypatch, key, value):
 
 def test_labels_in_the_result_are_an_error(toy, monkeypatch):
     monkeypatch.setattr(toy.module, "run_unit", lambda *_: xr.Dataset(coords={"seed": [1]}))
-    with pytest.raises(ValueError, match=r"run_unit must return a Dataset without \['method', 'seed'\]"):
+    with pytest.raises(
+        ValueError, match=r"run_unit must return a Dataset without \['method', 'seed'\]"
+    ):
         run("toy", out=toy.out)
 
 
@@ -545,12 +612,25 @@ SMALL = {"sets": ["sinusoid"], "optimizers": ["SGD"], "width": 6, "steps": 6, "e
 def test_the_study_is_fit(tmp_path):
     settings = {"sets": ["spiral"], "label_noise": [0.05, 0.1], "optimizers": ["SGD"]}
     whole = run("flooding_synthetic", "tiny", out=tmp_path, settings=settings)
-    assert dict(whole.sizes) == {"set": 1, "label_noise": 2, "optimizer": 1, "flood_level": 2,
-                                 "seed": 2, "step": 3}  # fmt: skip
+    assert dict(whole.sizes) == {
+        "set": 1,
+        "label_noise": 2,
+        "optimizer": 1,
+        "flood_level": 2,
+        "seed": 2,
+        "step": 3,
+    }
     data = [flooding_synthetic.spiral(label_noise=0.05, test_size=50, seed=seed) for seed in (0, 1)]
-    alone = fit(lambda: MLP(2, 8, 8, 8, 8, 2, bias=False, batch_norm=True), data,
-                Recipe(Flooding(0.3), optimizer=SGD(lr=0.01, momentum=0.9)), steps=4, batch_size=None,
-                seeds=2, evaluate_at=2, device="cpu")  # fmt: skip
+    alone = fit(
+        lambda: MLP(2, 8, 8, 8, 8, 2, bias=False, batch_norm=True),
+        data,
+        Recipe(Flooding(0.3), optimizer=SGD(lr=0.01, momentum=0.9)),
+        steps=4,
+        batch_size=None,
+        seeds=2,
+        evaluate_at=2,
+        device="cpu",
+    )
     here = whole.sel(set="spiral", label_noise=0.05, optimizer="SGD", flood_level=0.3)
     for name in ("train_loss", "validation_error", "test_loss"):
         np.testing.assert_allclose(here[name], alone[name], rtol=1e-6)
@@ -574,12 +654,23 @@ def test_the_demo_has_the_dimensions_that_the_chapter_draws(tmp_path):
 
 def test_the_record_is_what_the_code_computes(tmp_path):
     """Its first steps, that is."""
-    first = run("flooding_synthetic", "demo", out=tmp_path, device="cpu", seeds=1, settings={
-        "sets": ["sinusoid"], "optimizers": ["SGD"], "steps": 10, "evaluations": 1,
-        "levels": {"SGD": [0.0]},
-    })  # fmt: skip
-    known = records.record("flooding_synthetic").sel(seed=[0], step=[0, 10], level=[0],
-                                                     set=["sinusoid"], optimizer=["SGD"])  # fmt: skip
+    first = run(
+        "flooding_synthetic",
+        "demo",
+        out=tmp_path,
+        device="cpu",
+        seeds=1,
+        settings={
+            "sets": ["sinusoid"],
+            "optimizers": ["SGD"],
+            "steps": 10,
+            "evaluations": 1,
+            "levels": {"SGD": [0.0]},
+        },
+    )
+    known = records.record("flooding_synthetic").sel(
+        seed=[0], step=[0, 10], level=[0], set=["sinusoid"], optimizer=["SGD"]
+    )
     for name in ("train_loss", "test_loss", "validation_clean_loss", "test_error"):
         np.testing.assert_allclose(first[name], known[name], rtol=1e-3)
 

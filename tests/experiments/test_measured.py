@@ -27,11 +27,17 @@ MODULES = {
 }
 CASES = (1, 2, 2)  # data, networks, labels; then come moments, rates, seeds, measures, pairs
 SHAPES = {
-    "stiffness_training": {"within": (*CASES, 2, 1, 2, 2, 3),
-                           "matrix": (*CASES, 2, 1, 2, 2, 3, 10, 10)},
-    "sam_spectrum": {"eigenvalue": (2, 2, 2, 5), "density_nodes": (2, 2, 2, 1, 4), "trace": (2, 2, 2)},
+    "stiffness_training": {
+        "within": (*CASES, 2, 1, 2, 2, 3),
+        "matrix": (*CASES, 2, 1, 2, 2, 3, 10, 10),
+    },
+    "sam_spectrum": {
+        "eigenvalue": (2, 2, 2, 5),
+        "density_nodes": (2, 2, 2, 1, 4),
+        "trace": (2, 2, 2),
+    },
     "m_sharpness": {"sharpness": (2, 2, 2, 2), "test_error": (2, 2, 2)},
-}  # fmt: skip
+}
 MAY_BE_MISSING = {"within_group", "xi", "by_distance"}  # no super-classes; no crossing; no pair
 
 
@@ -147,9 +153,16 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
     unit = {"data": "synthetic", "network": "CNN", "labels": "random"}
     data = stiffness_training._data(unit, settings)
     kept = fit(
-        lambda: stiffness_training.network("CNN", data), data, Recipe(optimizer=Adam()), steps=2,
-        batch_size=32, grid={"lr": [1e-3]}, seeds=settings["seeds"], networks="last", device="cpu",
-    )[1]  # fmt: skip
+        lambda: stiffness_training.network("CNN", data),
+        data,
+        Recipe(optimizer=Adam()),
+        steps=2,
+        batch_size=32,
+        grid={"lr": [1e-3]},
+        seeds=settings["seeds"],
+        networks="last",
+        device="cpu",
+    )[1]
     model = kept.module(lr=1e-3, seed=1)
     found = records["stiffness_training"].sel(**unit, lr=1e-3, seed=1, step=2)
     probes = {s: [t[:50] for t in data.split(s)] for s in ("train", "validation")}
@@ -204,8 +217,12 @@ def test_distance_bins_and_superclasses():
     values = (directions(model, x[one], y[one]) @ directions(model, x[two], y[two]).mT).numpy()
     classes, distance = (y[one].numpy(), y[two].numpy()), (1 - u[one] @ u[two].mT).numpy()
     of = found.sel(pairs="train-validation")
-    C = np.array([[values[np.outer(classes[0] == a, classes[1] == b)].mean() for b in range(100)]
-                  for a in range(100)])  # fmt: skip
+    C = np.array(
+        [
+            [values[np.outer(classes[0] == a, classes[1] == b)].mean() for b in range(100)]
+            for a in range(100)
+        ]
+    )
     related = group[:, None] == group
     np.testing.assert_allclose(float(of.within), np.diag(C).mean(), atol=1e-5)
     np.testing.assert_allclose(
@@ -260,8 +277,16 @@ def test_spectrum_is_what_the_instruments_say_of_the_network(records, tmp_path):
     data, method = vision.load("synthetic", 48), settings["methods"]["SAM"]
     recipe = Recipe(gradient=SAMGradient(0.05), optimizer=SGD(0.05, 0.9, 5e-4, schedule="cosine"))
     make = lambda: ResNet(width=4, batch_norm=False, stages=[1])
-    model, _ = vision.train(make, data, recipe, work_in(tmp_path), epochs=2, seed=1,
-                            batch_size=method["batch_size"], evaluate_at=[2])  # fmt: skip
+    model, _ = vision.train(
+        make,
+        data,
+        recipe,
+        work_in(tmp_path),
+        epochs=2,
+        seed=1,
+        batch_size=method["batch_size"],
+        evaluate_at=[2],
+    )
     mean, std = (f(data.x_train, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
     x, y, (network, params) = ((data.x_train - mean) / std)[:16], data.y_train[:16], pure(model)
     found = records["sam_spectrum"].sel({"method": "SAM", "seed": 1, "epoch": 2})
@@ -331,9 +356,16 @@ def test_m_sharpness_is_that_of_the_networks_that_fit_keeps(records):
     data = vision.load("synthetic", 32, 32)
     recipe = Recipe(gradient=SAMGradient(m=4), optimizer=SGD(0.05, momentum=0.9, schedule="cosine"))
     kept = fit(
-        lambda: stiffness_training.network("CNN", data), data, recipe, steps=4, batch_size=16,
-        grid={"rho": [0.05]}, seeds=settings["seeds"], networks="last", device="cpu",
-    )[1]  # fmt: skip
+        lambda: stiffness_training.network("CNN", data),
+        data,
+        recipe,
+        steps=4,
+        batch_size=16,
+        grid={"rho": [0.05]},
+        seeds=settings["seeds"],
+        networks="last",
+        device="cpu",
+    )[1]
     model = kept.module(rho=0.05, seed=1)
     for m in settings["measured_m"]:
         ours = sharpness(model, example_losses, data.x_train[:16], data.y_train[:16], 0.05, m=m)
@@ -354,7 +386,7 @@ def made_up_record():
     record["test_error"] = record.train_error + xr.DataArray(gap, dims=dims)
     record["sharpness"] = xr.DataArray(
         np.stack([np.exp(gap), -gap, random.random(shape)]), dims=("measured_m", *dims)
-    ).assign_coords(measured_m=[1, 4, 16])  # fmt: skip
+    ).assign_coords(measured_m=[1, 4, 16])
     return record
 
 
@@ -410,5 +442,6 @@ def test_tiny_record_on_a_gpu(records, name, tmp_path):
         {"step": 0} if "step" in record.dims else {"epoch": 0} if "epoch" in record.dims else None
     )
     if start:  # the same initial weights and images
-        xr.testing.assert_allclose(record.train_loss.isel(start), records[name].train_loss.isel(start),
-                                   rtol=2e-2)  # fmt: skip
+        xr.testing.assert_allclose(
+            record.train_loss.isel(start), records[name].train_loss.isel(start), rtol=2e-2
+        )

@@ -32,14 +32,18 @@ def test_a_record_of_many_levels_is_drawn_against_them():
     gains = flooding_synthetic.gains(many).mean("seed")
     ax = figure.axes[4]  # Adam, sinusoid
     expected = gains.sel(set="sinusoid", optimizer="Adam", label_noise=0.05)
-    assert any(np.allclose(line.get_ydata(), expected) for line in ax.lines if len(line.get_xdata()) > 2)
+    assert any(
+        np.allclose(line.get_ydata(), expected) for line in ax.lines if len(line.get_xdata()) > 2
+    )
     plt.close(figure)
 
 
 def test_a_record_is_drawn_with_where_it_comes_from():
     text = experiments.full_scale(RECORDED).data
     [(image, alt)] = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
-    assert base64.b64decode(image).startswith(b"\x89PNG") and alt == shown.caption(RECORDED, experiments.record(RECORDED))
+    assert base64.b64decode(image).startswith(b"\x89PNG") and alt == shown.caption(
+        RECORDED, experiments.record(RECORDED)
+    )
     width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', text).groups())
     assert 300 < width < 1200 and 100 < height < 1200  # known before it is loaded: nothing jumps
     assert shown.origin(experiments.record(RECORDED)) in text

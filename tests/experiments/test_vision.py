@@ -119,10 +119,12 @@ def test_each_epoch_and_seed_has_its_own_changes_and_all_of_them_occur():
 RECIPES = {
     "sgd": (CNN, Recipe(optimizer=SGD(0.1))),
     "nesterov, decay, cosine": (
-        CNN, Recipe(optimizer=SGD(0.1, 0.9, 0.01, nesterov=True, schedule="cosine")),
+        CNN,
+        Recipe(optimizer=SGD(0.1, 0.9, 0.01, nesterov=True, schedule="cosine")),
     ),
     "adam, steps": (
-        CNN, Recipe(optimizer=Adam(0.01, weight_decay=0.1, schedule=vision.step_decay(0.5))),
+        CNN,
+        Recipe(optimizer=Adam(0.01, weight_decay=0.1, schedule=vision.step_decay(0.5))),
     ),
     "flooding": (CNN, Recipe(Flooding(0.9), optimizer=SGD(0.1))),
     "flooding an example": (CNN, Recipe(Flooding(0.9, per_example=True), optimizer=SGD(0.1))),
@@ -130,14 +132,16 @@ RECIPES = {
     "mixup, three": (CNN, Recipe(batch=Mixup(0.7, k=3, per_example=True), optimizer=SGD(0.1))),
     "sam": (CNN, Recipe(gradient=SAMGradient(0.3), optimizer=SGD(0.1, 0.9, 0.01))),
     "asam, p": (
-        CNN, Recipe(gradient=SAMGradient(0.3, p=3.0, adaptive=True), optimizer=SGD(0.1)),
+        CNN,
+        Recipe(gradient=SAMGradient(0.3, p=3.0, adaptive=True), optimizer=SGD(0.1)),
     ),
     "sam, flooding, mixup": (
-        CNN, Recipe(Flooding(1.0), SAMGradient(0.3), SGD(0.1), batch=Mixup(1.0)),
+        CNN,
+        Recipe(Flooding(1.0), SAMGradient(0.3), SGD(0.1), batch=Mixup(1.0)),
     ),
     "m-sam": (PLAIN_CNN, Recipe(Flooding(1.0), SAMGradient(0.3, m=4), SGD(0.1))),
     "mlp": (lambda: MLP(192, 6, 3), Recipe(optimizer=SGD(0.1))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -148,9 +152,18 @@ def test_same_as_fit(name, work):
     )
     splits = ["train", "train_clean", "validation", "validation_clean", "test"]
     expected, networks = fit(
-        model, DATA, recipe, steps=12, batch_size=10, seeds=[5], evaluate_at=[0, 6, 12],
-        splits=splits, networks="last", device="cpu", dtype=torch.float64,
-    )  # fmt: skip
+        model,
+        DATA,
+        recipe,
+        steps=12,
+        batch_size=10,
+        seeds=[5],
+        evaluate_at=[0, 6, 12],
+        splits=splits,
+        networks="last",
+        device="cpu",
+        dtype=torch.float64,
+    )
     assert found.epoch.values.tolist() == [0, 2, 4]
     assert {*found.data_vars} == {f"{s}_{m}" for s in splits for m in ("loss", "error")}
     for key in found:
@@ -199,16 +212,27 @@ def test_same_as_a_plain_loop(what, work):
 def test_an_interrupted_run_goes_on_to_the_same_bits(after, tmp_path):
     data = vision.synthetic(train_size=20, label_noise=0.2)
     model = lambda: mixup_corrupt.PreActResNet(width=2, stages=(1, 1), dropout=0.3)
-    recipe = Recipe(Flooding(1.0), SAMGradient(0.05), SGD(0.05, 0.9, schedule="cosine"),
-                    batch=Mixup(1.0))  # fmt: skip
+    recipe = Recipe(
+        Flooding(1.0), SAMGradient(0.05), SGD(0.05, 0.9, schedule="cosine"), batch=Mixup(1.0)
+    )
     measure = lambda epoch, model: {
         "epoch_again": epoch,
         "norm": ("layer", [w.detach().norm().item() for w in model.parameters()]),
     }
 
     def run(work, **more):
-        return vision.train(model, data, recipe, work, epochs=5, batch_size=8, augment=True,
-                            evaluate_at=[0, 1, 3, 5], measure=measure, **more)  # fmt: skip
+        return vision.train(
+            model,
+            data,
+            recipe,
+            work,
+            epochs=5,
+            batch_size=8,
+            augment=True,
+            evaluate_at=[0, 1, 3, 5],
+            measure=measure,
+            **more,
+        )
 
     whole, expected = run(Stopping(tmp_path / "one"))
     with pytest.raises(KeyboardInterrupt):
@@ -217,7 +241,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(after, tmp_path):
     other, found = run(second)
     assert second.gradients == 200
     xr.testing.assert_identical(found, expected)
-    assert found.norm.dims == ("epoch", "layer") and found.epoch_again.values.tolist() == [0, 1, 3, 5]
+    assert found.norm.dims == ("epoch", "layer") and found.epoch_again.values.tolist() == [
+        0,
+        1,
+        3,
+        5,
+    ]
     for key, weight in whole.state_dict().items():
         assert torch.equal(other.state_dict()[key], weight)
 
@@ -225,9 +254,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(after, tmp_path):
 def test_measure_sees_the_model_in_evaluation_mode_and_training_goes_on(work):
     modes = []
     network, _ = vision.train(
-        CNN, DATA, Recipe(), work, epochs=2, batch_size=10, evaluate_at=[0, 1],
-        measure=lambda epoch, model: modes.append((epoch, model.training)) or {}, **EXACT,
-    )  # fmt: skip
+        CNN,
+        DATA,
+        Recipe(),
+        work,
+        epochs=2,
+        batch_size=10,
+        evaluate_at=[0, 1],
+        measure=lambda epoch, model: modes.append((epoch, model.training)) or {},
+        **EXACT,
+    )
     assert modes == [(0, False), (1, False)] and not network.training
     assert int(network[1].num_batches_tracked) == 6
 
@@ -236,8 +272,12 @@ def test_a_step_does_not_wait_for_the_device(work):
     class Waits(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             assert func.overloadpacket.__name__ not in (
-                "_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal",
-            )  # fmt: skip
+                "_local_scalar_dense",
+                "nonzero",
+                "is_nonzero",
+                "masked_select",
+                "equal",
+            )
             return func(*args, **(kwargs or {}))
 
     data = vision.synthetic(train_size=32)
@@ -279,17 +319,26 @@ class Knows(nn.Module):
 @pytest.mark.parametrize("size", [7, 1000])
 def test_wrong_labels_are_kept_apart_from_true_ones(size, work):
     data = vision.synthetic(100, 40, label_noise=0.3)
-    x = {f"x_{split}": torch.zeros_like(data.split(split)[0]) for split in
-         ("train", "validation", "test")}  # fmt: skip
+    x = {
+        f"x_{split}": torch.zeros_like(data.split(split)[0])
+        for split in ("train", "validation", "test")
+    }
     for split in ("train", "validation", "test"):
         true = data.split(split if split == "test" else f"{split}_clean")[1]
         x[f"x_{split}"][:, 0, 0, 0] = true.float() / 255
     data = dataclasses.replace(data, **x)
     recipe = Recipe(optimizer=SGD(0.0))
     _, found = vision.train(
-        Knows, data, recipe, work, epochs=1, batch_size=50, evaluate_at=[1], normalize=False,
+        Knows,
+        data,
+        recipe,
+        work,
+        epochs=1,
+        batch_size=50,
+        evaluate_at=[1],
+        normalize=False,
         evaluation_batch_size=size,
-    )  # fmt: skip
+    )
     right, wrong = -math.log(0.9), -math.log(0.1 / 9)
     for split in ("train", "validation"):
         assert found[f"{split}_error"].item() == pytest.approx(0.3)
@@ -347,19 +396,31 @@ def test_dropout_leaves_the_initial_weights_alone():
     assert not torch.equal(one.train()(x), other.train()(x))
 
 
-@pytest.mark.parametrize("more, message", [
-    ({"recipe": Recipe(gradient=GradientPenalty())}, "recipe.gradient"),
-    ({"recipe": Recipe(gradient=SAMGradient(exact=True))}, "recipe.gradient"),
-    ({"recipe": Recipe(optimizer=TwoRates())}, "recipe.optimizer"),
-    ({"recipe": Recipe(batch=Mixup(second_stream=True))}, "recipe.batch"),
-    ({"evaluate_at": [0, 3]}, "evaluate_at must be epochs between 0 and 2"),
-    ({"evaluate_at": []}, "evaluate_at must be epochs between 0 and 2"),
-    ({"epochs": 0}, "epochs"),
-    ({"batch_size": 0}, "batch_size"),
-    ({"data": dataclasses.replace(
-        DATA, **{name: getattr(DATA, name).flatten(1) for name in ("x_train", "x_validation", "x_test")}
-    )}, "data must have images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"recipe": Recipe(gradient=GradientPenalty())}, "recipe.gradient"),
+        ({"recipe": Recipe(gradient=SAMGradient(exact=True))}, "recipe.gradient"),
+        ({"recipe": Recipe(optimizer=TwoRates())}, "recipe.optimizer"),
+        ({"recipe": Recipe(batch=Mixup(second_stream=True))}, "recipe.batch"),
+        ({"evaluate_at": [0, 3]}, "evaluate_at must be epochs between 0 and 2"),
+        ({"evaluate_at": []}, "evaluate_at must be epochs between 0 and 2"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        (
+            {
+                "data": dataclasses.replace(
+                    DATA,
+                    **{
+                        name: getattr(DATA, name).flatten(1)
+                        for name in ("x_train", "x_validation", "x_test")
+                    },
+                )
+            },
+            "data must have images",
+        ),
+    ],
+)
 def test_what_cannot_be_is_refused(more, message, work):
     arguments = {"model": CNN, "data": DATA, "recipe": Recipe(), "epochs": 2} | more
     with pytest.raises(ValueError, match=message):
@@ -485,11 +546,18 @@ def test_a_gpu_takes_the_same_fifty_steps(gradient, tmp_path):
     try:
         runs = [
             vision.train(
-                lambda: SmallCNN(3, 10), data, recipe, Stopping(tmp_path / device, device=device),
-                epochs=10, batch_size=100, augment=True, evaluate_at=10, bf16=False,
+                lambda: SmallCNN(3, 10),
+                data,
+                recipe,
+                Stopping(tmp_path / device, device=device),
+                epochs=10,
+                batch_size=100,
+                augment=True,
+                evaluate_at=10,
+                bf16=False,
             )
             for device in ("cpu", "cuda")
-        ]  # fmt: skip
+        ]
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = exact
     (one, expected), (other, found) = runs
@@ -504,5 +572,6 @@ def test_a_gpu_takes_the_same_fifty_steps(gradient, tmp_path):
 def test_the_tiny_experiment_runs_on_a_gpu(name, tmp_path):
     record = experiments.run(name, "tiny", out=tmp_path, device="cuda")
     assert record.attrs["device"] == torch.cuda.get_device_name()
-    assert np.isfinite(record.test_loss.sel(labels="given") if "labels" in record.dims
-                       else record.test_loss).all()  # fmt: skip
+    assert np.isfinite(
+        record.test_loss.sel(labels="given") if "labels" in record.dims else record.test_loss
+    ).all()

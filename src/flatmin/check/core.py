@@ -226,7 +226,9 @@ def changed(before: Any, after: Any) -> bool:
 class Trial:
     """One run of a check on one answer, with random numbers of its own."""
 
-    def __init__(self, answer: Callable[..., Any], seed: int, seconds: float, report: Report) -> None:
+    def __init__(
+        self, answer: Callable[..., Any], seed: int, seconds: float, report: Report
+    ) -> None:
         self.answer, self.seed, self.seconds, self.report = answer, seed, seconds, report
         self.generator = torch.Generator().manual_seed(1000 + seed)
 

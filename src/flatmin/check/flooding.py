@@ -25,13 +25,22 @@ def fraction_up(trial: Trial) -> None:
         ("larger steps up", a, b),
         ("larger steps down", b, a),
     ):
-        trial(part, {"down": down, "up": up}, want=walk(down, up), rivals={
-            "That is first order: it holds for short steps only.": down / (down + up),
-            "That is (2.3), with one rate for both directions.": [walk(down, down), walk(up, up)],
-            "That is the fraction of steps down.": 1 - walk(down, up),
-            "The two rates are exchanged.": walk(up, down),
-        }, hint="A step down multiplies w by 1 - down, a step up by 1 + up. In the long run the "
-        "logarithm of |w| neither grows nor falls.")  # fmt: skip
+        trial(
+            part,
+            {"down": down, "up": up},
+            want=walk(down, up),
+            rivals={
+                "That is first order: it holds for short steps only.": down / (down + up),
+                "That is (2.3), with one rate for both directions.": [
+                    walk(down, down),
+                    walk(up, up),
+                ],
+                "That is the fraction of steps down.": 1 - walk(down, up),
+                "The two rates are exchanged.": walk(up, down),
+            },
+            hint="A step down multiplies w by 1 - down, a step up by 1 + up. In the long run the "
+            "logarithm of |w| neither grows nor falls.",
+        )
 
 
 @question
@@ -51,16 +60,24 @@ def flooded(trial: Trial) -> None:
     ):
         flat = x if each else x.mean()
         inputs = {"losses": x, "flood_level": b, "per_example": each}
-        trial(part, inputs, want=want, rivals={
-            "The order of mean and fold is the other kind's: per example means fold, then average.":
-                [] if other is None else other,
-            "That is the raw loss: below the level it has to be mirrored.": x.mean(),
-            "That is a clamp: below the level it is constant, so nothing climbs.":
-                flat.clamp(min=b).mean(),
-            "The + b is missing: above the level the flooded loss is the loss.":
-                (flat - b).abs().mean(),
-            "One number was wanted, the mean over the examples.": (x - b).abs() + b,
-        })  # fmt: skip
+        trial(
+            part,
+            inputs,
+            want=want,
+            rivals={
+                "The order of mean and fold is the other kind's: per example means fold, then average.": []
+                if other is None
+                else other,
+                "That is the raw loss: below the level it has to be mirrored.": x.mean(),
+                "That is a clamp: below the level it is constant, so nothing climbs.": flat.clamp(
+                    min=b
+                ).mean(),
+                "The + b is missing: above the level the flooded loss is the loss.": (flat - b)
+                .abs()
+                .mean(),
+                "One number was wanted, the mean over the examples.": (x - b).abs() + b,
+            },
+        )
 
 
 @question
@@ -103,26 +120,45 @@ def accumulate(trial: Trial) -> None:
         trial.call(part, inputs, changes=("model", "loss"))
         shown = f"microbatches of {sizes} examples, flood_level = {b:.4f}, "
         shown += f"the batch's mean loss = {mean:.4f}"
-        trial.require(all(torch.equal(w, v) for w, v in zip(weights, before)),
-                      "The weights themselves have changed; only their .grad should.",
-                      input=shown)  # fmt: skip
-        trial.require(all(w.grad is not None for w in weights), "No .grad is there: was backward "
-                      "called?", input=shown)  # fmt: skip
-        trial.require(max(seen, default=0) <= max(sizes), "The microbatches were put together into "
-                      "one batch, which is what does not fit into memory.",
-                      input=shown)  # fmt: skip
-        trial.compare(flat([w.grad for w in weights]), times(sign, g), rivals={
-            "Every microbatch was flooded by itself. One sign for all of them, decided by the mean "
-            "of the whole batch, is what is wanted.": flat(each),
-            "The sign of the flood is lost: below the level the gradient turns around.":
-                times(1, g),
-            "The gradients that were in .grad before are still in the sum.":
-                [times(sign, g) + flat(stale), sign * (flat(g) + flat(stale))],
-            "All microbatches weigh the same here, but they differ in size.":
-                [times(1, unweighted), times(-1, unweighted)],
-            "This is the gradient of the sum of the microbatches' losses, not of the batch's mean.":
-                times(sign, total),
-        }, input=shown)  # fmt: skip
+        trial.require(
+            all(torch.equal(w, v) for w, v in zip(weights, before)),
+            "The weights themselves have changed; only their .grad should.",
+            input=shown,
+        )
+        trial.require(
+            all(w.grad is not None for w in weights),
+            "No .grad is there: was backward called?",
+            input=shown,
+        )
+        trial.require(
+            max(seen, default=0) <= max(sizes),
+            "The microbatches were put together into "
+            "one batch, which is what does not fit into memory.",
+            input=shown,
+        )
+        trial.compare(
+            flat([w.grad for w in weights]),
+            times(sign, g),
+            rivals={
+                "Every microbatch was flooded by itself. One sign for all of them, decided by the mean "
+                "of the whole batch, is what is wanted.": flat(each),
+                "The sign of the flood is lost: below the level the gradient turns around.": times(
+                    1, g
+                ),
+                "The gradients that were in .grad before are still in the sum.": [
+                    times(sign, g) + flat(stale),
+                    sign * (flat(g) + flat(stale)),
+                ],
+                "All microbatches weigh the same here, but they differ in size.": [
+                    times(1, unweighted),
+                    times(-1, unweighted),
+                ],
+                "This is the gradient of the sum of the microbatches' losses, not of the batch's mean.": times(
+                    sign, total
+                ),
+            },
+            input=shown,
+        )
 
 
 @question
@@ -131,23 +167,44 @@ def flooded_step(trial: Trial) -> None:
     w, g = trial.randn(3), trial.randn(3)
     b, lr, decay = trial.number(0.2, 0.4), 0.1, 0.5
     for part, loss, sign in (("above the level", b + 0.5, 1), ("below the level", b / 2, -1)):
-        inputs = {"w": w, "gradient": g, "loss": loss, "flood_level": b, "lr": lr,
-                  "weight_decay": decay}  # fmt: skip
-        trial(part, inputs, want=w - lr * (sign * g + decay * w), rivals={
-            "The weight decay was turned around together with the loss: below the level the "
-            "weights grow. It is not flooded.": w - lr * sign * (g + decay * w),
-            "The step goes down although the loss is below the level.": w - lr * (g + decay * w),
-            "This climbs above the level and descends below it.": w - lr * (-sign * g + decay * w),
-            "The weight decay is missing.": w - lr * sign * g,
-        })  # fmt: skip
+        inputs = {
+            "w": w,
+            "gradient": g,
+            "loss": loss,
+            "flood_level": b,
+            "lr": lr,
+            "weight_decay": decay,
+        }
+        trial(
+            part,
+            inputs,
+            want=w - lr * (sign * g + decay * w),
+            rivals={
+                "The weight decay was turned around together with the loss: below the level the "
+                "weights grow. It is not flooded.": w - lr * sign * (g + decay * w),
+                "The step goes down although the loss is below the level.": w
+                - lr * (g + decay * w),
+                "This climbs above the level and descends below it.": w
+                - lr * (-sign * g + decay * w),
+                "The weight decay is missing.": w - lr * sign * g,
+            },
+        )
 
 
 @lru_cache
 def _flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
-    end = fit(lambda: MLP(40, 32, 10), data, recipe, steps=400, seeds=list(seeds),
-              grid={"flood_level": [0.0, 0.3]}, evaluate_at=[400], dtype=torch.float64)  # fmt: skip
+    end = fit(
+        lambda: MLP(40, 32, 10),
+        data,
+        recipe,
+        steps=400,
+        seeds=list(seeds),
+        grid={"flood_level": [0.0, 0.3]},
+        evaluate_at=[400],
+        dtype=torch.float64,
+    )
     change = (end.sel(flood_level=0.3) - end.sel(flood_level=0.0)).isel(step=0)
     return {"test loss": change.test_loss.values, "test error": change.test_error.values}
 
@@ -155,7 +212,12 @@ def _flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 @question(seconds=120)
 def flooding_effect(trial: Trial) -> None:
     """What flooding changes in the test loss and in the test error."""
-    trial.experiment(_flooding_effect, atol=0.01, rivals={
-        "The difference is the wrong way round: flooded minus not flooded.":
-            lambda want: {key: -value for key, value in want.items()},
-    })  # fmt: skip
+    trial.experiment(
+        _flooding_effect,
+        atol=0.01,
+        rivals={
+            "The difference is the wrong way round: flooded minus not flooded.": lambda want: {
+                key: -value for key, value in want.items()
+            },
+        },
+    )

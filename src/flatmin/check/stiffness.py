@@ -30,14 +30,22 @@ def one_answer_cosine(trial: Trial) -> None:
         cos = lambda a, b: a @ b / (a.norm() * b.norm())
         right = answer.clone()
         right[0] -= 1
-        trial(part, {"K": K, "p": p}, want=cos(r1, r2), rtol=1e-8, rivals={
-            "That is (4.7), for equal probabilities.": -1 / (K - 1),
-            "That is the inner product; the cosine divides by the lengths.": r1 @ r2,
-            "One of the two classes is the network's answer; here both are others.":
-                cos(right, r1),
-            "That is the cosine of the probabilities with each other; a residual is p - e_y.": 1.0,
-        }, hint="Write both residuals down. Their product needs Σ p_k² and twice one small "
-        "probability.")  # fmt: skip
+        trial(
+            part,
+            {"K": K, "p": p},
+            want=cos(r1, r2),
+            rtol=1e-8,
+            rivals={
+                "That is (4.7), for equal probabilities.": -1 / (K - 1),
+                "That is the inner product; the cosine divides by the lengths.": r1 @ r2,
+                "One of the two classes is the network's answer; here both are others.": cos(
+                    right, r1
+                ),
+                "That is the cosine of the probabilities with each other; a residual is p - e_y.": 1.0,
+            },
+            hint="Write both residuals down. Their product needs Σ p_k² and twice one small "
+            "probability.",
+        )
 
 
 @question
@@ -53,19 +61,29 @@ def sequence_gram(trial: Trial) -> None:
         ahead = torch.einsum("isx,jtx->isjt", a, a), torch.einsum("isx,jtx->isjt", d, d)
         same = torch.einsum("itx,jtx->ijt", a, a), torch.einsum("itx,jtx->ijt", d, d)
         want = W @ W.T + c @ c.T
-        trial(part, {"inputs": a, "deltas": d}, want=want, rtol=1e-8, rivals={
-            "The bias is missing: it is one more input, which is always 1.": W @ W.T,
-            "Only equal positions were paired. The gradient is a sum over positions, so every "
-            "position of one example meets every position of the other.":
-                ((same[0] + 1) * same[1]).sum(-1),
-            "The sums over positions were taken before the products: a product of sums is not a "
-            "sum of products.": (a.sum(1) @ a.sum(1).T + 1) * (c @ c.T),
-            "The 1 of the bias was added once, not to every pair of positions.":
-                (ahead[0] * ahead[1]).sum((1, 3)) + 1,
-            "This is the mean over the positions; the loss's gradient is their sum.": want / T**2,
-            "These are cosines; raw inner products are wanted.":
-                want / (want.diagonal()[:, None] * want.diagonal()).sqrt(),
-        })  # fmt: skip
+        trial(
+            part,
+            {"inputs": a, "deltas": d},
+            want=want,
+            rtol=1e-8,
+            rivals={
+                "The bias is missing: it is one more input, which is always 1.": W @ W.T,
+                "Only equal positions were paired. The gradient is a sum over positions, so every "
+                "position of one example meets every position of the other.": (
+                    (same[0] + 1) * same[1]
+                ).sum(-1),
+                "The sums over positions were taken before the products: a product of sums is not a "
+                "sum of products.": (a.sum(1) @ a.sum(1).T + 1) * (c @ c.T),
+                "The 1 of the bias was added once, not to every pair of positions.": (
+                    ahead[0] * ahead[1]
+                ).sum((1, 3))
+                + 1,
+                "This is the mean over the positions; the loss's gradient is their sum.": want
+                / T**2,
+                "These are cosines; raw inner products are wanted.": want
+                / (want.diagonal()[:, None] * want.diagonal()).sqrt(),
+            },
+        )
 
 
 @question
@@ -86,23 +104,33 @@ def class_means(trial: Trial) -> None:
         ("a class that is missing", values, y, want, slice(4)),
     ):
         inputs = {"values": v, "classes": c, "num_classes": len(wanted)}
-        trial(part, inputs, want=wanted, rivals={
-            "The diagonal was left in: there an example is paired with itself, and stiffness is 1 "
-            "whatever the network (4.3).": (total / pairs)[rest, rest],
-            "The diagonal was taken out of the sum, but is still counted in the number of pairs.":
-                (one.T @ off @ one / pairs)[rest, rest],
-            "These are sums; divide by the number of pairs.": (one.T @ off @ one)[rest, rest],
-            "Where there is no pair there is no mean: NaN, not 0.":
-                want.nan_to_num(0.0)[rest, rest],
-        })  # fmt: skip
+        trial(
+            part,
+            inputs,
+            want=wanted,
+            rivals={
+                "The diagonal was left in: there an example is paired with itself, and stiffness is 1 "
+                "whatever the network (4.3).": (total / pairs)[rest, rest],
+                "The diagonal was taken out of the sum, but is still counted in the number of pairs.": (
+                    one.T @ off @ one / pairs
+                )[rest, rest],
+                "These are sums; divide by the number of pairs.": (one.T @ off @ one)[rest, rest],
+                "Where there is no pair there is no mean: NaN, not 0.": want.nan_to_num(0.0)[
+                    rest, rest
+                ],
+            },
+        )
     lonely = torch.tensor([0, 1, 1])
     small = trial.randn(3, 3)
     small = small + small.T
     mean = (small[0, 1] + small[0, 2]) / 2
     wanted = torch.stack([torch.stack([mean * torch.nan, mean]), torch.stack([mean, small[1, 2]])])
-    trial("a class of one example", {"values": small, "classes": lonely, "num_classes": 2},
-          want=wanted,
-          hint="A single example has no partner in its class: NaN on the diagonal.")  # fmt: skip
+    trial(
+        "a class of one example",
+        {"values": small, "classes": lonely, "num_classes": 2},
+        want=wanted,
+        hint="A single example has no partner in its class: NaN on the diagonal.",
+    )
 
 
 @question
@@ -111,32 +139,53 @@ def cosines(trial: Trial) -> None:
     g = trial.randn(5, 3)
     unit = g / g.norm(dim=1, keepdim=True)
     norms = g.norm(dim=1)
-    trial("five gradients", {"gram": g @ g.T}, want=unit @ unit.T, rivals={
-        "Divided by the squared lengths: the diagonal of the Gram matrix holds ‖g‖², its root is "
-        "needed.": (g @ g.T) / (norms[:, None] * norms) ** 2,
-        "Divided by one of the two lengths only.": (g @ g.T) / norms[:, None],
-        "Divided by one of the two squared lengths: a cosine is symmetric.":
-            (g @ g.T) / norms[:, None] ** 2,
-        "Divided by the largest product.": (g @ g.T) / (g @ g.T).abs().max(),
-    })  # fmt: skip
+    trial(
+        "five gradients",
+        {"gram": g @ g.T},
+        want=unit @ unit.T,
+        rivals={
+            "Divided by the squared lengths: the diagonal of the Gram matrix holds ‖g‖², its root is "
+            "needed.": (g @ g.T) / (norms[:, None] * norms) ** 2,
+            "Divided by one of the two lengths only.": (g @ g.T) / norms[:, None],
+            "Divided by one of the two squared lengths: a cosine is symmetric.": (g @ g.T)
+            / norms[:, None] ** 2,
+            "Divided by the largest product.": (g @ g.T) / (g @ g.T).abs().max(),
+        },
+    )
     g[1] = 0
     unit[1] = 0
-    trial("an example whose gradient is zero", {"gram": g @ g.T}, want=unit @ unit.T, hint="A step "
-          "on an example without a gradient changes nothing: its cosines are 0, on the diagonal "
-          "too. Divide by something that is not zero.")  # fmt: skip
+    trial(
+        "an example whose gradient is zero",
+        {"gram": g @ g.T},
+        want=unit @ unit.T,
+        hint="A step "
+        "on an example without a gradient changes nothing: its cosines are 0, on the diagonal "
+        "too. Divide by something that is not zero.",
+    )
     tiny = 1e-8 * trial.randn(4, 3)
     unit = tiny / tiny.norm(dim=1, keepdim=True)
-    trial("gradients of length 1e-8", {"gram": tiny @ tiny.T}, want=unit @ unit.T, hint="Small is "
-          "not zero: a constant added to the denominator changes these cosines.")  # fmt: skip
+    trial(
+        "gradients of length 1e-8",
+        {"gram": tiny @ tiny.T},
+        want=unit @ unit.T,
+        hint="Small is not zero: a constant added to the denominator changes these cosines.",
+    )
 
 
 @lru_cache
 def _stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     def within(noise):
         data = [mnist1d(train_size=200, label_noise=noise, seed=s) for s in seeds]
-        runs = fit(lambda: MLP(40, 32, 10), data, Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
-                   steps=100, seeds=list(seeds), evaluate_at=[0, 100], dtype=torch.float64,
-                   instruments={"within": ClassStiffness(10, examples=200)})  # fmt: skip
+        runs = fit(
+            lambda: MLP(40, 32, 10),
+            data,
+            Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
+            steps=100,
+            seeds=list(seeds),
+            evaluate_at=[0, 100],
+            dtype=torch.float64,
+            instruments={"within": ClassStiffness(10, examples=200)},
+        )
         return runs.within
 
     change = within(0.9) - within(0.0)
@@ -147,7 +196,12 @@ def _stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 @question(seconds=120)
 def stiffness_effect(trial: Trial) -> None:
     """What random labels change in the stiffness within classes, before and after training."""
-    trial.experiment(_stiffness_effect, atol=5e-3, rivals={
-        "The difference is the wrong way round: random labels minus true labels.":
-            lambda want: {key: -value for key, value in want.items()},
-    })  # fmt: skip
+    trial.experiment(
+        _stiffness_effect,
+        atol=5e-3,
+        rivals={
+            "The difference is the wrong way round: random labels minus true labels.": lambda want: {
+                key: -value for key, value in want.items()
+            },
+        },
+    )

@@ -10,6 +10,16 @@ from .shown import full_scale
 from .work import Work
 
 __all__ = [
-    "FOLDERS", "NAMES", "Work", "check", "default_size", "experiment", "full_scale", "plan", "plot",
-    "record", "run", "save",
-]  # fmt: skip
+    "FOLDERS",
+    "NAMES",
+    "Work",
+    "check",
+    "default_size",
+    "experiment",
+    "full_scale",
+    "plan",
+    "plot",
+    "record",
+    "run",
+    "save",
+]

@@ -14,20 +14,32 @@ from .shown import duration
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
-        prog="python -m flatmin.experiments", description="Run an experiment and write its record. "
+        prog="python -m flatmin.experiments",
+        description="Run an experiment and write its record. "
         "Killed at any moment, the same command goes on. On several GPUs: torchrun "
         "--nproc-per-node=N -m flatmin.experiments NAME",
-    )  # fmt: skip
+    )
     option = command.add_argument
     option("name", nargs="?", help=f"one of {', '.join(NAMES)}")
     option("--size", help="tiny, reduced, paper or another of the experiment's sizes")
     option("--seeds", type=int, help="how many seeds")
-    option("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-           help="another value of a setting, in JSON; may be given several times")  # fmt: skip
+    option(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="another value of a setting, in JSON; may be given several times",
+    )
     option("--device", help="default: the GPU where there is one")
     option("--out", default="results", help="folder of the record (default: results)")
-    option("--patience", type=float, default=600.0, metavar="SECONDS",
-           help="how long to wait for other ranks without a sign of life (default: 600)")  # fmt: skip
+    option(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for other ranks without a sign of life (default: 600)",
+    )
     option("--estimate", action="store_true", help="list the units and their time, run nothing")
     option("--list", action="store_true", help="list the experiments")
     return command
@@ -56,8 +68,10 @@ def listed() -> str:
             recorded = "recorded on {device}, size {size}".format(**record(name).attrs)
         except FileNotFoundError:
             recorded = "not yet recorded"
-        lines.append(f"{name} ({', '.join(experiment(name).SETTINGS)}): "
-                     f"{experiment(name).SOURCE}; {recorded}")  # fmt: skip
+        lines.append(
+            f"{name} ({', '.join(experiment(name).SETTINGS)}): "
+            f"{experiment(name).SOURCE}; {recorded}"
+        )
     return "\n".join(lines)
 
 
@@ -67,10 +81,17 @@ def estimated(todo) -> str:
     time = "for its time there is no record to judge by"
     if known:
         seconds, by = known
-        time = (f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}, "
-                "if a gradient takes as long; a larger network's takes longer")  # fmt: skip
-    return "\n".join([*map(labels, todo.units), f"{todo.name}, {todo.title}: {len(todo.units)} units, "
-                      f"{todo.cost:.2g} gradients of an example, {time}"])  # fmt: skip
+        time = (
+            f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}, "
+            "if a gradient takes as long; a larger network's takes longer"
+        )
+    return "\n".join(
+        [
+            *map(labels, todo.units),
+            f"{todo.name}, {todo.title}: {len(todo.units)} units, "
+            f"{todo.cost:.2g} gradients of an example, {time}",
+        ]
+    )
 
 
 def main(words: list[str] | None = None) -> int:
@@ -94,12 +115,21 @@ def main(words: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(message, file=sys.stderr)
-            done = run(args.name, args.size, out=args.out, device=args.device, seeds=args.seeds,
-                       settings=settings, patience=args.patience)  # fmt: skip
+            done = run(
+                args.name,
+                args.size,
+                out=args.out,
+                device=args.device,
+                seeds=args.seeds,
+                settings=settings,
+                patience=args.patience,
+            )
     except KeyboardInterrupt:
         missing = todo.missing(Path(args.out) / f"{args.name}.parts")
-        say(f"interrupted, {len(todo.units) - len(missing)} of {len(todo.units)} units are done; "
-            "the same command goes on")  # fmt: skip
+        say(
+            f"interrupted, {len(todo.units) - len(missing)} of {len(todo.units)} units are done; "
+            "the same command goes on"
+        )
         return 130
     except TimeoutError as error:
         say(error)
@@ -108,8 +138,10 @@ def main(words: list[str] | None = None) -> int:
     if done is None:
         say(f"this rank's units are done, in {took:.0f} s")
     else:
-        say(f"wrote {record_path(args.name, args.out, args.size)} ({len(todo.units)} units, "
-            f"{done.attrs['seconds']:.0f} s of computing; this call {took:.0f} s)")  # fmt: skip
+        say(
+            f"wrote {record_path(args.name, args.out, args.size)} ({len(todo.units)} units, "
+            f"{done.attrs['seconds']:.0f} s of computing; this call {took:.0f} s)"
+        )
     return 0
 
 

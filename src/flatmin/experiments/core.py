@@ -104,8 +104,9 @@ class Plan:
         return None
 
 
-def plan(name: str, size: str | None = None, *, seeds: int | None = None,
-         settings: Mapping | None = None) -> Plan:  # fmt: skip
+def plan(
+    name: str, size: str | None = None, *, seeds: int | None = None, settings: Mapping | None = None
+) -> Plan:
     """The settings of an experiment, checked and completed, and its units.
 
     Examples
@@ -143,9 +144,16 @@ def _kind(value) -> str:
     return next((kind for types, kind in kinds.items() if isinstance(value, types)), "dictionary")
 
 
-def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results",
-        device: str | None = None, seeds: int | None = None, settings: Mapping | None = None,
-        patience: float = 600.0) -> xr.Dataset | None:  # fmt: skip
+def run(
+    name: str,
+    size: str | None = None,
+    *,
+    out: str | os.PathLike = "results",
+    device: str | None = None,
+    seeds: int | None = None,
+    settings: Mapping | None = None,
+    patience: float = 600.0,
+) -> xr.Dataset | None:
     """Run an experiment, or what is missing of it, and write its record.
 
     Parameters
@@ -178,14 +186,24 @@ def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results
         If units of other ranks do not arrive; the message names them.
     """
     todo = plan(name, size, seeds=seeds, settings=settings)
-    rank, ranks, local, beside = map(_rank, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, ranks, local, beside = map(
+        _rank, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     number("patience", patience, 0)
     folder, here = Path(out) / f"{name}.parts", _device(device, local)
     mine = todo.units[rank::ranks]
-    with stopping() as stop, tqdm(
-        desc=name, total=todo.cost * len(mine) / len(todo.units), unit="gradients", unit_scale=True,
-        leave=False, dynamic_ncols=True, disable=True if rank else None,
-    ) as bar:  # fmt: skip
+    with (
+        stopping() as stop,
+        tqdm(
+            desc=name,
+            total=todo.cost * len(mine) / len(todo.units),
+            unit="gradients",
+            unit_scale=True,
+            leave=False,
+            dynamic_ncols=True,
+            disable=True if rank else None,
+        ) as bar,
+    ):
         for unit in mine:
             if stop:
                 raise KeyboardInterrupt
@@ -200,8 +218,9 @@ def run(name: str, size: str | None = None, *, out: str | os.PathLike = "results
     return xr.load_dataset(path, engine="scipy")
 
 
-def _do(todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int, stop: list,
-        bar: tqdm) -> None:  # fmt: skip
+def _do(
+    todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int, stop: list, bar: tqdm
+) -> None:
     """Do one unit and keep its result; of a device's time that processes share, its part counts."""
     origin, path = provenance(device), folder / todo.file(unit)
     if sharing > 1:
@@ -211,10 +230,14 @@ def _do(todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int
     result = todo.module.run_unit(dict(unit), json.loads(json.dumps(todo.settings)), work)
     if {*unit} & {*result.variables}:
         raise ValueError(f"run_unit must return a Dataset without {[*unit]}, got {result}")
-    result.attrs = {
-        key: value if isinstance(value, (str, int, float, np.number)) else json.dumps(value)
-        for key, value in result.attrs.items()
-    } | origin | {"seconds": work.seconds / sharing, "gradients": work.gradients}  # fmt: skip
+    result.attrs = (
+        {
+            key: value if isinstance(value, (str, int, float, np.number)) else json.dumps(value)
+            for key, value in result.attrs.items()
+        }
+        | origin
+        | {"seconds": work.seconds / sharing, "gradients": work.gradients}
+    )
     content = bytes(result.to_netcdf(engine="scipy"))
     with replacing(path) as part:
         part.write_bytes(hashlib.sha256(content).digest() + content)
@@ -270,9 +293,14 @@ def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
         groups = {v: [row for row in rows if row[0][dim] == v] for v in dims[dim]}
         found = [value for value, group in groups.items() if group]
         return xr.concat(
-            [join(groups[value], rest) for value in found], dim, data_vars="all", join="outer",
-            coords="different", compat="equals", combine_attrs="drop",
-        ).assign_coords({dim: found})  # fmt: skip
+            [join(groups[value], rest) for value in found],
+            dim,
+            data_vars="all",
+            join="outer",
+            coords="different",
+            compat="equals",
+            combine_attrs="drop",
+        ).assign_coords({dim: found})
 
     joined = join(list(zip(todo.units, parts)), list(dims)).sel(dims)
     values = {}
@@ -290,7 +318,7 @@ def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
         "settings": json.dumps(todo.settings),
         "seconds": float(sum(part.attrs["seconds"] for part in parts)),
         "cost": todo.cost,
-    }  # fmt: skip
+    }
     return joined
 
 

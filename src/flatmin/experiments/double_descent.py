@@ -19,19 +19,45 @@ from .vision import load, provenance, train
 SOURCE = "Ishida et al. 2020, figure 1 (c, d)"
 
 PAPER = {
-    "data": "cifar10", "train_size": 40_000, "validation_size": 10_000, "width": 64,
-    "stages": [2, 2, 2, 2], "levels": [round(0.01 * k, 2) for k in range(21)], "lr": 0.1,
-    "momentum": 0.9, "batch_size": 128, "epochs": 500, "evaluations": 100, "seeds": 5,
-}  # fmt: skip
+    "data": "cifar10",
+    "train_size": 40_000,
+    "validation_size": 10_000,
+    "width": 64,
+    "stages": [2, 2, 2, 2],
+    "levels": [round(0.01 * k, 2) for k in range(21)],
+    "lr": 0.1,
+    "momentum": 0.9,
+    "batch_size": 128,
+    "epochs": 500,
+    "evaluations": 100,
+    "seeds": 5,
+}
 SETTINGS = {
-    "tiny": PAPER | {"data": "synthetic", "train_size": 64, "validation_size": 32, "width": 4,
-                     "stages": [1, 1], "levels": [0.0, 0.3], "batch_size": 32, "epochs": 2,
-                     "evaluations": 1, "seeds": 2},
+    "tiny": PAPER
+    | {
+        "data": "synthetic",
+        "train_size": 64,
+        "validation_size": 32,
+        "width": 4,
+        "stages": [1, 1],
+        "levels": [0.0, 0.3],
+        "batch_size": 32,
+        "epochs": 2,
+        "evaluations": 1,
+        "seeds": 2,
+    },
     # Recorded in 259 s of an H100 that sixteen processes shared.
-    "reduced": PAPER | {"train_size": 10_000, "validation_size": 2000, "levels": [0.0, 0.05],
-                        "epochs": 65, "evaluations": 25, "seeds": 3},
+    "reduced": PAPER
+    | {
+        "train_size": 10_000,
+        "validation_size": 2000,
+        "levels": [0.0, 0.05],
+        "epochs": 65,
+        "evaluations": 25,
+        "seeds": 3,
+    },
     "paper": PAPER,
-}  # fmt: skip
+}
 
 
 def units(settings: dict) -> list[dict]:
@@ -47,8 +73,9 @@ def cost(settings: dict) -> float:
 
 
 def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
-    data = load(settings["data"], settings["train_size"], settings["validation_size"],
-                seed=unit["seed"])  # fmt: skip
+    data = load(
+        settings["data"], settings["train_size"], settings["validation_size"], seed=unit["seed"]
+    )
     _, result = train(
         lambda: ResNet(width=settings["width"], stages=settings["stages"]),
         data,

@@ -44,14 +44,29 @@ PAPER = {
     "chunk_size": 510,
 }
 SETTINGS = {
-    "tiny": PAPER | {"sets": ["two_gaussians", "spiral"], "label_noise": [0.1], "levels": [0.0, 0.3],
-                     "seeds": 2, "steps": 4, "evaluations": 2, "test_size": 50, "width": 8},
-    "demo": PAPER | {"label_noise": [0.1], "steps": 200, "evaluations": 20, "test_size": 2000,
-                     "levels": {"SGD": [0.0, 0.26, 0.27, 0.28], "Adam": [0.0, 0.24, 0.25, 0.26]},
-                     "chunk_size": 20},
+    "tiny": PAPER
+    | {
+        "sets": ["two_gaussians", "spiral"],
+        "label_noise": [0.1],
+        "levels": [0.0, 0.3],
+        "seeds": 2,
+        "steps": 4,
+        "evaluations": 2,
+        "test_size": 50,
+        "width": 8,
+    },
+    "demo": PAPER
+    | {
+        "label_noise": [0.1],
+        "steps": 200,
+        "evaluations": 20,
+        "test_size": 2000,
+        "levels": {"SGD": [0.0, 0.26, 0.27, 0.28], "Adam": [0.0, 0.24, 0.25, 0.26]},
+        "chunk_size": 20,
+    },
     "reduced": PAPER | {"levels": LEVELS[::2], "evaluations": 20, "test_size": 5000},
     "paper": PAPER,
-}  # fmt: skip
+}
 
 
 def units(settings: dict) -> list[dict]:
@@ -91,21 +106,27 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         SETS[unit["set"]](label_noise=noise, test_size=settings["test_size"], seed=seed)
         for seed in seeds
     ]
-    network = lambda: MLP(
-        data[0].x_train.shape[1], *[width] * 4, 2, bias=False, batch_norm=True
-    )  # fmt: skip
+    network = lambda: MLP(data[0].x_train.shape[1], *[width] * 4, 2, bias=False, batch_norm=True)
     runs = work.chunks(
         lambda size: fit(
-            network, data, Recipe(Flooding(), optimizer=OPTIMIZERS[unit["optimizer"]]),
-            steps=settings["steps"], batch_size=None, grid={"flood_level": levels}, seeds=seeds,
+            network,
+            data,
+            Recipe(Flooding(), optimizer=OPTIMIZERS[unit["optimizer"]]),
+            steps=settings["steps"],
+            batch_size=None,
+            grid={"flood_level": levels},
+            seeds=seeds,
             evaluate_at=min(settings["steps"], settings["evaluations"]),
-            splits=["train", "validation", "validation_clean", "test"], chunk_size=size,
-            device=work.device, expect_divergence=True,
+            splits=["train", "validation", "validation_clean", "test"],
+            chunk_size=size,
+            device=work.device,
+            expect_divergence=True,
             progress=lambda gradients: work.progress(gradients * per_gradient(settings)),
-            checkpoint=work.path / "fit", checkpoint_every=settings["steps"] + 1,
+            checkpoint=work.path / "fit",
+            checkpoint_every=settings["steps"] + 1,
         ),
         settings["chunk_size"],
-    )  # fmt: skip
+    )
     runs = runs.map(lambda v: v.astype("float32") if v.dtype.kind == "f" else v)  # half the space
     runs.attrs = {
         "data": "generated: " + ", ".join(settings["sets"]),
@@ -154,9 +175,13 @@ def accuracies(record: xr.Dataset):
         record = record.expand_dims(label_noise=json.loads(record.attrs["settings"])["label_noise"])
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
     fig, axes = plt.subplots(
-        len(noises), len(sets), figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises)),
-        sharex="col", sharey=True, squeeze=False,
-    )  # fmt: skip
+        len(noises),
+        len(sets),
+        figsize=(1.6 + 2.5 * len(sets), 0.6 + 2.1 * len(noises)),
+        sharex="col",
+        sharey=True,
+        squeeze=False,
+    )
     (plain, flooded), (plain_stopped, flooded_stopped) = (chosen(record, s) for s in (False, True))
     lines = {
         "no flooding": (plain, COLORS["ERM"]),
@@ -209,8 +234,14 @@ def sweeps(record: xr.Dataset):
     use_style()
     every = gains(record)
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
-    fig, axes = plt.subplots(len(optimizers), len(sets), figsize=(9, 0.6 + 2.4 * len(optimizers)),
-                             sharex=True, sharey=True, squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(
+        len(optimizers),
+        len(sets),
+        figsize=(9, 0.6 + 2.4 * len(optimizers)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
     for row, optimizer in zip(axes, optimizers):
         for ax, name in zip(row, sets):
             for k, noise in enumerate(noises, 1):

@@ -25,25 +25,56 @@ SOURCE = "Foret et al. 2021, section 4.1 and figure 3 (middle, right)"
 
 SETTINGS = {
     "tiny": {
-        "data": "synthetic", "network": "CNN", "train_size": 32, "validation_size": 32,
-        "m": [4, 16], "rho": [0.0, 0.05], "lr": 0.05, "batch_size": 16, "epochs": 2,
-        "measured_m": [4, 16], "examples": 16, "radius": 0.05, "shards": 16, "seeds": 2,
+        "data": "synthetic",
+        "network": "CNN",
+        "train_size": 32,
+        "validation_size": 32,
+        "m": [4, 16],
+        "rho": [0.0, 0.05],
+        "lr": 0.05,
+        "batch_size": 16,
+        "epochs": 2,
+        "measured_m": [4, 16],
+        "examples": 16,
+        "radius": 0.05,
+        "shards": 16,
+        "seeds": 2,
     },
     # Recorded in 156 s of an H100 that sixteen processes shared.  The network is too small to learn
     # the labels by heart.
     "reduced": {
-        "data": "cifar10", "network": "CNN", "train_size": 10_000, "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256], "rho": [0.0, 0.02, 0.05, 0.1, 0.2], "lr": 0.05,
-        "batch_size": 256, "epochs": 40, "measured_m": [1, 4, 16, 64, 256, 1024],
-        "examples": 1024, "radius": 0.05, "shards": 256, "seeds": 3,
+        "data": "cifar10",
+        "network": "CNN",
+        "train_size": 10_000,
+        "validation_size": 5000,
+        "m": [1, 4, 16, 64, 256],
+        "rho": [0.0, 0.02, 0.05, 0.1, 0.2],
+        "lr": 0.05,
+        "batch_size": 256,
+        "epochs": 40,
+        "measured_m": [1, 4, 16, 64, 256, 1024],
+        "examples": 1024,
+        "radius": 0.05,
+        "shards": 256,
+        "seeds": 3,
     },
     "paper": {
-        "data": "cifar10", "network": "ResNet-20", "train_size": 45_000, "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256], "rho": [0.0, 0.01, 0.02, 0.05, 0.1, 0.15], "lr": 0.1,
-        "batch_size": 256, "epochs": 200, "measured_m": [1, 4, 16, 64, 256, 1024, 4096],
-        "examples": 4096, "radius": 0.05, "shards": 16, "seeds": 5,
+        "data": "cifar10",
+        "network": "ResNet-20",
+        "train_size": 45_000,
+        "validation_size": 5000,
+        "m": [1, 4, 16, 64, 256],
+        "rho": [0.0, 0.01, 0.02, 0.05, 0.1, 0.15],
+        "lr": 0.1,
+        "batch_size": 256,
+        "epochs": 200,
+        "measured_m": [1, 4, 16, 64, 256, 1024, 4096],
+        "examples": 4096,
+        "radius": 0.05,
+        "shards": 16,
+        "seeds": 5,
     },
-}  # fmt: skip
+}
 
 
 def units(settings: dict) -> list[dict]:
@@ -69,15 +100,25 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     )
     runs, networks = work.chunks(
         lambda size: fit(
-            lambda: network(settings["network"], data), data, recipe, steps=steps,
-            batch_size=settings["batch_size"], grid={"rho": settings["rho"]},
-            seeds=settings["seeds"], evaluate_at=[steps], networks="last",
-            splits=["train", "validation", "test"], chunk_size=size, device=work.device,
-            expect_divergence=True, checkpoint=work.path / "stack", checkpoint_every=200,
+            lambda: network(settings["network"], data),
+            data,
+            recipe,
+            steps=steps,
+            batch_size=settings["batch_size"],
+            grid={"rho": settings["rho"]},
+            seeds=settings["seeds"],
+            evaluate_at=[steps],
+            networks="last",
+            splits=["train", "validation", "test"],
+            chunk_size=size,
+            device=work.device,
+            expect_divergence=True,
+            checkpoint=work.path / "stack",
+            checkpoint_every=200,
             progress=lambda gradients: work.progress(2 * gradients),
         ),
         len(settings["rho"]) * len(settings["seeds"]),
-    )  # fmt: skip
+    )
     result = runs.isel(step=-1, drop=True)
     result["sharpness"] = xr.concat(
         [sharpness(networks, data, m, settings) for m in settings["measured_m"]], "measured_m"
@@ -168,19 +209,26 @@ def plot(record: xr.Dataset):
     best = best_radius(record).test_error.drop_vars("rho")
     band(middle, 100 * best, "m", COLORS["SAM"], marker="o")
     for m, rho, y in zip(record.m.values, best_radius(record).rho.values, 100 * best.mean("seed")):
-        middle.annotate(f"ρ = {rho:g}", (m, y), (0, 7), textcoords="offset points", ha="center",
-                        fontsize=7.5)  # fmt: skip
+        middle.annotate(
+            f"ρ = {rho:g}", (m, y), (0, 7), textcoords="offset points", ha="center", fontsize=7.5
+        )
     middle.set(title="… radius chosen by validation", xlabel="m, of training", ylabel="%")
     middle_says = "paper (figure 3): lower for smaller m"
-    views = {"as it is": (None, COLORS["ERM"]),
-             "given the training loss": ("train_loss", COLORS["another"])}  # fmt: skip
+    views = {
+        "as it is": (None, COLORS["ERM"]),
+        "given the training loss": ("train_loss", COLORS["another"]),
+    }
     for label, (given, color) in views.items():
         line = band(right, correlation(record, given), "measured_m", color, marker="o")
         line.set_label(label)
     right.axhline(0, color="#555555", linewidth=0.8)
     right.legend(loc="lower left")
-    right.set(title="m-sharpness and the gap", xlabel="m, of the measure", ylim=(-1.05, 1.3),
-              ylabel="rank correlation")  # fmt: skip
+    right.set(
+        title="m-sharpness and the gap",
+        xlabel="m, of the measure",
+        ylim=(-1.05, 1.3),
+        ylabel="rank correlation",
+    )
     right_says = "paper (figure 3): rises as m falls"
     panels = ((middle, record.m, middle_says), (right, record.measured_m, right_says))
     for ax, values, said in panels:

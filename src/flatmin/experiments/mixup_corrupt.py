@@ -24,16 +24,25 @@ from .vision import load, provenance, step_decay, train
 SOURCE = "Zhang et al. 2018, section 3.4 and table 2"
 
 _FULL = {
-    "data": "cifar10", "train_size": 50_000, "width": 64, "stages": [2, 2, 2, 2],
-    "label_noise": [0.2, 0.5, 0.8], "lr": 0.1, "weight_decay": 1e-4, "batch_size": 128,
-    "epochs": 200, "augment": True, "evaluations": 100, "seeds": 5,
+    "data": "cifar10",
+    "train_size": 50_000,
+    "width": 64,
+    "stages": [2, 2, 2, 2],
+    "label_noise": [0.2, 0.5, 0.8],
+    "lr": 0.1,
+    "weight_decay": 1e-4,
+    "batch_size": 128,
+    "epochs": 200,
+    "augment": True,
+    "evaluations": 100,
+    "seeds": 5,
     "recipes": {
         "ERM": [{}],
         "dropout": [{"p": p} for p in (0.5, 0.7, 0.8, 0.9)],
         "mixup": [{"alpha": alpha} for alpha in (1, 2, 8, 32)],
         "mixup + dropout": [{"alpha": a, "p": p} for a in (1, 2, 4, 8) for p in (0.3, 0.5, 0.7)],
     },
-}  # fmt: skip
+}
 _ONE_EACH = {
     "ERM": [{}],
     "dropout": [{"p": 0.5}],
@@ -41,28 +50,55 @@ _ONE_EACH = {
     "mixup + dropout": [{"alpha": 4, "p": 0.3}],
 }
 SETTINGS = {
-    "tiny": _FULL | {
-        "data": "synthetic", "train_size": 64, "width": 4, "stages": [1], "label_noise": [0.5],
-        "batch_size": 32, "epochs": 2, "evaluations": 1, "seeds": 2, "recipes": _ONE_EACH,
+    "tiny": _FULL
+    | {
+        "data": "synthetic",
+        "train_size": 64,
+        "width": 4,
+        "stages": [1],
+        "label_noise": [0.5],
+        "batch_size": 32,
+        "epochs": 2,
+        "evaluations": 1,
+        "seeds": 2,
+        "recipes": _ONE_EACH,
     },
     # Eight processes share a GPU, or it takes twice as long.  Without augmentation, so that 40 epochs
     # are enough to learn wrong labels by heart.
-    "reduced": _FULL | {
-        "train_size": 10_000, "width": 32, "batch_size": 256, "epochs": 40, "augment": False,
-        "evaluations": 10, "recipes": _ONE_EACH,
+    "reduced": _FULL
+    | {
+        "train_size": 10_000,
+        "width": 32,
+        "batch_size": 256,
+        "epochs": 40,
+        "augment": False,
+        "evaluations": 10,
+        "recipes": _ONE_EACH,
     },
     "paper": _FULL,
-}  # fmt: skip
+}
 
 # Test error in per cent at the best and at the last epoch: table 2.
 PAPER = {
-    0.2: {"ERM": (12.7, 16.6), "dropout": (8.8, 10.4), "mixup": (5.9, 6.4),
-          "mixup + dropout": (6.2, 6.2)},
-    0.5: {"ERM": (18.8, 44.6), "dropout": (14.1, 15.5), "mixup": (11.3, 12.7),
-          "mixup + dropout": (10.9, 10.9)},
-    0.8: {"ERM": (36.5, 73.9), "dropout": (30.9, 35.1), "mixup": (25.3, 30.9),
-          "mixup + dropout": (24.0, 24.8)},
-}  # fmt: skip
+    0.2: {
+        "ERM": (12.7, 16.6),
+        "dropout": (8.8, 10.4),
+        "mixup": (5.9, 6.4),
+        "mixup + dropout": (6.2, 6.2),
+    },
+    0.5: {
+        "ERM": (18.8, 44.6),
+        "dropout": (14.1, 15.5),
+        "mixup": (11.3, 12.7),
+        "mixup + dropout": (10.9, 10.9),
+    },
+    0.8: {
+        "ERM": (36.5, 73.9),
+        "dropout": (30.9, 35.1),
+        "mixup": (25.3, 30.9),
+        "mixup + dropout": (24.0, 24.8),
+    },
+}
 LEGEND = "● last epoch, ○ best epoch; ◆ ◇ the paper"
 
 
@@ -89,8 +125,9 @@ class PreActResNet(nn.Module):
     11172170
     """
 
-    def __init__(self, num_classes: int = 10, width: int = 64, stages=(2, 2, 2, 2),
-                 dropout: float = 0.0):  # fmt: skip
+    def __init__(
+        self, num_classes: int = 10, width: int = 64, stages=(2, 2, 2, 2), dropout: float = 0.0
+    ):
         super().__init__()
         blocks, channels = [], width
         for stage, count in enumerate(stages):
@@ -101,9 +138,12 @@ class PreActResNet(nn.Module):
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
             nn.Linear(channels, num_classes),
-        )  # fmt: skip
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -120,7 +160,9 @@ class _Block(nn.Module):
         super().__init__()
         self.before = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU())
         self.first = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+            nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(),
         )
         self.dropout = nn.Identity()
         self.second = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
@@ -150,8 +192,12 @@ def cost(settings: dict) -> float:
 def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     strength = settings["recipes"][unit["recipe"]][unit["variant"]]
     alpha, p = strength.get("alpha", 0.0), strength.get("p", 0.0)
-    optimizer = SGD(settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"],
-                    schedule=step_decay(0.5, 0.75))  # fmt: skip
+    optimizer = SGD(
+        settings["lr"],
+        momentum=0.9,
+        weight_decay=settings["weight_decay"],
+        schedule=step_decay(0.5, 0.75),
+    )
     _, result = train(
         lambda: PreActResNet(width=settings["width"], stages=settings["stages"], dropout=p),
         load(settings["data"], settings["train_size"], 0, unit["label_noise"], unit["seed"]),
@@ -183,18 +229,21 @@ def plot(record: xr.Dataset):
     import matplotlib.pyplot as plt
 
     use_style()
-    colors = {"ERM": "ERM", "dropout": "dropout", "mixup": "mixup",
-              "mixup + dropout": "other"}  # fmt: skip
+    colors = {"ERM": "ERM", "dropout": "dropout", "mixup": "mixup", "mixup + dropout": "other"}
     best = best_variant(record).test_error
     noises = record.label_noise.values
-    fig, axes = plt.subplots(1, len(noises), figsize=(1.5 + 3.2 * len(noises), 2.8), sharey=True,
-                             squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(
+        1, len(noises), figsize=(1.5 + 3.2 * len(noises), 2.8), sharey=True, squeeze=False
+    )
     for ax, noise in zip(axes[0], noises):
         rows = {
-            name: (100 * best.sel(recipe=name, label_noise=noise), COLORS[colors[name]],
-                   PAPER.get(noise, {}).get(name, ()))
+            name: (
+                100 * best.sel(recipe=name, label_noise=noise),
+                COLORS[colors[name]],
+                PAPER.get(noise, {}).get(name, ()),
+            )
             for name in record.recipe.values
-        }  # fmt: skip
+        }
         beside(ax, rows)
         ax.set(title=f"{100 * noise:g} % wrong labels", xlabel="test error (%)")
     fig.supxlabel(LEGEND, fontsize=8, color=COLORS["ERM"])
@@ -216,8 +265,15 @@ def beside(ax, rows: dict) -> None:
         errors = errors.dropna(dim, how="all")
         for value, dy, face in ((errors.isel({dim: -1}), 0.0, color), (errors.min(dim), -0.2, "w")):
             m = mean_interval(value)
-            ax.errorbar(float(m["mean"]), y + dy, xerr=float(m["half"]), fmt="o", color=color,
-                        markerfacecolor=face, capsize=3)  # fmt: skip
+            ax.errorbar(
+                float(m["mean"]),
+                y + dy,
+                xerr=float(m["half"]),
+                fmt="o",
+                color=color,
+                markerfacecolor=face,
+                capsize=3,
+            )
         for number, face in zip(reversed(paper), (COLORS["faint"], "w")):
             ax.plot(number, y + 0.2, "D", color=COLORS["faint"], markerfacecolor=face, markersize=5)
     ax.set_yticks(range(len(rows)), list(rows))

@@ -18,16 +18,34 @@ import xarray as xr
 from .._checks import number
 
 NAMES = [
-    "flooding_synthetic", "double_descent", "stiffness_training", "mixup_corrupt",
-    "sam_label_noise", "sam_spectrum", "m_sharpness",
-]  # fmt: skip
+    "flooding_synthetic",
+    "double_descent",
+    "stiffness_training",
+    "mixup_corrupt",
+    "sam_label_noise",
+    "sam_spectrum",
+    "m_sharpness",
+]
 
 HERE = Path(__file__).parent
 FOLDERS = [HERE.parent / "results", HERE.parents[2] / "results"]  # in a wheel, in a checkout
 SCHEMA = [
-    "experiment", "size", "device", "machine", "python", "numpy", "torch", "cuda", "flatmin",
-    "commit", "seeds", "settings", "seconds", "data", "cost",
-]  # fmt: skip
+    "experiment",
+    "size",
+    "device",
+    "machine",
+    "python",
+    "numpy",
+    "torch",
+    "cuda",
+    "flatmin",
+    "commit",
+    "seeds",
+    "settings",
+    "seconds",
+    "data",
+    "cost",
+]
 
 
 def experiment(name: str) -> ModuleType:
@@ -159,9 +177,12 @@ def commit() -> str:
 
     def git(*words):
         return subprocess.run(
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True,
+            ["git", "-C", root, *words],
+            capture_output=True,
+            text=True,
+            check=True,
             env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()  # fmt: skip
+        ).stdout.strip()
 
     try:
         if not (root / ".git").exists():  # another project's, that has the package installed

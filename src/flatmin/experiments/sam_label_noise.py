@@ -26,9 +26,18 @@ from .vision import load, passes, predict, provenance, train
 SOURCE = "Foret et al. 2021, section 3.3 and table 4"
 
 _FULL = {
-    "data": "cifar10", "train_size": 50_000, "width": 16, "stages": [5, 5, 5],
-    "label_noise": [0.2, 0.4, 0.6, 0.8], "lr": 0.1, "weight_decay": 5e-4, "batch_size": 256,
-    "epochs": 200, "augment": True, "evaluations": 50, "seeds": 5,
+    "data": "cifar10",
+    "train_size": 50_000,
+    "width": 16,
+    "stages": [5, 5, 5],
+    "label_noise": [0.2, 0.4, 0.6, 0.8],
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "batch_size": 256,
+    "epochs": 200,
+    "augment": True,
+    "evaluations": 50,
+    "seeds": 5,
     "recipes": {
         "SGD": [{}],
         "SGD, twice the epochs": [{"epochs": 2}],
@@ -37,22 +46,39 @@ _FULL = {
     },
     "rho_at": {"0.8": 0.05},  # another radius at some noise
     "bootstrap": ["SGD", "mixup", "SAM"],
-}  # fmt: skip
+}
 _ONE_EACH = _FULL["recipes"] | {"mixup": [{"alpha": 8}]}
 SETTINGS = {
-    "tiny": _FULL | {
-        "data": "synthetic", "train_size": 64, "width": 4, "stages": [1], "label_noise": [0.4],
-        "batch_size": 32, "epochs": 2, "evaluations": 1, "seeds": 2, "recipes": _ONE_EACH,
+    "tiny": _FULL
+    | {
+        "data": "synthetic",
+        "train_size": 64,
+        "width": 4,
+        "stages": [1],
+        "label_noise": [0.4],
+        "batch_size": 32,
+        "epochs": 2,
+        "evaluations": 1,
+        "seeds": 2,
+        "recipes": _ONE_EACH,
     },
     # Recorded in 219 s of an H100 that eight to sixteen processes shared; one process needs about
     # three times as long.  Without augmentation, so that the few epochs are enough to learn wrong
     # labels by heart.
-    "reduced": _FULL | {
-        "train_size": 10_000, "width": 32, "stages": [3, 3, 3], "label_noise": [0.4, 0.8],
-        "epochs": 32, "augment": False, "evaluations": 10, "recipes": _ONE_EACH, "seeds": 3,
+    "reduced": _FULL
+    | {
+        "train_size": 10_000,
+        "width": 32,
+        "stages": [3, 3, 3],
+        "label_noise": [0.4, 0.8],
+        "epochs": 32,
+        "augment": False,
+        "evaluations": 10,
+        "recipes": _ONE_EACH,
+        "seeds": 3,
     },
     "paper": _FULL,
-}  # fmt: skip
+}
 
 # Test accuracy in per cent: table 4.
 PAPER = {
@@ -87,10 +113,17 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 
     def one(data, state):
         return train(
-            lambda: ResNet(width=settings["width"], stages=settings["stages"]), data, recipe, work,
-            epochs=epochs, batch_size=settings["batch_size"], seed=unit["seed"], state=state,
-            augment=settings["augment"], evaluate_at=settings["evaluations"],
-        )  # fmt: skip
+            lambda: ResNet(width=settings["width"], stages=settings["stages"]),
+            data,
+            recipe,
+            work,
+            epochs=epochs,
+            batch_size=settings["batch_size"],
+            seed=unit["seed"],
+            state=state,
+            augment=settings["augment"],
+            evaluate_at=settings["evaluations"],
+        )
 
     state = work.load() or {}
     if "predicted" in state:
@@ -112,8 +145,11 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 def _recipe(unit: dict, settings: dict) -> tuple[Recipe, int]:
     """What a unit trains with, and for how long."""
     strength = settings["recipes"][unit["recipe"]][unit["variant"]]
-    recipe = Recipe(optimizer=SGD(settings["lr"], momentum=0.9, schedule="cosine",
-                                  weight_decay=settings["weight_decay"]))  # fmt: skip
+    recipe = Recipe(
+        optimizer=SGD(
+            settings["lr"], momentum=0.9, schedule="cosine", weight_decay=settings["weight_decay"]
+        )
+    )
     if "alpha" in strength:
         recipe = dataclasses.replace(recipe, batch=Mixup(strength["alpha"]))
     if "rho" in strength:
@@ -140,8 +176,9 @@ def plot(record: xr.Dataset):
     use_style()
     colors = {"SGD": "ERM", "SGD, twice the epochs": "ERM", "mixup": "mixup", "SAM": "SAM"}
     noises = record.label_noise.values
-    fig, axes = plt.subplots(1, len(noises), figsize=(2.2 + 3.0 * len(noises), 3.6), sharey=True,
-                             squeeze=False)  # fmt: skip
+    fig, axes = plt.subplots(
+        1, len(noises), figsize=(2.2 + 3.0 * len(noises), 3.6), sharey=True, squeeze=False
+    )
     for ax, noise in zip(axes[0], noises):
         rows = {}
         for recipe in record.recipe.values:

@@ -42,33 +42,63 @@ PAPER = {
 }
 
 _HERE = {
-    "data": "cifar10", "train_size": 50_000, "blocks": [3, 3, 3], "width": 16, "augment": False,
+    "data": "cifar10",
+    "train_size": 50_000,
+    "blocks": [3, 3, 3],
+    "width": 16,
+    "augment": False,
     "methods": {
         "SGD": {"batch_size": 256, "lr": 0.1, "rho": 0.0},
         "SAM": {"batch_size": 256, "lr": 0.1, "rho": 0.05},
         "SGD, batch 1024": {"batch_size": 1024, "lr": 0.2, "rho": 0.0},
         "SAM, m = 1024": {"batch_size": 1024, "lr": 0.2, "rho": 0.05},
     },
-    "weight_decay": 5e-4, "epochs": 20, "moments": [0, 1, 4, 10, 20], "examples": 1000,
-    "lanczos_steps": 60, "density_steps": 60, "density_probes": 1, "trace_probes": 30, "seeds": 3,
-}  # fmt: skip
+    "weight_decay": 5e-4,
+    "epochs": 20,
+    "moments": [0, 1, 4, 10, 20],
+    "examples": 1000,
+    "lanczos_steps": 60,
+    "density_steps": 60,
+    "density_probes": 1,
+    "trace_probes": 30,
+    "seeds": 3,
+}
 SETTINGS = {
-    "tiny": _HERE | {
-        "data": "synthetic", "train_size": 48, "blocks": [1], "width": 4,
-        "methods": {"SGD": {"batch_size": 16, "lr": 0.05, "rho": 0.0},
-                    "SAM": {"batch_size": 16, "lr": 0.05, "rho": 0.05}},
-        "epochs": 2, "moments": [0, 2], "examples": 16, "lanczos_steps": 8, "density_steps": 4,
-        "density_probes": 1, "trace_probes": 2, "seeds": 2,
+    "tiny": _HERE
+    | {
+        "data": "synthetic",
+        "train_size": 48,
+        "blocks": [1],
+        "width": 4,
+        "methods": {
+            "SGD": {"batch_size": 16, "lr": 0.05, "rho": 0.0},
+            "SAM": {"batch_size": 16, "lr": 0.05, "rho": 0.05},
+        },
+        "epochs": 2,
+        "moments": [0, 2],
+        "examples": 16,
+        "lanczos_steps": 8,
+        "density_steps": 4,
+        "density_probes": 1,
+        "trace_probes": 2,
+        "seeds": 2,
     },
     # Recorded in 270 s of an H100 that sixteen processes shared.
-    "reduced": _HERE | {"train_size": 25_000, "moments": [0, 2, 6, 20], "density_steps": 40,
-                        "trace_probes": 20},
-    "paper": _HERE | {
-        "blocks": [6, 6, 6], "width": 160, "augment": True, "epochs": 300,
-        "moments": [0, 1, 5, 20, 50, 100, 150, 200, 250, 300], "examples": 5000,
-        "lanczos_steps": 90, "density_steps": 90, "seeds": 5,
+    "reduced": _HERE
+    | {"train_size": 25_000, "moments": [0, 2, 6, 20], "density_steps": 40, "trace_probes": 20},
+    "paper": _HERE
+    | {
+        "blocks": [6, 6, 6],
+        "width": 160,
+        "augment": True,
+        "epochs": 300,
+        "moments": [0, 1, 5, 20, 50, 100, 150, 200, 250, 300],
+        "examples": 5000,
+        "lanczos_steps": 90,
+        "density_steps": 90,
+        "seeds": 5,
     },
-}  # fmt: skip
+}
 RANKS = 5  # how many eigenvalues
 SKETCH = 10  # vectors of the trace that are counted exactly
 
@@ -100,9 +130,12 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         optimizer=SGD(method["lr"], 0.9, settings["weight_decay"], schedule="cosine"),
     )
     network = lambda: ResNet(
-        num_classes=data.num_classes, in_channels=data.x_train.shape[1], width=settings["width"],
-        batch_norm=False, stages=settings["blocks"],
-    )  # fmt: skip
+        num_classes=data.num_classes,
+        in_channels=data.x_train.shape[1],
+        width=settings["width"],
+        batch_norm=False,
+        stages=settings["blocks"],
+    )
     examples = torch.arange(settings["examples"], device=work.device)
     x = vision.Images(data, work.device).batch("train", examples)
     y = data.y_train[: len(examples)].to(work.device)
@@ -114,10 +147,17 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         return found
 
     _, result = vision.train(
-        network, data, recipe, work, epochs=settings["epochs"], batch_size=method["batch_size"],
-        seed=unit["seed"], augment=settings["augment"], evaluate_at=settings["moments"],
+        network,
+        data,
+        recipe,
+        work,
+        epochs=settings["epochs"],
+        batch_size=method["batch_size"],
+        seed=unit["seed"],
+        augment=settings["augment"],
+        evaluate_at=settings["moments"],
         measure=measure,
-    )  # fmt: skip
+    )
     result.attrs = {
         "data": vision.provenance(settings["data"]),
         "parameters": sum(p.numel() for p in network().parameters()),
@@ -136,11 +176,13 @@ def spectrum(model: torch.nn.Module, x, y, settings: Mapping, batch_size: int) -
         of, (eigenvalues, trace, density)
     )
     return {
-        "eigenvalue": ("rank", top), "eigenvalue_error": ("rank", errors),
-        "trace": total, "trace_standard_error": standard_error,
+        "eigenvalue": ("rank", top),
+        "eigenvalue_error": ("rank", errors),
+        "trace": total,
+        "trace_standard_error": standard_error,
         "density_nodes": (("probe", "node"), nodes),
         "density_weights": (("probe", "node"), weights),
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------ from the record
@@ -193,9 +235,13 @@ def at_loss(values: xr.DataArray, loss: xr.DataArray, levels: Sequence[float], d
         return found
 
     found = xr.apply_ufunc(
-        one, values, loss, input_core_dims=[[dim], [dim]], output_core_dims=[["level"]],
+        one,
+        values,
+        loss,
+        input_core_dims=[[dim], [dim]],
+        output_core_dims=[["level"]],
         vectorize=True,
-    )  # fmt: skip
+    )
     return found.assign_coords(level=list(levels))
 
 
@@ -254,11 +300,20 @@ def plot(record: xr.Dataset):
         lines(ax, values.assign_coords(epoch=share), "epoch", marker="o", markersize=3)
         for method, points in PAPER.items():
             at, theirs = zip(*((epoch / 300, math.log10(v[k])) for epoch, v in points.items()))
-            ax.plot(at, theirs, "D", color=color(method), markerfacecolor="none",
-                    label=f"{method}, paper (WRN-40-10)")  # fmt: skip
+            ax.plot(
+                at,
+                theirs,
+                "D",
+                color=color(method),
+                markerfacecolor="none",
+                label=f"{method}, paper (WRN-40-10)",
+            )
     one.set(title="λ max at equal epochs", xlabel="share of the training", ylabel="log₁₀ λ max")
-    two.set(title="λ max / λ5 at equal epochs", xlabel="share of the training",
-            ylabel="log₁₀ of the ratio")  # fmt: skip
+    two.set(
+        title="λ max / λ5 at equal epochs",
+        xlabel="share of the training",
+        ylabel="log₁₀ of the ratio",
+    )
     for methods in by_batch_size(record):
         loss = record.train_loss.sel({"method": methods})
         if levels := common_levels(loss, "epoch"):
@@ -275,11 +330,19 @@ def plot(record: xr.Dataset):
         return np.log10(1e-6 + density.smooth(grid, width).numpy())
 
     density = xr.apply_ufunc(
-        smooth, last.density_nodes, last.density_weights, vectorize=True,
-        input_core_dims=[["probe", "node"]] * 2, output_core_dims=[["eigenvalue"]],
-    ).assign_coords(eigenvalue=grid.numpy())  # fmt: skip
+        smooth,
+        last.density_nodes,
+        last.density_weights,
+        vectorize=True,
+        input_core_dims=[["probe", "node"]] * 2,
+        output_core_dims=[["eigenvalue"]],
+    ).assign_coords(eigenvalue=grid.numpy())
     lines(four, density, "eigenvalue")
-    four.set(title="Density at the end", xlabel="eigenvalue", ylabel="log₁₀ of the density",
-             ylim=(-6, float(density.max()) + 0.5))  # fmt: skip
+    four.set(
+        title="Density at the end",
+        xlabel="eigenvalue",
+        ylabel="log₁₀ of the density",
+        ylim=(-6, float(density.max()) + 0.5),
+    )
     four.legend(*one.get_legend_handles_labels(), fontsize=7.5)
     return fig

@@ -76,8 +76,10 @@ def origin(record: xr.Dataset) -> str:
     True
     """
     about = record.attrs
-    return (f"size {about['size']}, {len(json.loads(about['seeds']))} seeds, {about['data']}; "
-            f"on {about['device']}, PyTorch {about['torch']}, in {duration(float(about['seconds']))}")  # fmt: skip
+    return (
+        f"size {about['size']}, {len(json.loads(about['seeds']))} seeds, {about['data']}; "
+        f"on {about['device']}, PyTorch {about['torch']}, in {duration(float(about['seconds']))}"
+    )
 
 
 def duration(seconds: float) -> str:

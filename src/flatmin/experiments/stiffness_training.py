@@ -44,8 +44,13 @@ from .sam_spectrum import at_loss, common_levels, loss_axis
 SOURCE = "Fort et al. 2019 (arXiv 1901.09491), the experiments on images"
 
 _HERE = {
-    "cases": [["mnist", "MLP"], ["mnist", "CNN"], ["cifar10", "MLP"], ["cifar10", "CNN"],
-              ["cifar100", "CNN"]],
+    "cases": [
+        ["mnist", "MLP"],
+        ["mnist", "CNN"],
+        ["cifar10", "MLP"],
+        ["cifar10", "CNN"],
+        ["cifar100", "CNN"],
+    ],
     "labels": ["true", "random"],
     "lr": [3e-4, 1e-3, 3e-3],
     "moments": [0, 16, 64, 256, 1024, 4096],
@@ -53,27 +58,41 @@ _HERE = {
     "batch_size": 32,
     "probes": 500,
     "seeds": 3,
-}  # fmt: skip
+}
 SETTINGS = {
-    "tiny": _HERE | {
-        "cases": [["synthetic", "MLP"], ["synthetic", "CNN"]], "lr": [1e-3],
-        "moments": [0, 2], "train_size": 64, "probes": 50, "seeds": 2,
+    "tiny": _HERE
+    | {
+        "cases": [["synthetic", "MLP"], ["synthetic", "CNN"]],
+        "lr": [1e-3],
+        "moments": [0, 2],
+        "train_size": 64,
+        "probes": 50,
+        "seeds": 2,
     },
     # Recorded in 59 s of an H100 that sixteen processes shared, without CIFAR-100.
     "reduced": _HERE,
     # Forward and backward of nine networks, 32 images: 17 ms on an H100.
-    "resnet20": _HERE | {
-        "cases": [["cifar10", "ResNet-20"]], "lr": [1e-3], "moments": [0, 16, 64, 256, 1024],
+    "resnet20": _HERE
+    | {
+        "cases": [["cifar10", "ResNet-20"]],
+        "lr": [1e-3],
+        "moments": [0, 16, 64, 256, 1024],
     },
     # Networks, optimizer, batch size and numbers of probes (3,000 for 100 classes) are the paper's;
     # its learning rates and numbers of steps are not known to us.
-    "paper": _HERE | {
-        "cases": [[d, n] for d in ("mnist", "fashion_mnist", "cifar10", "cifar100")
-                  for n in ("MLP", "CNN", "ResNet-20")],
-        "lr": [1e-4, 3e-4, 1e-3, 3e-3], "moments": [0, *(16 * 4**k for k in range(7))],
-        "train_size": 40_000, "seeds": 5,
+    "paper": _HERE
+    | {
+        "cases": [
+            [d, n]
+            for d in ("mnist", "fashion_mnist", "cifar10", "cifar100")
+            for n in ("MLP", "CNN", "ResNet-20")
+        ],
+        "lr": [1e-4, 3e-4, 1e-3, 3e-3],
+        "moments": [0, *(16 * 4**k for k in range(7))],
+        "train_size": 40_000,
+        "seeds": 5,
     },
-}  # fmt: skip
+}
 
 PAIRS = ["train-train", "train-validation", "validation-validation"]
 MEASURES = ["cosine", "sign"]
@@ -110,14 +129,25 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             continue
         runs, networks = work.chunks(
             lambda size: fit(
-                lambda: network(unit["network"], data), data, Recipe(optimizer=Adam()),
-                steps=max(step, 1), batch_size=settings["batch_size"], grid={"lr": rates},
-                seeds=seeds, evaluate_at=[step], networks="best", select_by="train_loss",
-                splits=["train", "validation", "test"], chunk_size=size, device=work.device,
-                checkpoint=work.path / str(step), progress=work.progress, expect_divergence=True,
+                lambda: network(unit["network"], data),
+                data,
+                Recipe(optimizer=Adam()),
+                steps=max(step, 1),
+                batch_size=settings["batch_size"],
+                grid={"lr": rates},
+                seeds=seeds,
+                evaluate_at=[step],
+                networks="best",
+                select_by="train_loss",
+                splits=["train", "validation", "test"],
+                chunk_size=size,
+                device=work.device,
+                checkpoint=work.path / str(step),
+                progress=work.progress,
+                expect_divergence=True,
             ),
             len(rates) * len(seeds),
-        )  # fmt: skip
+        )
         measured = [
             xr.concat([probes(networks.module(lr=lr, seed=seed)) for seed in seeds], "seed")
             for lr in rates
@@ -168,8 +198,9 @@ class Probes:
     def _summary(self, values: Tensor, residual: Tensor, one: slice, two: slice) -> xr.Dataset:
         distance = self.distance[one, two]
         classes = (self.classes[one], None if one == two else self.classes[two])
-        matrix, base = (class_matrix(v, *classes, num_classes=self.num_classes)
-                        for v in (values, residual))  # fmt: skip
+        matrix, base = (
+            class_matrix(v, *classes, num_classes=self.num_classes) for v in (values, residual)
+        )
         within, base_within, within_group = within_classes(matrix), within_classes(base), math.nan
         if self.groups is not None:
             matrix, base = (class_matrix(m, self.groups, num_classes=20) for m in (matrix, base))
@@ -177,16 +208,19 @@ class Probes:
         line = critical_length(values, distance, *classes, resamples=1)  # the seeds say how sure
         return xr.Dataset(
             {
-                "within": float(within), "within_group": float(within_group),
+                "within": float(within),
+                "within_group": float(within_group),
                 "between": float(between_classes(matrix)),
                 "residual_within": float(base_within),
                 "residual_between": float(between_classes(base)),
-                "xi": line.xi, "slope": line.slope, "intercept": line.intercept,
+                "xi": line.xi,
+                "slope": line.slope,
+                "intercept": line.intercept,
                 "matrix": (("class_1", "class_2"), matrix.cpu().numpy()),
                 "by_distance": ("distance", self._by_distance(values, distance, *classes)),
             },
             {"distance": (EDGES[:-1] + EDGES[1:]) / 2},
-        )  # fmt: skip
+        )
 
     def _by_distance(self, values: Tensor, distance: Tensor, one: Tensor, two) -> np.ndarray:
         """The mean over pairs of one class in each bin of distance."""
@@ -266,36 +300,56 @@ def plot(record: xr.Dataset):
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.6))
     fresh = record.sel(pairs="train-validation")
     cases = [
-        case for case in product(record.data.values.tolist(), record.network.values.tolist())
+        case
+        for case in product(record.data.values.tolist(), record.network.values.tolist())
         if bool(record.within.sel(data=case[0], network=case[1]).notnull().any())
-    ]  # fmt: skip
-    colors = dict(zip(cases, [COLORS[k] for k in ("stiffness", "other", "another", "highlight",
-                                                  "ERM", "faint")] * 2))  # fmt: skip
+    ]
+    colors = dict(
+        zip(
+            cases,
+            [COLORS[k] for k in ("stiffness", "other", "another", "highlight", "ERM", "faint")] * 2,
+        )
+    )
     middle = record.lr.values[record.sizes["lr"] // 2]
     pick = lambda values, case, labels, **of: values.sel(
-        data=case[0], network=case[1], labels=labels, **of).reset_coords(drop=True)  # fmt: skip
-    of_measure = (("within", "cosine", "Within classes (cosine)"),
-                  ("between", "sign", "Between classes (sign)"))  # fmt: skip
+        data=case[0], network=case[1], labels=labels, **of
+    ).reset_coords(drop=True)
+    of_measure = (
+        ("within", "cosine", "Within classes (cosine)"),
+        ("between", "sign", "Between classes (sign)"),
+    )
     for ax, (name, measure, title) in zip(axes[0], of_measure):
         for case in cases:
             for labels in record.labels.values.tolist():
                 values = pick(fresh[name], case, labels, lr=middle, measure=measure)
-                line = band(ax, values, "step", colors[case], marker="o", markersize=3,
-                            linestyle="-" if labels == "true" else ":")  # fmt: skip
+                line = band(
+                    ax,
+                    values,
+                    "step",
+                    colors[case],
+                    marker="o",
+                    markersize=3,
+                    linestyle="-" if labels == "true" else ":",
+                )
                 if labels == "true":
                     line.set_label(_name(case))
         ax.set(title=title, xlabel="step (dotted: random labels)", ylabel="stiffness")
     for case in cases:
         of_group = pick(fresh.within_group, case, "true", lr=middle, measure="sign")
         if bool(of_group.notnull().all()):
-            band(axes[0, 1], of_group, "step", colors[case], linestyle="-.",
-                 label="one super-class")  # fmt: skip
+            band(
+                axes[0, 1], of_group, "step", colors[case], linestyle="-.", label="one super-class"
+            )
         values = pick(fresh.by_distance, case, "true", lr=middle, measure="cosine")
         values = values.isel(step=-1, drop=True).dropna("distance")
         if values.sizes["distance"]:
             band(axes[0, 2], values, "distance", colors[case])
-    axes[0, 2].set(title="Within classes, at the end", xlabel="distance of the inputs",
-                   ylabel="stiffness (cosine)", ylim=(None, 1.25))  # fmt: skip
+    axes[0, 2].set(
+        title="Within classes, at the end",
+        xlabel="distance of the inputs",
+        ylabel="stiffness (cosine)",
+        ylim=(None, 1.25),
+    )
     axes[0, 2].legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7.5, loc="upper right")
     case = cases[-1]
     loss = pick(record.train_loss, case, "true")
@@ -306,8 +360,11 @@ def plot(record: xr.Dataset):
     xi = pick(crossing(fresh), long or case, "true", measure="cosine")
     for i, lr in enumerate(record.lr.values):
         share = (i + 1) / record.sizes["lr"]
-        style = {"color": tuple(1 - share * (1 - c) for c in to_rgb(COLORS["highlight"])),
-                 "marker": "o", "markersize": 3}  # fmt: skip
+        style = {
+            "color": tuple(1 - share * (1 - c) for c in to_rgb(COLORS["highlight"])),
+            "marker": "o",
+            "markersize": 3,
+        }
         of = lambda values: values.sel(lr=lr, drop=True)
         if levels:
             line = band(axes[1, 0], at_loss(of(within), of(loss), levels, "step"), "level", **style)
@@ -320,12 +377,19 @@ def plot(record: xr.Dataset):
         axes[1, 0].legend(fontsize=7.5)
     axes[1, 1].set(title=f"{_name(long or case)}, critical length", xlabel="step", ylabel="ξ")
     if long:
-        seen = pick(fresh.by_distance, long, "true").notnull().any(["step", "lr", "measure", "seed"])
+        seen = (
+            pick(fresh.by_distance, long, "true").notnull().any(["step", "lr", "measure", "seed"])
+        )
         farthest = float(record.distance[seen].max()) + (EDGES[1] - EDGES[0]) / 2
         axes[1, 1].axhline(farthest, color=COLORS["faint"], linewidth=1, zorder=0)
     else:
-        axes[1, 1].text(0.5, 0.5, "no critical length:\nthe lines do not come down to 0", ha="center",
-                        transform=axes[1, 1].transAxes)  # fmt: skip
+        axes[1, 1].text(
+            0.5,
+            0.5,
+            "no critical length:\nthe lines do not come down to 0",
+            ha="center",
+            transform=axes[1, 1].transAxes,
+        )
         axes[1, 1].set(xticks=[], yticks=[])
     for ax in (*axes[0, :2], axes[1, 1]):
         if ax.lines:
@@ -336,11 +400,16 @@ def plot(record: xr.Dataset):
     image = axes[1, 2].imshow(matrix, cmap="PuOr_r", vmin=-1, vmax=1)
     fig.colorbar(image, ax=axes[1, 2], shrink=0.8, label="stiffness (sign)")
     axes[1, 2].grid(False)
-    axes[1, 2].set(title=f"{_name(case)}, by class, at the end", xlabel="class, validation example",
-                   ylabel="class, training example")  # fmt: skip
-    for ax, said in ((axes[0, 0], "paper: falls with overfitting"),
-                     (axes[0, 1], "paper: random labels stay low"),
-                     (axes[1, 1], "later versions: larger rate, shorter ξ")):  # fmt: skip
+    axes[1, 2].set(
+        title=f"{_name(case)}, by class, at the end",
+        xlabel="class, validation example",
+        ylabel="class, training example",
+    )
+    for ax, said in (
+        (axes[0, 0], "paper: falls with overfitting"),
+        (axes[0, 1], "paper: random labels stay low"),
+        (axes[1, 1], "later versions: larger rate, shorter ξ"),
+    ):
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.12 * (high - low), high)
         ax.text(0.02, 0.02, said, transform=ax.transAxes, fontsize=8, color=COLORS["ERM"])
@@ -348,6 +417,10 @@ def plot(record: xr.Dataset):
 
 
 def _name(case: tuple[str, str]) -> str:
-    names = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10",
-             "cifar100": "CIFAR-100"}  # fmt: skip
+    names = {
+        "mnist": "MNIST",
+        "fashion_mnist": "Fashion-MNIST",
+        "cifar10": "CIFAR-10",
+        "cifar100": "CIFAR-100",
+    }
     return f"{names.get(case[0], case[0])}, {case[1]}"

@@ -34,8 +34,15 @@ from ..sam import SAM, SAMGradient
 from ..training import Recipe, epoch_order, initial_module, plain_gradient, stream
 
 __all__ = [
-    "Images", "augmentation", "load", "predict", "provenance", "step_decay", "synthetic", "train",
-]  # fmt: skip
+    "Images",
+    "augmentation",
+    "load",
+    "predict",
+    "provenance",
+    "step_decay",
+    "synthetic",
+    "train",
+]
 
 PADDING = 4
 
@@ -140,10 +147,15 @@ def train(
             t += 1
             work.progress(len(y) * passes(recipe))
             if work.due():
-                work.save(others | {
-                    "t": t, "records": records, "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                })  # fmt: skip
+                work.save(
+                    others
+                    | {
+                        "t": t,
+                        "records": records,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    }
+                )
     model.eval()
     found = [xr.Dataset.from_dict(values) for values in records.values()]
     return model, xr.concat(found, "epoch").assign_coords(epoch=list(records))
@@ -198,19 +210,28 @@ def step_decay(*milestones: float, factor: float = 0.1) -> Callable[[float], flo
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data, work, *, normalize: bool = True, bf16: bool = True,
-            evaluation_batch_size: int = 1000) -> Tensor:  # fmt: skip
+def predict(
+    model: nn.Module,
+    data: Data,
+    work,
+    *,
+    normalize: bool = True,
+    bf16: bool = True,
+    evaluation_batch_size: int = 1000,
+) -> Tensor:
     """The classes that a trained network sees in the training images: int64 [n], on the CPU."""
     dtype = next(model.parameters()).dtype
     network = _network(model.eval(), bf16 and work.device.type == "cuda", dtype)
     shown = Images(data, work.device, dtype, normalize=normalize)
     return work.chunks(
-        lambda size: torch.cat([
-            network(shown.batch("train", rows)).argmax(1)
-            for rows in torch.arange(len(data.y_train), device=work.device).split(size)
-        ]).cpu(),
+        lambda size: torch.cat(
+            [
+                network(shown.batch("train", rows)).argmax(1)
+                for rows in torch.arange(len(data.y_train), device=work.device).split(size)
+            ]
+        ).cpu(),
         evaluation_batch_size,
-    )  # fmt: skip
+    )
 
 
 # --------------------------------------------------------------------------- images on the device
@@ -232,8 +253,10 @@ class Images:
 
     def __init__(self, data: Data, device, dtype=torch.float32, augment=False, normalize=True):
         if data.x_train.ndim != 4:
-            raise ValueError("data must have images [n, channels, height, width], got inputs of "
-                             f"shape {list(data.x_train.shape[1:])}")  # fmt: skip
+            raise ValueError(
+                "data must have images [n, channels, height, width], got inputs of "
+                f"shape {list(data.x_train.shape[1:])}"
+            )
         self.data, self.device, self.dtype = data, device, dtype
         self.height, self.width = data.x_train.shape[-2:]
         self.margin = PADDING if augment else 0
@@ -287,8 +310,9 @@ def _bytes(x: Tensor) -> tuple[Tensor, int]:
 # ------------------------------------------------------------------------------- how it is done
 
 
-def _batches(shown: Images, recipe: Recipe, seed: int, epoch: int, size: int,
-             start: int) -> Iterator[tuple[Tensor, Tensor, dict]]:  # fmt: skip
+def _batches(
+    shown: Images, recipe: Recipe, seed: int, epoch: int, size: int, start: int
+) -> Iterator[tuple[Tensor, Tensor, dict]]:
     """The batches of an epoch from number ``start`` on; all that is random is sent at once."""
     labels, shape = shown.data.y_train, shown.data.x_train.shape[1:]
     order = epoch_order(seed, epoch, len(labels))
@@ -296,10 +320,16 @@ def _batches(shown: Images, recipe: Recipe, seed: int, epoch: int, size: int,
     draws = [{} for _ in parts]
     if recipe.batch is not None:
         first = epoch * len(parts)
-        draws = _sent([
-            recipe.batch.draw(labels[rows], stream(seed, "batch", first + k), (len(rows), *shape))
-            for k, rows in enumerate(parts)
-        ], shown.device, shown.dtype)  # fmt: skip
+        draws = _sent(
+            [
+                recipe.batch.draw(
+                    labels[rows], stream(seed, "batch", first + k), (len(rows), *shape)
+                )
+                for k, rows in enumerate(parts)
+            ],
+            shown.device,
+            shown.dtype,
+        )
     changes = [None] * len(parts)
     if shown.margin:
         changes = augmentation(seed, epoch, len(labels)).to(shown.device).split(size)
@@ -335,11 +365,17 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """``torch.optim``'s optimizer of the recipe's name, and SAM around it."""
     place, params = recipe.optimizer, list(model.parameters())
     if type(place) is optimizers.SGD:
-        base = torch.optim.SGD(params, place.lr, place.momentum, weight_decay=place.weight_decay,
-                               nesterov=place.nesterov)  # fmt: skip
+        base = torch.optim.SGD(
+            params,
+            place.lr,
+            place.momentum,
+            weight_decay=place.weight_decay,
+            nesterov=place.nesterov,
+        )
     elif type(place) is optimizers.Adam:
-        base = torch.optim.Adam(params, place.lr, (place.beta1, place.beta2), place.eps,
-                                weight_decay=place.weight_decay)  # fmt: skip
+        base = torch.optim.Adam(
+            params, place.lr, (place.beta1, place.beta2), place.eps, weight_decay=place.weight_decay
+        )
     else:
         raise ValueError(f"recipe.optimizer must be SGD or Adam, got {place!r}")
     if getattr(recipe.batch, "second_stream", False):
@@ -348,13 +384,17 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if gradient is plain_gradient:
         return base
     if type(gradient) is not SAMGradient or gradient.exact or not gradient.normalized:
-        raise ValueError("recipe.gradient must be the plain gradient or SAMGradient, normalized and "
-                         f"without its derivative, got {gradient!r}")  # fmt: skip
+        raise ValueError(
+            "recipe.gradient must be the plain gradient or SAMGradient, normalized and "
+            f"without its derivative, got {gradient!r}"
+        )
     return SAM(base, gradient.rho, gradient.p, gradient.adaptive, gradient.eta, model=model)
 
 
 @torch.no_grad()
-def _evaluate(network, shown: Images, criterion, train_examples: int, size: int) -> dict[str, float]:
+def _evaluate(
+    network, shown: Images, criterion, train_examples: int, size: int
+) -> dict[str, float]:
     """Mean loss and error of each split; one wait for the device."""
     sums = {}
     for split, pixels in shown.pixels.items():
@@ -415,13 +455,21 @@ def _made_up() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 SETS = {
-    "cifar10": sets.cifar10, "cifar100": sets.cifar100, "mnist": sets.mnist,
-    "fashion_mnist": sets.fashion_mnist, "synthetic": synthetic,
-}  # fmt: skip
+    "cifar10": sets.cifar10,
+    "cifar100": sets.cifar100,
+    "mnist": sets.mnist,
+    "fashion_mnist": sets.fashion_mnist,
+    "synthetic": synthetic,
+}
 
 
-def load(name: str, train_size: int | None = None, validation_size: int = 0,
-         label_noise: float = 0.0, seed: int = 0) -> Data:  # fmt: skip
+def load(
+    name: str,
+    train_size: int | None = None,
+    validation_size: int = 0,
+    label_noise: float = 0.0,
+    seed: int = 0,
+) -> Data:
     """A set of images by name; its files are read once."""
     if name not in SETS:
         raise ValueError(f"data must be one of {sorted(SETS)}, got {name!r}")
@@ -439,20 +487,32 @@ def _read(name: str, folder: str | None):
 
 # MD5 sums of the official files, as torchvision has them.
 OFFICIAL = {
-    "cifar10": ("cifar-10-batches-py", {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
-    }),
-    "cifar100": ("cifar-100-python", {
-        "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-    }),
-}  # fmt: skip
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "mnist": "MNIST",
-          "fashion_mnist": "Fashion-MNIST", "synthetic": "made-up images"}  # fmt: skip
+    "cifar10": (
+        "cifar-10-batches-py",
+        {
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+    ),
+    "cifar100": (
+        "cifar-100-python",
+        {
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        },
+    ),
+}
+TITLES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "synthetic": "made-up images",
+}
 
 
 def provenance(name: str) -> str:
