@@ -7,16 +7,15 @@ import pytest
 import torch
 import xarray as xr
 
-from flatmin import claims
-from flatmin.claims import claim, first_seed, report_divergence, seeds
+from flatmin import MLP, SGD, Recipe, best_step, claims, first_seed, fit, seeds, two_gaussians
+from flatmin.claims import claim
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(claims, "_said", {})
-    monkeypatch.setattr(claims, "_diverged", [])
+    monkeypatch.setattr(claims, "_texts", {})
 
 
 TRUE = [
@@ -103,26 +102,58 @@ def test_an_id_says_one_thing(capsys):
     assert capsys.readouterr().out == "✓ twice: the statement\n" * 2
 
 
-def test_no_claim_rests_on_diverged_runs(capsys):
-    report_divergence(["lr=9, seed=1 at step 3", "lr=9, seed=2 at step 4"])
-    with pytest.raises(AssertionError) as raised:
+@pytest.fixture(scope="module")
+def diverged():
+    """Two runs, of which one leaves the finite numbers."""
+    settings = dict(steps=4, seeds=2, grid={"lr": [0.1, 1e30]}, evaluate_at=2, device="cpu")
+    with pytest.warns(UserWarning, match="the loss of 2 runs is not finite: lr=1e"):
+        recipe = Recipe(optimizer=SGD(weight_decay=1.0))
+        return fit(lambda: MLP(10, 2), two_gaussians(test_size=10), recipe, **settings)
+
+
+# Where a notebook may keep its results.
+KEPT = {
+    "a variable": lambda runs: runs,
+    "a dictionary": lambda runs: {"SGD": runs},
+    "what fit returns with networks": lambda runs: (runs, None),
+    "a list of pairs": lambda runs: [("SGD", (runs, None))],
+    "the best step": lambda runs: best_step(runs, "validation_loss"),
+    "one run": lambda runs: runs.sel(lr=1e30, seed=0),
+    "the end": lambda runs: runs.isel(step=-1),
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_no_claim_rests_on_diverged_runs(keep, diverged, capsys):
+    runs = keep(diverged)  # noqa: F841  # the claim looks for it
+    with pytest.raises(AssertionError, match="'some-id' rests on runs that diverged") as raised:
         claim("some-id", "the statement", True)
-    for part in (
-        "'some-id'",
-        "lr=9, seed=1 at step 3",
-        "seed=2 at step 4",
-        "expect_divergence=True",
-    ):
-        assert part in str(raised.value)
+    assert str(raised.value).count("seed=0 at step ") == 1
+    assert "expect_divergence=True" in str(raised.value)
     assert capsys.readouterr().out == ""
 
 
-def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys):
+def test_a_claim_may_rest_on_runs_that_did_not_diverge(diverged, capsys):
+    runs = diverged.sel(lr=[0.1])  # noqa: F841
+    meant = diverged.assign_attrs(divergence="expected")  # noqa: F841  # as fit writes it
+    del diverged
+    claim("some-id", "the statement", True)
+    assert capsys.readouterr().out == "✓ some-id: the statement\n"
+
+
+def test_a_claim_looks_at_what_a_notebook_holds(diverged):
+    with pytest.raises(AssertionError, match="lr=1e+30, seed=1 at step".replace("+", r"\+")):
+        exec('claim("some-id", "the statement", True)', {"claim": claim, "runs": diverged})
+
+
+def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys, diverged):
+    later = lambda runs=diverged: runs  # out of sight
+    del diverged
     log = tmp_path / "log.jsonl"
     monkeypatch.setenv("FLATMIN_CLAIMS_LOG", str(log))
     claim("one", "größer als 0", True)
     claim("two", "the second", False)
-    report_divergence(["seed=1 at step 3"])
+    runs = later()  # noqa: F841
     claim("three", "the third", True)
     assert [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] == [
         {"id": "one", "text": "größer als 0", "holds": True},

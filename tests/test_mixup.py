@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from flatmin import MLP, Recipe, fit, mnist1d
+from flatmin._random import stream
 from flatmin.mixup import (
     BatchTransform,
     Dirac,
@@ -27,7 +28,6 @@ from flatmin.mixup import (
     mix_losses,
     soft_targets,
 )
-from flatmin.training import stream
 
 SHAPES = {"features": (7,), "sequence": (3, 11), "image": (3, 6, 5), "video": (2, 3, 4, 4)}
 MIXUPS = [

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flatmin import stiffness as room
+from flatmin._random import stream
 from flatmin.data import Data
 from flatmin.models import MLP, SmallCNN, resnet20
 from flatmin.stiffness import (
@@ -31,7 +32,7 @@ from flatmin.stiffness import (
     stiffness,
     within_classes,
 )
-from flatmin.training import Recipe, example_losses, fit, stream
+from flatmin.training import Recipe, example_losses, fit
 
 pytestmark = pytest.mark.filterwarnings(  # of odd models under vmap, and of an even kernel
     "ignore:There is a performance drop", "ignore:Using padding=.same."

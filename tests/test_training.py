@@ -16,21 +16,14 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatmin import claims, training
+from flatmin._random import stream
 from flatmin.data import Data
 from flatmin.flooding import Flooding, flood
 from flatmin.mixup import BatchTransform, Dirac, Gaussian, LabelSmoothing, Mixup
 from flatmin.models import Dropout
 from flatmin.optimizers import SGD, Adam
 from flatmin.sam import SAMGradient
-from flatmin.training import (
-    Recipe,
-    best_step,
-    epoch_order,
-    fit,
-    initial_module,
-    plain_gradient,
-    stream,
-)
+from flatmin.training import Recipe, best_step, epoch_order, fit, initial_module, plain_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +31,7 @@ def _alone(monkeypatch):
     """Neither the environment nor another test's diverged runs matter here."""
     for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(claims, "_diverged", [])
-    monkeypatch.setattr(claims, "_said", {})
+    monkeypatch.setattr(claims, "_texts", {})
 
 
 def make_data(seed=0, train=23, validation=9, test=17, features=5):
@@ -874,10 +866,12 @@ def test_a_diverging_run_is_named_and_leaves_the_others_alone():
 def test_claims_refuse_after_a_divergence_unless_it_was_expected():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        diverging([1e6], expect_divergence=True)
+        runs = diverging([1e6], expect_divergence=True)
+    assert (runs.diverged_at >= 0).all() and runs.attrs["divergence"] == "expected"
     claims.claim("fine", "the divergence was meant", True)
     with pytest.warns(UserWarning, match="not finite"):
-        diverging([1e6])
+        runs = diverging([1e6])
+    assert "divergence" not in runs.attrs
     with pytest.raises(AssertionError, match=r"diverged: lr=1000000.0, seed=0 at step"):
         claims.claim("refused", "whatever", True)
 

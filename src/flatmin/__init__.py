@@ -1,7 +1,8 @@
 """flatmin: flooding and its neighbours, tested, for training loops and for the book Flat Minima."""
 
+from ._random import first_seed, seeds
 from .attack import Attack, fgsm, pgd
-from .claims import claim, first_seed, seeds
+from .claims import claim
 from .data import (
     Data,
     cifar10,

@@ -7,49 +7,17 @@ not.  The appendix of claims and ``make claims`` are made from these calls.
 import json
 import os
 import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ._checks import whole
+from .training import unexpectedly_diverged
 
-__all__ = ["claim", "first_seed", "seeds"]
+__all__ = ["claim"]
 
-_said: dict[str, str] = {}
-_diverged: list[str] = []
-
-
-def first_seed() -> int:
-    """The seed that a notebook's experiments start from.
-
-    0, unless the environment variable ``FLATMIN_SEED`` moves it: base seed k starts at 1000 k,
-    so that different base seeds share no run.
-
-    Examples
-    --------
-    >>> first_seed() % 1000
-    0
-    """
-    base = os.environ.get("FLATMIN_SEED", "0")
-    if not base.isdecimal():
-        raise ValueError(f"FLATMIN_SEED must be a whole number >= 0, got {base!r}")
-    return 1000 * int(base)
-
-
-def seeds(n: int) -> list[int]:
-    """The ``n`` seeds of an experiment: consecutive numbers from :func:`first_seed`.
-
-    Examples
-    --------
-    >>> len(seeds(5))
-    5
-    """
-    return list(range(first_seed(), first_seed() + whole("n", n)))
-
-
-def report_divergence(runs: list[str]) -> None:
-    """Remember runs whose loss left the finite numbers, so that no claim is built on them."""
-    _diverged.extend(runs)
+_texts: dict[str, str] = {}
 
 
 def claim(id: str, text: str, condition: Any) -> None:
@@ -67,13 +35,16 @@ def claim(id: str, text: str, condition: Any) -> None:
     Raises
     ------
     AssertionError
-        If the condition is false, or if a run diverged before (its NaNs might have been averaged
-        away; see the argument ``expect_divergence`` of ``fit``).
+        If the condition is false, or if the caller holds results of ``fit`` in which a run
+        diverged without being expected to: its NaNs might have been averaged away.
     TypeError, ValueError
         If the condition is not one truth value, or the id is malformed or taken by another text.
 
     Notes
     -----
+    Results are looked for among the variables of the caller, and in their lists, tuples and
+    dictionaries.  Those that the caller no longer holds are not seen; ``fit`` warned of them.
+
     Where the environment variable ``FLATMIN_CLAIMS_LOG`` names a file, the outcome is appended to
     it as a line of JSON and nothing is raised: ``make claims`` asks which claims hold for other
     seeds, and wants to hear of all of them.
@@ -85,20 +56,33 @@ def claim(id: str, text: str, condition: Any) -> None:
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", id):
         raise ValueError(f"id must be lower-case words joined by hyphens, got {id!r}")
-    if _said.setdefault(id, text) != text:
-        raise ValueError(f"id must be unique, but {id!r} already says: {_said[id]}")
+    if _texts.setdefault(id, text) != text:
+        raise ValueError(f"id must be unique, but {id!r} already says: {_texts[id]}")
     value = np.asarray(condition.cpu() if hasattr(condition, "cpu") else condition)
     if value.dtype != bool or value.size != 1:
         raise TypeError(f"condition must be one truth value, got {condition!r}")
-    holds = bool(value.item()) and not _diverged
+    caller = sys._getframe(1)
+    diverged = list(dict.fromkeys(_diverged({**caller.f_globals, **caller.f_locals})))
+    holds = bool(value.item()) and not diverged
     if log := os.environ.get("FLATMIN_CLAIMS_LOG"):
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps({"id": id, "text": text, "holds": holds}) + "\n")
-    elif _diverged:
+    elif diverged:
         raise AssertionError(
-            f"claim {id!r} rests on runs that diverged: {'; '.join(_diverged)}. If that is meant, "
+            f"claim {id!r} rests on runs that diverged: {'; '.join(diverged)}. If that is meant, "
             "train them with fit(..., expect_divergence=True)."
         )
     elif not holds:
         raise AssertionError(f"claim {id!r} does not hold: {text}")
     print(f"{'✓' if holds else '✗'} {id}: {text}")
+
+
+def _diverged(held: Any, depth: int = 3) -> Iterator[str]:
+    """The runs that diverged unexpectedly in the results of ``fit`` that ``held`` contains."""
+    if isinstance(held, Mapping) and not hasattr(held, "attrs"):
+        held = list(held.values())
+    if isinstance(held, list | tuple) and depth:
+        for thing in list(held):
+            yield from _diverged(thing, depth - 1)
+    elif "diverged_at" in getattr(held, "data_vars", ()):
+        yield from unexpectedly_diverged(held)

@@ -23,8 +23,9 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._checks import number, whole
+from ._random import stream
 from .stiffness import _check_examples, _evaluation
-from .training import example_losses, stream
+from .training import example_losses
 
 __all__ = ["LossSlice", "filter_normalized", "loss_slice", "random_direction"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from ._checks import number, whole
-from .training import stream
+from ._random import stream
 
 __all__ = [
     "BatchTransform",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
 from ._checks import number, whole
+from ._random import stream
 from .landscape import (
     Loss,
     Network,
@@ -33,7 +34,7 @@ from .landscape import (
     _MeanLoss,
     _plain_attention,
 )
-from .training import example_losses, stream
+from .training import example_losses
 
 __all__ = [
     "Density",

@@ -43,7 +43,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ._checks import number, whole
-from .training import example_losses, stream
+from ._random import stream
+from .training import example_losses
 
 __all__ = [
     "ClassStiffness",

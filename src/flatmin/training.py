@@ -34,8 +34,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
-from . import claims
+from . import _random
 from ._checks import whole
+from ._random import stream
 from .data import Data
 from .flooding import Flooding
 from .optimizers import SGD, lr_factor
@@ -154,16 +155,6 @@ def _sets_a_shape(f: dataclasses.Field[Any]) -> bool:
     """Whether a field is declared ``int`` or ``int | None``, as a type or in a string."""
     names = {"int"} if f.type is int else {*re.findall(r"\w+", str(f.type))}
     return "int" in names and names <= {"int", "None", "Optional", "Union", "typing"}
-
-
-# Random streams: every draw is a pure function of (seed, what for, index), made on the CPU.  So a
-# CPU and a GPU run see the same batches, and a resumed run needs no generator's state.
-
-
-def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator of its own for each seed, purpose and index."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -464,7 +455,14 @@ def fit(
     }
     dataset = plan.label(values)
     dataset.attrs |= plan.describe() | {"seconds": time.perf_counter() - started}
-    _warn_of_divergence(dataset, expect_divergence)
+    if expect_divergence:
+        dataset.attrs["divergence"] = "expected"
+    if names := unexpectedly_diverged(dataset):
+        warnings.warn(
+            f"the loss of {len(names)} runs is not finite: {'; '.join(names)}. Their "
+            "results are NaN from there.",
+            stacklevel=2,
+        )
     if networks is None:
         return dataset
     stacked = {
@@ -525,6 +523,22 @@ def best_step(
     return runs.isel(step=score.argmin("step"))
 
 
+def unexpectedly_diverged(runs: xr.Dataset) -> list[str]:
+    """The runs of a result of :func:`fit` whose loss left the finite numbers, by name and step.
+
+    None where the call said that it expects that.
+    """
+    if "divergence" in runs.attrs:
+        return []
+    diverged = np.atleast_1d(runs.diverged_at)
+    names = [[f"{d}={c}" for c in np.atleast_1d(runs[d])] for d in runs.diverged_at.dims]
+    return [
+        f"{', '.join(labels[i] for labels, i in zip(names, at))} at step {diverged[at]}"
+        for at in np.ndindex(diverged.shape)
+        if diverged[at] >= 0
+    ]
+
+
 # ------------------------------------------------------------------------------- how it is done
 
 
@@ -557,7 +571,7 @@ class _Plan:
         if self.networks not in (None, "last", "best"):
             raise ValueError(f"networks must be None, 'last' or 'best', got {self.networks!r}")
         if isinstance(self.seeds, Integral):
-            self.seeds = claims.seeds(whole("seeds", self.seeds))
+            self.seeds = _random.seeds(whole("seeds", self.seeds))
         integral = all(isinstance(seed, Integral) for seed in self.seeds)
         if not integral or not len(self.seeds) or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(
@@ -1024,22 +1038,6 @@ def _split(
         raise ValueError(f"data of all seeds must have one shape, got {sorted(shapes)} for {split}")
     x, y = (torch.stack(tensors) for tensors in zip(*parts))
     return x.to(device, dtype), y.to(device), True
-
-
-def _warn_of_divergence(dataset: xr.Dataset, expected: bool) -> None:
-    diverged = dataset.diverged_at.stack(run=dataset.diverged_at.dims)
-    names = [
-        ", ".join(f"{d}={c}" for d, c in zip(diverged.indexes["run"].names, run)) + f" at step {t}"
-        for run, t in zip(diverged.indexes["run"], diverged.values)
-        if t >= 0
-    ]
-    if names and not expected:
-        claims.report_divergence(names)
-        warnings.warn(
-            f"the loss of {len(names)} runs is not finite: {'; '.join(names)}. Their "
-            "results are NaN from there.",
-            stacklevel=3,
-        )
 
 
 def _name(thing: Any) -> str:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from flatmin.training import stream
+from flatmin._random import stream
 
 SOURCE = "no paper"
 SETTINGS = {

@@ -51,8 +51,8 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from .. import claims
 from .._checks import number, whole
+from .._random import seeds as numbered
 from .records import default_size, experiment, provenance, record, replacing, save
 from .work import Work, stopping
 
@@ -130,7 +130,7 @@ def plan(
             )
     changed = {key: value for key, value in changed.items() if value != usual[key]}
     settings = json.loads(json.dumps(usual | changed))
-    settings["seeds"] = claims.seeds(whole("seeds", settings["seeds"]))
+    settings["seeds"] = numbered(whole("seeds", settings["seeds"]))
     units = module.units(settings)
     distinct = {json.dumps(unit, sort_keys=True) for unit in units}
     if not units or len(distinct) < len(units) or len({tuple(unit) for unit in units}) > 1:

@@ -29,9 +29,10 @@ from torch.nn.functional import pad
 from .. import data as sets
 from .. import optimizers
 from .._checks import whole
+from .._random import stream
 from ..data import Data
 from ..sam import SAM, SAMGradient
-from ..training import Recipe, epoch_order, initial_module, plain_gradient, stream
+from ..training import Recipe, epoch_order, initial_module, plain_gradient
 
 __all__ = [
     "Images",
