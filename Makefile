@@ -59,15 +59,15 @@ test-book: $(READY)
 	@echo "test: the book from the committed notebooks, warnings are errors"
 	$(RENDER) book --path-output _build/check
 	@echo "test: a chapter alone in an empty folder, as in Colab"
-	$(ONE) $(BIN)/python -m pytest -q -m colab tests/book --junitxml=_build/reports/colab.xml
+	$(ONE) $(BIN)/python -m pytest -q -m colab tests/pages --junitxml=_build/reports/colab.xml
 
 test-assignments: $(READY)
 	@echo "test: reference, blank and wrong answers to the assignments, graded by Otter"
-	$(ONE) $(QUIET) $(BIN)/python -m pytest -q -n 2 -m course tests/book --junitxml=_build/reports/assignments.xml
+	$(ONE) $(QUIET) $(BIN)/python -m pytest -q -n 2 -m course tests/pages --junitxml=_build/reports/assignments.xml
 
 test-web: $(READY)  ## the rendered book in headless Chromium, after make test
 	@echo "test: every page in Chromium, wide and narrow, light and dark"
-	FLATMIN_HTML=$${FLATMIN_HTML:-$(CHECKED)} $(BIN)/python -m pytest -q -n 2 -m web tests/book --junitxml=_build/reports/web.xml
+	FLATMIN_HTML=$${FLATMIN_HTML:-$(CHECKED)} $(BIN)/python -m pytest -q -n 2 -m web tests/pages --junitxml=_build/reports/web.xml
 
 notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (one: N=02_flooding)
 	$(BIN)/python tools/links.py

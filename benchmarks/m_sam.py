@@ -3,7 +3,7 @@
     python benchmarks/m_sam.py [--device cuda] [--record]
 
 One m-SAM gradient of an MLP 40-100-100-10 and 128 examples, which fall into shards of m; each has
-a perturbation of its own.  ``flatmin.SAMGradient`` computes them side by side (``vmap``), or with
+a perturbation of its own.  ``flatmin.gradient.SAM`` computes them side by side (``vmap``), or with
 ``chunk_size=1`` in a loop; *by hand* is what one writes without it: a loop over the shards in plain
 PyTorch, two backward passes each.  All three give the same gradient, for the same arithmetic
 whatever m is; with the number of shards grows that of the calls, or of the perturbed weights.
@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from flatmin import MLP
-from flatmin.sam import SAMGradient
+from flatmin.book import MLP
+from flatmin.gradient import SAM
 
 EXAMPLES = 128
 RHO = 0.05
@@ -53,7 +53,7 @@ def sides(shards: int, device="cpu") -> dict:
         return nn.functional.cross_entropy(logits, y[rows]), buffers
 
     objective.examples, m = EXAMPLES, EXAMPLES // shards
-    ours = lambda **how: partial(SAMGradient(RHO, m=m, **how), objective, params, {})
+    ours = lambda **how: partial(SAM(RHO, m=m, **how), objective, params, {})
     return {
         "side by side": ours(),
         "in a loop": ours(chunk_size=1),

@@ -27,8 +27,9 @@ import torch
 from stack import BATCH, LOOPED, SIZES, STEPS, make_data, plain_loss, time_loop, time_stack
 from torch.nn.functional import cross_entropy
 
-from flatmin import MLP
-from flatmin.mixup import BatchTransform, Mixup
+from flatmin import BatchTransform
+from flatmin.batch import Mixup
+from flatmin.book import MLP
 
 ALPHA = 1.0
 CLASSES = 10

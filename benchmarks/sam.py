@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatmin import MLP, resnet20
-from flatmin.sam import SAM
+from flatmin import SAM
+from flatmin.book import MLP, resnet20
 
 BATCH = 32
 WIDTHS = (32, 128, 512, 1024)

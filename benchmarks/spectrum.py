@@ -2,7 +2,7 @@
 
     python benchmarks/spectrum.py [--device cuda] [--record]
 
-Beside ``flatmin.spectrum`` stand PyHessian (power iteration for λmax, Lanczos with full
+Beside ``flatmin.measure.hessian`` stand PyHessian (power iteration for λmax, Lanczos with full
 reorthogonalization for the density) and curvlinops (SciPy's ARPACK on its Hessian for λmax, Lanczos
 without reorthogonalization for the density), both from PyPI and left out where not installed.  All
 get the same trained network, the same batch and the same precision.  Making the operator counts.
@@ -35,14 +35,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from flatmin import MLP, Adam, Recipe, ResNet, digits, fit
-from flatmin.spectrum import (
-    HessianDensity,
-    HessianEigenvalues,
-    eigenvalues,
-    hessian_operator,
-    spectral_density,
-)
+from flatmin import Recipe, eigenvalues, fit, spectral_density
+from flatmin.book import MLP, ResNet, digits
+from flatmin.measure import HessianDensity, HessianEigenvalues, hessian_operator
+from flatmin.optimizer import Adam
 
 TARGETS = (1e-4, 3e-6)  # relative errors of λmax; single precision ends at about 1e-6
 TOLERANCES = [10 ** (-k / 2) for k in range(2, 17)]

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flatmin.data import Data
-from flatmin.models import MLP
-from flatmin.optimizers import SGD
-from flatmin.training import Recipe, epoch_order, fit, initial_module
+from flatmin import Data, Recipe, fit
+from flatmin.book import MLP
+from flatmin.optimizer import SGD
+from flatmin.stack import epoch_order, initial_module
 
 SIZES = (40, 100, 100, 10)
 BATCH = 100

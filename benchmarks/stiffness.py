@@ -4,7 +4,7 @@
 
 Cosine stiffness of all pairs of N examples, four ways:
 
-- *identity*: ``flatmin.stiffness.stiffness``, which never forms a gradient of a linear layer;
+- *identity*: ``flatmin.stiffness``, which never forms a gradient of a linear layer;
 - *vmap*: ``torch.func.vmap(grad)``, then one matrix product a parameter, as one writes it today;
 - *chunks*: the same, 256 examples at a time;
 - *loop*: one backward pass an example; the gradients are stacked and multiplied.
@@ -36,8 +36,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from flatmin import MLP, SmallCNN
-from flatmin.stiffness import stiffness
+from flatmin import stiffness
+from flatmin.book import MLP, SmallCNN
 
 CASES = {  # network: (N for all ways, N for the identity alone)
     "mlp": ((125, 250, 500), (1000, 2000, 4000)),

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def smooth():
     """A smooth loss in float64: L(θ) for flat θ, its gradient, θ, and the way back to a dict."""
-    from flatmin import MLP
+    from flatmin.book import MLP
 
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -1,10 +1,13 @@
-"""Small problems that several test files pose: a classifier with data, its twin, an odd operation."""
+"""What several test files pose or compare with: problems, an odd operation, SAM's step by its formula."""
 
 import copy
+import math
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
-from flatmin.models import MLP
+from flatmin.book import MLP
 
 
 def random(*shape, seed=0):
@@ -44,3 +47,65 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return 3 * gradient * ctx.saved_tensors[0] ** 2
+
+
+INF = math.inf
+NORMS = [1, 1.1, 1.5, 2, 3, 10, INF]
+
+
+def flatten(tensors):
+    return torch.cat(
+        [t.flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)]
+    )
+
+
+def norm(v, p):
+    """‖v‖_p, as its definition says, of numbers made at most 1."""
+    largest = v.abs().max()
+    if largest == 0 or p == INF:
+        return largest
+    return largest * (v / largest).abs().pow(p).sum() ** (1 / p)
+
+
+def dual(p):
+    return INF if p == 1 else 1.0 if p == INF else p / (p - 1)
+
+
+def climb(g, rho, p, t=1.0):
+    """ε̂ from its formula, for flat vectors."""
+    s, q = t * g, dual(p)
+    if p == 1:
+        raw = s.sign() * (s.abs() == s.abs().max())
+    else:
+        raw = s.sign() * s.abs() ** (q - 1)
+    return rho * t * raw / norm(raw, p)
+
+
+def batch_objective(net, x, y, loss=lambda losses: losses.mean()):
+    """As the stack makes it: with the raw loss, the batch's size, and rows."""
+
+    def losses(params, buffers, rows):
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        logits = functional_call(net, (params, buffers), (x[rows],))
+        return nn.functional.cross_entropy(logits, y[rows], reduction="none"), buffers
+
+    def objective(params, buffers, rows=...):
+        each, buffers = losses(params, buffers, rows)
+        return loss(each), buffers
+
+    def raw(params, buffers, rows=...):
+        each, buffers = losses(params, buffers, rows)
+        return each.mean(), buffers
+
+    objective.raw, objective.examples = raw, len(x)
+    return objective
+
+
+def closure_of(model, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from flatmin.models import MLP
-from flatmin.training import fit, initial_module
+from flatmin import fit
+from flatmin.book import MLP
+from flatmin.stack import initial_module
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="this distribution has no benchmarks/")
@@ -277,7 +278,7 @@ def test_all_mixups_mix(monkeypatch, per_example):
     quarter = lambda a, b, size=(): np.full(size, 0.25)[()]
     monkeypatch.setattr("numpy.random.beta", quarter)
     weights = lambda u, alpha: torch.cat([0 * u + 0.25, 0 * u + 0.75])
-    monkeypatch.setattr("flatmin.mixup.dirichlet_weights", weights)
+    monkeypatch.setattr("flatmin.batch.mixup.dirichlet_weights", weights)
     x, y = 4.0 ** torch.arange(6.0), torch.arange(6)
     for side in sides.values():
         z = torch.zeros(6, 10, requires_grad=True)

@@ -16,6 +16,7 @@ import xarray as xr
 from packaging.requirements import Requirement
 
 import flatmin
+import flatmin.book
 
 ROOT = Path(__file__).resolve().parent.parent
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -57,8 +58,10 @@ def test_methods_and_fit_need_no_extra():
     import torch
     from torch import nn
     import flatmin
-    from flatmin import MLP, SAM, BatchTransform, Flooding, Mixup, Recipe, SAMGradient
-    from flatmin import fit, flood, flood_gradients_, gradient_penalty, pm, two_gaussians
+    from flatmin import SAM, BatchTransform, Recipe, fit, flood, gradient, gradient_penalty
+    from flatmin.batch import Mixup
+    from flatmin.book import MLP, pm, two_gaussians
+    from flatmin.loss import Flooding
 
     torch.manual_seed(0)
     data, model = two_gaussians(train_size=40, test_size=40), MLP(10, 8, 2)
@@ -75,7 +78,7 @@ def test_methods_and_fit_need_no_extra():
     before = [w.clone() for w in model.parameters()]
     optimizer.step(closure)
     assert not any(torch.equal(v, w) for v, w in zip(before, model.parameters()))
-    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(Flooding(), SAMGradient()), steps=3, seeds=2,
+    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(Flooding(), gradient.SAM()), steps=3, seeds=2,
                batch_size=None, grid={"flood_level": [0.0, 0.1]})
     assert "±" in pm(runs.test_loss.isel(step=-1, flood_level=0))
     print(round(flatmin.eigenvalues(torch.diag(torch.tensor([1.0, 2.0, 4.0]))).values.item(), 3))
@@ -85,13 +88,13 @@ def test_methods_and_fit_need_no_extra():
 
 def test_what_needs_an_extra_says_which():
     needs = {
-        "flatmin.mnist1d()": ("mnist1d()", "mnist1d", "data"),
-        "flatmin.digits()": ("digits()", "sklearn", "data"),
-        "import flatmin.plotting": ("flatmin.plotting", "matplotlib", "plot"),
-        "import flatmin.explorable": ("flatmin.explorable", "matplotlib", "plot"),
+        "flatmin.book.mnist1d()": ("mnist1d()", "mnist1d", "data"),
+        "flatmin.book.digits()": ("digits()", "sklearn", "data"),
+        "import flatmin.book.plotting": ("flatmin.book.plotting", "matplotlib", "plot"),
+        "import flatmin.book.explorable": ("flatmin.book.explorable", "matplotlib", "plot"),
     }
     attempt = "try:\n    {}\nexcept ImportError as error:\n    print(error)\n"
-    out = python(ONLY_CORE + "import flatmin\n" + "".join(map(attempt.format, needs)))
+    out = python(ONLY_CORE + "import flatmin.book\n" + "".join(map(attempt.format, needs)))
     assert out.splitlines() == [
         f"{what} needs the package {package!r}, which is not installed: pip install 'flatmin[{extra}]'"
         for what, package, extra in needs.values()
@@ -102,7 +105,7 @@ def test_a_download_without_the_extra_says_which(monkeypatch, tmp_path):
     monkeypatch.delenv("FLATMIN_DATA", raising=False)
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'flatmin\[data\]'"):
-        flatmin.cifar10()
+        flatmin.book.cifar10()
 
 
 # ---------------------------------------------------------------------------------------- README
@@ -163,8 +166,8 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_has_types_records_and_the_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    records = {f"flatmin/results/{path.name}" for path in (ROOT / "results").glob("*.nc")}
-    assert {"flatmin/py.typed", "flatmin/sam.py"} | records <= names and records
+    records = {f"flatmin/book/results/{path.name}" for path in (ROOT / "results").glob("*.nc")}
+    assert {"flatmin/py.typed", "flatmin/gradient/sam.py"} | records <= names and records
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.split("/")[0].split("-")[0] != "flatmin"]
 
@@ -176,7 +179,7 @@ def test_the_wheel_runs_from_another_folder(wheel, tmp_path):
     import sys
     sys.path.insert(0, {str(tmp_path)!r})
     import flatmin
-    from flatmin.experiments import record
+    from flatmin.book.experiments import record
     assert flatmin.__file__.startswith({str(tmp_path)!r}), flatmin.__file__
     print(len(record("flooding_synthetic").data_vars) > 0, flatmin.__version__)
     """
@@ -202,18 +205,22 @@ import xarray as xr
 from torch import Tensor, nn
 
 import flatmin
-from flatmin import MLP, SAM, SGD, Attack, BatchTransform, Flooding, FloodingLoss, Mixup, Networks
-from flatmin import Recipe, SAMGradient, Sharpness, fit, flood, mean_interval, pm, two_gaussians
-from flatmin.plotting import band
+from flatmin import SAM, BatchTransform, FloodingLoss, Networks, Recipe, fit, flood, gradient
+from flatmin.batch import Mixup
+from flatmin.book import MLP, mean_interval, pm, two_gaussians
+from flatmin.book.plotting import band
+from flatmin.loss import Flooding
+from flatmin.measure import Attack, Sharpness
+from flatmin.optimizer import SGD
 
 
-def curvature(network: flatmin.training.Network, params: dict[str, Tensor], x: Tensor,
+def curvature(network: flatmin.stack.Network, params: dict[str, Tensor], x: Tensor,
               y: Tensor) -> Tensor:
     return flatmin.gradient_norm(network, params, x, y)
 
 
 data = two_gaussians(label_noise=0.1)
-recipe = Recipe(Flooding(0.1), SAMGradient(rho=0.1), SGD(lr=0.1), batch=Mixup(0.2))
+recipe = Recipe(Flooding(0.1), gradient.SAM(rho=0.1), SGD(lr=0.1), batch=Mixup(0.2))
 runs = fit(lambda: MLP(10, 8, 2), data, recipe, steps=10, grid={"flood_level": [0, 0.1]},
            instruments={"curvature": curvature, "sharpness": Sharpness(rho=0.1)})
 assert_type(runs, xr.Dataset)

@@ -203,12 +203,12 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
     """Write student notebook, solution and autograder; prove that the first holds no solution."""
     from otter.assign import main as assign
 
-    from flatmin import check
+    from flatmin.book import check
 
     for name in questions(read(path)):
         if not hasattr(check, name):
             sys.exit(
-                f"{path.stem}: there is no check.{name}; write it in src/flatmin/check/ and export it in its __init__.py"
+                f"{path.stem}: there is no check.{name}; write it in src/flatmin/book/check/ and export it in its __init__.py"
             )
 
     for folder in ("student", "solution", "autograder"):

@@ -18,7 +18,7 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 def holds(log):
-    """{claim: whether it held each time} from the lines that `flatmin.claims.claim` wrote."""
+    """{claim: whether it held each time} from the lines that `flatmin.book.claim` wrote."""
     found = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)

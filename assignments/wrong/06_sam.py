@@ -139,9 +139,7 @@ def sam_effect__unfair(seeds):
             dtype=torch.float64,
         ).isel(step=0)
 
-    change = train(Recipe(gradient=SAMGradient(rho=0.5), optimizer=sgd)) - train(
-        Recipe(optimizer=sgd)
-    )
+    change = train(Recipe(gradient=SAM(rho=0.5), optimizer=sgd)) - train(Recipe(optimizer=sgd))
     return {
         "training error": (change.train_error, "higher"),
         "test error": (change.test_error, "lower"),

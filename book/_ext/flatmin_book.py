@@ -7,6 +7,7 @@ links to what it imports from the package, and each entry of the API reference n
 
 import ast
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -18,9 +19,9 @@ from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 import flatmin
-from flatmin import experiments
-from flatmin.experiments.shown import caption, duration
-from flatmin.plotting import use_style
+from flatmin.book import experiments
+from flatmin.book.experiments.display import caption, duration
+from flatmin.book.plotting import use_style
 
 PROVENANCE = ("device", "machine", "python", "numpy", "torch", "cuda", "flatmin", "commit", "data")
 COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{book}/{name}.ipynb"
@@ -54,6 +55,19 @@ def claims_in(path):
     return found
 
 
+# The packages, under whose names the API reference lists what private modules hold.
+PACKAGES = ("batch", "gradient", "optimizer", "pipeline", "stack", "book")
+
+
+def public_name(thing):
+    """The name under which the API reference lists a function or class."""
+    if "._" not in thing.__module__:
+        return f"{thing.__module__}.{thing.__qualname__}"
+    owners = (importlib.import_module(f"flatmin.{name}") for name in PACKAGES)
+    owner = next(o for o in owners if getattr(o, thing.__qualname__, None) is thing)
+    return f"{owner.__name__}.{thing.__qualname__}"
+
+
 def names_in(path):
     """The package's public functions and classes that a notebook imports, by full name, in order."""
     found = []
@@ -62,11 +76,7 @@ def names_in(path):
             names = [alias.name for alias in node.names]
             module = __import__(node.module, fromlist=names)  # submodules, too
             things = [getattr(module, name) for name in names]
-            found += [
-                f"{thing.__module__}.{thing.__qualname__}"
-                for thing in things
-                if hasattr(thing, "__qualname__")
-            ]
+            found += [public_name(thing) for thing in things if hasattr(thing, "__qualname__")]
     return list(dict.fromkeys(found))
 
 
@@ -108,7 +118,7 @@ def first_paragraph(thing):
 
 def command(name, size):
     """The one line that makes a record."""
-    return f"python -m flatmin.experiments {name}" + (
+    return f"python -m flatmin.book.experiments {name}" + (
         "" if size == experiments.default_size(name) else f" --size {size}"
     )
 
@@ -322,13 +332,13 @@ def link_package_to_chapters(app, what, name, thing, options, lines):
 
 
 def resolve_public_name(app, env, node, content):
-    """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.training.fit`."""
+    """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.stack.fit`."""
     name = node.get("reftarget", "").removeprefix("flatmin.")
     thing = functools.reduce(
         lambda thing, part: getattr(thing, part, None), name.split("."), flatmin
     )
     if node.get("refdomain") == "py" and hasattr(thing, "__qualname__"):
-        target = f"{thing.__module__}.{thing.__qualname__}"
+        target = public_name(thing)
         return env.get_domain("py").resolve_xref(
             env, node["refdoc"], app.builder, "obj", target, node, content
         )

@@ -1,139 +1,65 @@
-"""flatmin: flooding and its neighbours, tested, for training loops and for the book Flat Minima."""
+"""flatmin: flooding, gradient penalties, mixup, SAM and the instruments that measure flatness.
 
-from ._random import first_seed, seeds
-from .attack import Attack, fgsm, pgd
-from .claims import claim
-from .data import (
-    Data,
-    cifar10,
-    cifar100,
-    digits,
-    fashion_mnist,
-    mnist,
-    mnist1d,
-    sinusoid,
-    spiral,
-    two_gaussians,
-)
-from .flooding import Flooding, FloodingLoss, flood, flood_gradients_
-from .landscape import LossSlice, filter_normalized, loss_slice, random_direction
-from .mixup import (
-    BatchTransform,
-    Dirac,
-    Gaussian,
-    LabelSmoothing,
-    Mixup,
-    mix,
-    mix_losses,
-    soft_targets,
-)
-from .models import MLP, Dropout, ResNet, SmallCNN, resnet18, resnet20, resnet32
-from .optimizers import SGD, Adam, TwoRates
-from .penalty import GradientPenalty, gradient_norm, gradient_penalty
-from .sam import SAM, SAMGradient, dual_norm_perturbation, sam_gradient
-from .sharpness import AverageSharpness, Sharpness, average_sharpness
-from .spectrum import (
-    Density,
-    HessianDensity,
-    HessianEigenvalues,
-    HessianTrace,
+A training step is a pipeline, and the folders are its stages::
+
+    batch ──▶ model ──▶ loss ──▶ gradient ──▶ optimizer
+
+:mod:`flatmin.batch`, :mod:`flatmin.loss`, :mod:`flatmin.gradient` and :mod:`flatmin.optimizer` hold
+what can sit in a stage, :mod:`flatmin.measure` what looks at the result, :mod:`flatmin.loops` the same
+methods for a training loop of your own.  :mod:`flatmin.book` is what the book's chapters share.  At
+the top is what most people need.
+"""
+
+from . import batch, gradient, layers, loops, loss, measure, optimizer  # noqa: F401
+from ._ball import dual_norm_perturbation
+from ._targets import soft_targets
+from .batch import mix, mix_losses
+from .data import Data
+from .gradient import sam_gradient
+from .loops import SAM, BatchTransform, FloodingLoss, flood_gradients_, gradient_penalty
+from .loss import flood
+from .measure import (
+    average_sharpness,
     eigenvalues,
-    hessian_operator,
+    fgsm,
+    gradient_norm,
     hvp,
-    lanczos,
+    loss_slice,
+    pgd,
+    sharpness,
     spectral_density,
+    stiffness,
 )
-from .statistics import mean_interval, pm
-from .stiffness import (
-    ClassStiffness,
-    Stiffness,
-    between_classes,
-    class_matrix,
-    critical_length,
-    input_distance,
-    network_stiffness,
-    residual_stiffness,
-    within_classes,
-)
-from .training import Networks, Recipe, best_step, fit
+from .pipeline import Recipe
+from .stack import Networks, best_step, fit
 
 __all__ = [
-    "Adam",
-    "Attack",
-    "AverageSharpness",
     "BatchTransform",
-    "ClassStiffness",
     "Data",
-    "Density",
-    "Dirac",
-    "Dropout",
-    "Flooding",
     "FloodingLoss",
-    "Gaussian",
-    "GradientPenalty",
-    "HessianDensity",
-    "HessianEigenvalues",
-    "HessianTrace",
-    "LabelSmoothing",
-    "LossSlice",
-    "MLP",
-    "Mixup",
     "Networks",
     "Recipe",
-    "ResNet",
     "SAM",
-    "SAMGradient",
-    "SGD",
-    "Sharpness",
-    "SmallCNN",
-    "Stiffness",
-    "TwoRates",
     "average_sharpness",
     "best_step",
-    "between_classes",
-    "cifar10",
-    "cifar100",
-    "claim",
-    "class_matrix",
-    "critical_length",
-    "digits",
     "dual_norm_perturbation",
     "eigenvalues",
-    "fashion_mnist",
     "fgsm",
-    "filter_normalized",
-    "first_seed",
     "fit",
     "flood",
     "flood_gradients_",
     "gradient_norm",
     "gradient_penalty",
-    "hessian_operator",
     "hvp",
-    "input_distance",
-    "lanczos",
     "loss_slice",
-    "mean_interval",
     "mix",
     "mix_losses",
-    "mnist",
-    "mnist1d",
-    "network_stiffness",
     "pgd",
-    "pm",
-    "random_direction",
-    "residual_stiffness",
-    "resnet18",
-    "resnet20",
-    "resnet32",
     "sam_gradient",
-    "seeds",
-    "sinusoid",
+    "sharpness",
     "soft_targets",
     "spectral_density",
-    "spiral",
-    "two_gaussians",
-    "within_classes",
+    "stiffness",
 ]
 
 __version__ = "0.2.0.dev0"

@@ -1,10 +1,12 @@
 """Bad input gets an error that names the argument, the value and what is allowed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -14,13 +16,46 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
-    """A finite ``value`` as a float, or an error that names it."""
-    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not (real and least <= value <= most):
-        allowed = f"in [{least}, {most}]" if most < math.inf else f">= {least}"
+def positive_wholes(name: str, values: Sequence[Any], count: int = 1) -> tuple[int, ...]:
+    """``values`` as at least ``count`` positive whole numbers, or an error that names them."""
+    values = tuple(values)
+    good = all(isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1 for v in values)
+    if not good or len(values) < count:
+        raise ValueError(f"{name} must be at least {count} positive whole numbers, got {values}")
+    return tuple(int(v) for v in values)
+
+
+def number(
+    name: str,
+    value: Any,
+    least: float,
+    most: float = math.inf,
+    *,
+    below: bool = False,
+    infinite: bool = False,
+) -> float:
+    """``value`` as a float in [least, most], or an error that names it.
+
+    ``below``: ``most`` itself is not allowed.  ``infinite``: infinity is.
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    good = real and least <= value <= most and (infinite or math.isfinite(value))
+    if not good or (below and value == most):
+        bounded = most < math.inf or infinite
+        allowed = f"in [{least}, {most}{')' if below else ']'}" if bounded else f">= {least}"
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
     return float(value)
+
+
+def hyperparameter(
+    name: str, value: Any, least: float, most: float = math.inf, **how: bool
+) -> None:
+    """As :func:`number`, where a stack may hand over a tensor of one value per run.
+
+    Tensors are not inspected: that would wait for the device, and fails under ``vmap``.
+    """
+    if not isinstance(value, Tensor):
+        number(name, value, least, most, **how)
 
 
 @contextmanager

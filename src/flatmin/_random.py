@@ -6,15 +6,40 @@ So a CPU and a GPU run see the same batches, and a resumed run needs no generato
 import hashlib
 import os
 
+import numpy as np
 import torch
 
 from ._checks import whole
+from ._tree import Params
 
 
 def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     """A generator of its own for each seed, purpose and index."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def numpy_stream(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
+    """As :func:`stream`, by NumPy: ``vmap`` refuses PyTorch's generators, even explicit ones."""
+    return np.random.default_rng(stream(seed, purpose, index).initial_seed())
+
+
+def normals(params: Params, seed: int, purpose: str, index: int = 0) -> Params:
+    """Standard normal numbers in the shapes of ``params``: one draw for all runs of a stack."""
+    random = numpy_stream(whole("seed", seed, 0), purpose, index)
+    draw = lambda w: torch.as_tensor(random.standard_normal(tuple(w.shape)))
+    return {name: draw(w).to(w.device, w.dtype) for name, w in params.items()}
+
+
+def data_stream(seed: int, purpose: str) -> torch.Generator:
+    """As :func:`stream`, for what data sets draw, which keeps the hash that they began with.
+
+    Were all seeded with ``seed`` itself, inputs, splits, flips and the initial weights of a
+    network would be made from the same random bits.
+    """
+    entropy = (whole("seed", seed, 0), *purpose.encode())
+    mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
 def first_seed() -> int:

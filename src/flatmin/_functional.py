@@ -1,0 +1,106 @@
+"""A module as a function of its weights, and its mean loss: what all instruments look at."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ._checks import whole
+from ._tree import Params
+
+Loss = Callable[[Any, Tensor], Tensor]
+Network = Callable[[Params, Tensor], Any]
+
+
+class MeanLoss:
+    """L(w): the mean over all examples, a batch at a time, each with its own weight."""
+
+    def __init__(self, network: Network, loss: Loss, x: Tensor, y: Tensor, batch_size: int) -> None:
+        self.network, self.loss, self.n = network, loss, len(x)
+        size = whole("batch_size", batch_size)
+        self.batches = list(zip(x.split(size), y.split(size), strict=True))
+
+    def of(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        """The share of one batch; shares add up to the mean."""
+        losses = self.loss(self.network(params, x), y)
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"loss must return a tensor, got {type(losses).__name__}")
+        return losses.mean() * (len(x) / self.n)
+
+    def __call__(self, params: Params) -> Tensor:
+        return sum(self.of(params, x, y) for x, y in self.batches)  # type: ignore[return-value]  # never empty
+
+
+def as_function(
+    model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Network, Params, Tensor, Tensor]:
+    """``network(params, x)``, a copy of the parameters that require a gradient, and the data."""
+    check_examples("", x, y)
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype must be None, torch.float32 or torch.float64, got {dtype!r}")
+    own = lambda t: t.clone() if t.is_inference() else t  # autograd refuses tensors of that mode
+    cast = lambda t: own(t.to(dtype) if dtype and t.is_floating_point() else t)
+    copy = lambda named: {name: cast(t.detach().clone()) for name, t in named}
+    params = copy((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    if not params:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    rest = copy((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    rest |= copy(model.named_buffers())
+    network = lambda params, x: functional_call(model, (params, rest), (x,))
+    return network, params, cast(x), cast(y)
+
+
+@contextmanager
+def inspecting(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, for a while."""
+    with evaluation(model), torch.inference_mode(False), plain_attention():
+        yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by the kernel that vmap and second derivatives know."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def map_rows(function: Callable[[Tensor], Tensor], rows: Tensor, chunk_size: int) -> Tensor:
+    """``function`` of every row, ``chunk_size`` of them side by side."""
+    if whole("chunk_size", chunk_size) == 1 or len(rows) == 1:
+        return torch.stack([function(row) for row in rows])
+    return vmap(function, chunk_size=chunk_size)(rows)
+
+
+@contextmanager
+def evaluation(model: Any) -> Iterator[None]:
+    """A module in evaluation mode, and every part of it in its own mode again afterwards."""
+    is_module = isinstance(model, nn.Module)  # a plain function has no modes
+    modes = [(module, module.training) for module in model.modules()] if is_module else []
+    try:
+        if is_module:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_examples(which: str, x: Any, y: Any) -> int:
+    for name, value in {"x": x, "y": y}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}{which} must be a tensor, got {type(value).__name__}")
+    if x.ndim == 0 or y.ndim == 0 or not len(x) == len(y) >= 1:
+        raise ValueError(
+            f"x{which} and y{which} must hold the same number of examples, at least one, "
+            f"got shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    return len(x)

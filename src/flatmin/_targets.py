@@ -1,0 +1,71 @@
+"""Losses of single examples, and the targets that they take: labels or probabilities."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ._checks import hyperparameter, whole
+
+
+def example_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each example, in nats: logits [n, K], classes [n] or soft targets [n, K]."""
+    return cross_entropy(logits, target, reduction="none")
+
+
+def soft_targets(
+    y: Tensor,
+    num_classes: int,
+    smoothing: float | Tensor = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Targets as probabilities, smoothed if wanted: :math:`(1-s)\,e_y + s/K`.
+
+    Parameters
+    ----------
+    y : Tensor
+        Labels, whole numbers [n] in 0 … K−1, or probabilities [n, K].  A label outside, such as
+        PyTorch's ``ignore_index`` −100, gives a row of zeros before smoothing.
+    num_classes : int
+        K.
+    smoothing : float or Tensor
+        :math:`s\in[0,1]`: how much of the probability is spread evenly over all classes.
+    dtype : torch.dtype, optional
+        Default: that of ``y`` if it is floating point, else float32.
+
+    Returns
+    -------
+    Tensor [n, K]
+
+    Examples
+    --------
+    >>> soft_targets(torch.tensor([2, 0]), 4, smoothing=0.2)
+    tensor([[0.0500, 0.0500, 0.8500, 0.0500],
+            [0.8500, 0.0500, 0.0500, 0.0500]])
+    """
+    hyperparameter("smoothing", smoothing, 0, 1)
+    dtype = dtype or (y.dtype if y.is_floating_point() else torch.float32)
+    if y.ndim == 1 and not y.is_floating_point():
+        y = y[:, None] == torch.arange(whole("num_classes", num_classes), device=y.device)
+    elif y.ndim != 2 or y.shape[1] != num_classes:
+        raise ValueError(
+            f"y must be labels, whole numbers [n], or probabilities [n, {num_classes}], got "
+            f"{y.dtype} of shape {list(y.shape)}"
+        )
+    y = y.to(dtype)
+    if isinstance(smoothing, Tensor) or smoothing:
+        y = (1 - smoothing) * y + smoothing / num_classes
+    return y
+
+
+def target_dtype(x: Tensor) -> torch.dtype:
+    """At least single precision, so that labels of half-precision inputs are not rounded."""
+    return torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
+
+
+def floating(name: str, v: Tensor) -> Tensor:
+    if not v.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point, got {v.dtype}: convert images first (x.float() / "
+            "255), and mix the embeddings of tokens"
+        )
+    return v

@@ -1,0 +1,17 @@
+"""The batch stage: what is shown in place of the examples."""
+
+from .._targets import soft_targets
+from .mixup import Mixup, combine, dirichlet_weights, mix, mix_losses
+from .noise import Dirac, Gaussian, LabelSmoothing
+
+__all__ = [
+    "Dirac",
+    "Gaussian",
+    "LabelSmoothing",
+    "Mixup",
+    "combine",
+    "dirichlet_weights",
+    "mix",
+    "mix_losses",
+    "soft_targets",
+]

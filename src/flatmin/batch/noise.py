@@ -1,0 +1,116 @@
+r"""The vicinity of an example: noise on its input or on its label, or nothing but the example.
+
+Empirical risk puts a Dirac on every example.  *Vicinal* risk puts a distribution around it, and a
+training step draws from it (Chapelle, Weston, Bottou & Vapnik, *Vicinal Risk Minimization*, NIPS
+2000):
+
+.. math:: L_\nu(\theta) = \frac1n\sum_i
+          \mathbb E_{(\tilde x,\tilde y)\sim\nu(\cdot\,|\,x_i,y_i)}\,\ell(\theta;\tilde x,\tilde y).
+
+Mixup is another such distribution (:mod:`flatmin.batch.mixup`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import hyperparameter
+from .._targets import floating, soft_targets, target_dtype
+from .._tree import Params
+
+__all__ = ["Dirac", "Gaussian", "LabelSmoothing"]
+
+
+@dataclass(frozen=True)
+class Dirac:
+    """All of the vicinity in the example itself: empirical risk minimization.
+
+    Examples
+    --------
+    >>> Dirac()(torch.ones(1, 2), torch.tensor([0]), {}, num_classes=3)
+    (tensor([[1., 1.]]), tensor([0]))
+    """
+
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Params:
+        return {}
+
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return x, y
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    r"""Noise on the inputs: :math:`\tilde x\sim\mathcal N(x_i,\sigma^2 I)`, :math:`\tilde y=y_i`.
+
+    The vicinity that Chapelle et al. (NIPS 2000) study.
+
+    Parameters
+    ----------
+    sigma : float
+        The standard deviation :math:`\sigma\ge0`, in the unit of the inputs.
+
+    Examples
+    --------
+    >>> noise = {"noise": torch.tensor([[1.0, -2.0]])}
+    >>> Gaussian(sigma=0.1)(torch.ones(1, 2), torch.tensor([0]), noise, num_classes=3)
+    (tensor([[1.1000, 0.8000]]), tensor([0]))
+    """
+
+    sigma: float = 0.1
+
+    def __post_init__(self) -> None:
+        hyperparameter("sigma", self.sigma, 0)
+
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Params:
+        return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
+
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return floating("x", x) + self.sigma * draw["noise"].to(x.dtype), y
+
+
+@dataclass(frozen=True)
+class LabelSmoothing:
+    r"""A vicinity on the labels: :math:`\tilde x=x_i`, :math:`\tilde y=(1-s)\,e_{y_i}+s/K`.
+
+    The expectation of a label that is drawn anew, evenly from all K classes, with probability s;
+    cross-entropy is linear in the target, so the expected loss is the loss of the expectation.
+
+    Parameters
+    ----------
+    smoothing : float
+        :math:`s\in[0,1]`.
+
+    References
+    ----------
+    Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*, CVPR 2016.
+
+    Examples
+    --------
+    >>> LabelSmoothing(0.2)(torch.ones(1, 1), torch.tensor([0]), {}, num_classes=2)
+    (tensor([[1.]]), tensor([[0.9000, 0.1000]]))
+    """
+
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        hyperparameter("smoothing", self.smoothing, 0, 1)
+
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Params:
+        return {}
+
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return x, soft_targets(y, num_classes, self.smoothing, target_dtype(x))

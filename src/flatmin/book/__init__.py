@@ -1,0 +1,46 @@
+"""What the book's chapters and its course share, and nobody else: data sets, networks, claims, statistics.
+
+Figures are in :mod:`flatmin.book.plotting` and :mod:`flatmin.book.explorable`, what is too long for a
+notebook in :mod:`flatmin.book.experiments`, the checks of the assignments in ``flatmin.book.check``.
+"""
+
+from .._random import first_seed, seeds
+from .claims import claim
+from .datasets import (
+    CIFAR100_SUPERCLASS,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    mnist,
+    mnist1d,
+    sinusoid,
+    spiral,
+    two_gaussians,
+)
+from .models import MLP, ResNet, SmallCNN, resnet18, resnet20, resnet32
+from .statistics import mean_interval, pm
+
+__all__ = [
+    "CIFAR100_SUPERCLASS",
+    "MLP",
+    "ResNet",
+    "SmallCNN",
+    "cifar10",
+    "cifar100",
+    "claim",
+    "digits",
+    "fashion_mnist",
+    "first_seed",
+    "mean_interval",
+    "mnist",
+    "mnist1d",
+    "pm",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "seeds",
+    "sinusoid",
+    "spiral",
+    "two_gaussians",
+]

@@ -1,0 +1,180 @@
+"""The records of the experiments: where they stand, what they say, how they are drawn."""
+
+import functools
+import importlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import xarray as xr
+
+from ..._checks import number
+from ..._files import replacing
+
+NAMES = [
+    "flooding_synthetic",
+    "double_descent",
+    "stiffness_training",
+    "mixup_corrupt",
+    "sam_label_noise",
+    "sam_spectrum",
+    "m_sharpness",
+]
+
+HERE = Path(__file__).parent
+FOLDERS = [HERE.parent / "results", HERE.parents[3] / "results"]  # in a wheel, in a checkout
+SCHEMA = [
+    "experiment",
+    "size",
+    "device",
+    "machine",
+    "python",
+    "numpy",
+    "torch",
+    "cuda",
+    "flatmin",
+    "commit",
+    "seeds",
+    "settings",
+    "seconds",
+    "data",
+    "cost",
+]
+
+
+def experiment(name: str) -> ModuleType:
+    """The module of an experiment; what it holds, :mod:`flatmin.book.experiments.runner` says."""
+    if name not in NAMES:
+        raise ValueError(f"name must be one of {NAMES}, got {name!r}")
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+def default_size(name: str) -> str:
+    """The size that is run, and read, where none is named.
+
+    Examples
+    --------
+    >>> default_size("flooding_synthetic")
+    'demo'
+    """
+    return getattr(experiment(name), "DEFAULT", "reduced")
+
+
+def record_path(name: str, folder: str | os.PathLike, size: str | None = None) -> Path:
+    """Where a record stands: ``NAME.nc``, or ``NAME-SIZE.nc`` if its size is not the default.
+
+    Examples
+    --------
+    >>> record_path("flooding_synthetic", "results", "paper").name
+    'flooding_synthetic-paper.nc'
+    """
+    sizes = sorted(experiment(name).SETTINGS)
+    if size not in (None, *sizes):
+        raise ValueError(f"size must be one of {sizes}, got {size!r}")
+    usual = size in (None, default_size(name))
+    return Path(folder) / (f"{name}.nc" if usual else f"{name}-{size}.nc")
+
+
+def record(name: str, size: str | None = None) -> xr.Dataset:
+    """The recorded results of an experiment, with device, versions and settings in ``attrs``.
+
+    Parameters
+    ----------
+    name : str
+        One of ``NAMES``.
+    size : str, optional
+        Default: the experiment's default size.
+
+    Examples
+    --------
+    >>> "torch" in record("flooding_synthetic").attrs
+    True
+    """
+    for folder in FOLDERS:
+        if (path := record_path(name, folder, size)).exists():
+            return xr.load_dataset(path, engine="scipy")
+    command = f"python -m flatmin.book.experiments {name}" + (f" --size {size}" if size else "")
+    raise FileNotFoundError(f"there is no record {path.name} yet; {command} makes one")
+
+
+def check(record: xr.Dataset) -> None:
+    """Raise a ValueError if a record does not say where it comes from.
+
+    Its attributes ``experiment``, ``size``, ``device``, ``machine``, ``python``, ``numpy``,
+    ``torch``, ``cuda``, ``flatmin``, ``commit``, ``seeds`` and ``settings`` (JSON), ``seconds``
+    (of all units together), ``data`` and ``cost`` (gradients of single examples) must be there;
+    what was not recorded says ``"not recorded"``.
+
+    Examples
+    --------
+    >>> check(record("flooding_synthetic"))
+    >>> check(xr.Dataset(attrs=dict.fromkeys(SCHEMA[1:], 1)))
+    Traceback (most recent call last):
+    ValueError: record.attrs must say what it is, got no 'experiment'
+    """
+    missing = [repr(key) for key in SCHEMA if not str(record.attrs.get(key, ""))]
+    if missing:
+        raise ValueError(f"record.attrs must say what it is, got no {', '.join(missing)}")
+    experiment(record.attrs["experiment"])
+    for key in ("seconds", "cost"):
+        number(key, record.attrs[key], 0)
+    for key in ("seeds", "settings"):
+        json.loads(record.attrs[key])
+    if not record.data_vars:
+        raise ValueError("record must have a variable, got none")
+
+
+def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | None = None):
+    """Check a record and write it, all or nothing, to its :func:`record_path`."""
+    check(dataset)
+    path = record_path(name, folder, size)
+    with replacing(path) as part:
+        dataset.to_netcdf(part, engine="scipy")
+    return path
+
+
+def plot(name: str, record: xr.Dataset):
+    """An experiment's figure, drawn from its record alone."""
+    return experiment(name).plot(record)
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Where something is computed, and with what."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "numpy": version("numpy"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "flatmin": version("flatmin"),
+        "commit": commit(),
+    }
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout that the package is imported from, or "–"."""
+    root = HERE.parents[3]
+
+    def git(*words):
+        return subprocess.run(
+            ["git", "-C", root, *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        ).stdout.strip()
+
+    try:
+        if not (root / ".git").exists():  # another project's, that has the package installed
+            return "–"
+        changed = git("status", "--porcelain", "--", "src")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "–"

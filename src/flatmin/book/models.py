@@ -1,0 +1,293 @@
+r"""Networks: the ones the five articles train, as plain modules.
+
+Any of them can be stacked: :func:`torch.func.stack_module_state` with :func:`torch.vmap` over
+:func:`torch.func.functional_call` runs many copies at once, in training and evaluation mode. Batch
+norm writes its running statistics in place, so under ``vmap`` pass the stacked buffers along with
+the parameters and take them back.
+
+A network draws its initial weights from PyTorch's global random state, as every module does.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import positive_wholes
+from ..layers import Dropout
+
+__all__ = ["MLP", "ResNet", "SmallCNN", "resnet18", "resnet20", "resnet32"]
+
+
+class MLP(nn.Sequential):
+    """A multilayer perceptron; flattens its input.
+
+    Each hidden layer is linear → batch norm (if wanted) → activation → dropout (if wanted); the
+    last layer is linear.
+
+    Parameters
+    ----------
+    *sizes : int
+        Number of inputs, of units in each hidden layer, and of outputs.
+    batch_norm : bool
+        Normalize each hidden layer.
+    bias : bool
+        Whether the linear layers have a bias.
+    activation : callable
+        Makes a module, such as ``nn.ReLU`` or ``nn.Tanh``.
+    dropout : float
+        Probability in [0, 1) with which a hidden unit is dropped, see :class:`Dropout`.  It does
+        not change the initial weights.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two sizes, one is not a positive whole number, or ``dropout`` is
+        not in [0, 1).
+
+    Notes
+    -----
+    The stiffness paper's network (Fort et al., arXiv 1901.09491) is
+    ``MLP(784, 500, 300, 100, 10)``; the one of the flooding paper's demo is
+    ``MLP(2, 500, 500, 500, 500, 2, bias=False, batch_norm=True)``.
+
+    Examples
+    --------
+    >>> model = MLP(40, 100, 100, 10)
+    >>> sum(p.numel() for p in model.parameters())
+    15210
+    >>> model(torch.zeros(32, 40)).shape
+    torch.Size([32, 10])
+    """
+
+    def __init__(
+        self,
+        *sizes: int,
+        batch_norm: bool = False,
+        bias: bool = True,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        sizes = positive_wholes("sizes", sizes, count=2)
+        *hidden, last = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes)]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for linear in hidden:
+            layers.append(linear)
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(linear.out_features))
+            layers.append(activation())
+            if dropout != 0:
+                layers.append(Dropout(dropout))
+        super().__init__(*layers, last)
+
+
+class SmallCNN(nn.Sequential):
+    """A small convolutional network, as wide as the stiffness paper's (Fort et al., 1901.09491).
+
+    Each layer is a 3×3 convolution → batch norm (if wanted) → ReLU → 2×2 max-pooling. Then comes
+    the mean over the image, so that one network takes images of any size, and a linear layer.
+
+    Parameters
+    ----------
+    channels_in : int
+        1 for grey images, 3 for colour.
+    num_classes : int
+        Number of outputs.
+    widths : sequence of int
+        Channels of each convolution. k convolutions need images of at least 2^k by 2^k.
+    batch_norm : bool
+        Normalize each convolution.
+
+    Raises
+    ------
+    ValueError
+        If a number is not a positive whole number.
+
+    Examples
+    --------
+    >>> model = SmallCNN(1, 10)
+    >>> sum(p.numel() for p in model.parameters())
+    14378
+    >>> model(torch.zeros(5, 1, 28, 28)).shape
+    torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        num_classes: int,
+        widths: Sequence[int] = (16, 32, 32),
+        batch_norm: bool = False,
+    ) -> None:
+        (channels_in,) = positive_wholes("channels_in", [channels_in])
+        (num_classes,) = positive_wholes("num_classes", [num_classes])
+        widths = positive_wholes("widths", widths)
+        layers: list[nn.Module] = []
+        for c_in, c_out in itertools.pairwise((channels_in, *widths)):
+            layers.append(nn.Conv2d(c_in, c_out, 3, padding=1))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(c_out))
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        head = [_ImageMean(), nn.Linear(widths[-1], num_classes)]
+        super().__init__(*layers, *head)
+
+
+class ResNet(nn.Module):
+    r"""Residual network for small images (He et al., CVPR 2016, section 4.2).
+
+    A 3×3 convolution, then stages of basic blocks, then the mean over the image and a linear
+    layer. The first block of each stage but the first halves the image and doubles the channels;
+    there the shortcut is a 1×1 convolution (the paper's option B). A block is
+
+    .. math:: x \mapsto \mathrm{ReLU}\big(\mathrm{shortcut}(x) + F(x)\big), \qquad
+              F = \text{conv} \to \text{norm} \to \text{ReLU} \to \text{conv} \to \text{norm}.
+
+    Without batch norm the sum of all branches would make activations grow with depth. Then a
+    block's branch is multiplied by a learned number that starts at 0, so that every block starts
+    as its shortcut (SkipInit: De & Smith, NeurIPS 2020), and convolutions have a bias.
+
+    Parameters
+    ----------
+    depth : int
+        6n + 2 (20, 32, 44, 56, …): three stages of n blocks. Not used if ``stages`` is given.
+    num_classes : int
+        Number of outputs.
+    in_channels : int
+        1 for grey images, 3 for colour.
+    width : int
+        Channels of the first stage.
+    batch_norm : bool
+        Batch norm, or SkipInit.
+    stages : sequence of int, optional
+        Blocks in each stage, in place of ``depth``.
+
+    Raises
+    ------
+    ValueError
+        If depth is not 6n + 2 with n ≥ 1, or a number is not a positive whole number.
+
+    Examples
+    --------
+    >>> model = ResNet(20)
+    >>> sum(p.numel() for p in model.parameters())
+    272474
+    >>> model(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        depth: int = 20,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 16,
+        batch_norm: bool = True,
+        stages: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if stages is None:
+            if not isinstance(depth, Integral) or depth < 8 or depth % 6 != 2:
+                raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 26, 32, …), got {depth!r}")
+            stages = [(int(depth) - 2) // 6] * 3
+        stages = positive_wholes("stages", stages)
+        (num_classes,) = positive_wholes("num_classes", [num_classes])
+        (in_channels,) = positive_wholes("in_channels", [in_channels])
+        (width,) = positive_wholes("width", [width])
+        blocks: list[nn.Module] = []
+        channels = width
+        for stage, count in enumerate(stages):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(_Block(channels, channels * stride, stride, batch_norm))
+                channels *= stride
+        self.stem = nn.Sequential(*_convolution(in_channels, width, 3, 1, batch_norm), nn.ReLU())
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Sequential(_ImageMean(), nn.Linear(channels, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
+    """ResNet-20, 0.27 million parameters: see :class:`ResNet`."""
+    return ResNet(20, num_classes, in_channels, batch_norm=batch_norm)
+
+
+def resnet32(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
+    """ResNet-32, 0.47 million parameters: see :class:`ResNet`."""
+    return ResNet(32, num_classes, in_channels, batch_norm=batch_norm)
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
+    """ResNet-18 with the stem for small images, 11.2 million parameters.
+
+    Four stages of two blocks with 64, 128, 256 and 512 channels, as for ImageNet, but starting
+    with one 3×3 convolution: see :class:`ResNet`.
+
+    Examples
+    --------
+    >>> sum(p.numel() for p in resnet18().parameters())
+    11173962
+    """
+    return ResNet(
+        num_classes=num_classes,
+        in_channels=in_channels,
+        width=64,
+        batch_norm=batch_norm,
+        stages=(2, 2, 2, 2),
+    )
+
+
+class _Block(nn.Module):
+    """The basic block of :class:`ResNet`."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, batch_norm: bool) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            *_convolution(c_in, c_out, 3, stride, batch_norm),
+            nn.ReLU(),
+            *_convolution(c_out, c_out, 3, 1, batch_norm),
+        )
+        self.shortcut = nn.Sequential(
+            *(_convolution(c_in, c_out, 1, stride, batch_norm) if stride > 1 else [])
+        )
+        if not batch_norm:
+            self.branch.append(_Scale())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.shortcut(x) + self.branch(x))
+
+
+class _Scale(nn.Module):
+    """Multiplies by one learned number, which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+class _ImageMean(nn.Module):
+    """[n, channels, height, width] → [n, channels]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(-2, -1))
+
+
+def _convolution(
+    c_in: int, c_out: int, size: int, stride: int, batch_norm: bool
+) -> list[nn.Module]:
+    """A convolution, He-initialized, and its norm or bias."""
+    conv = nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=not batch_norm)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if batch_norm:
+        return [conv, nn.BatchNorm2d(c_out)]
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return [conv]

@@ -1,0 +1,183 @@
+r"""Gradient penalties: go where the loss is low *and* its gradient is short.
+
+One direction stands for the whole family, with :math:`g=\nabla L` and :math:`H` its Hessian:
+
+.. math::
+    d = g + \lambda H v, \qquad
+    v = g \;\text{ descends }\; L + \tfrac\lambda2\|g\|^2, \qquad
+    v = g/\|g\| \;\text{ descends }\; L + \lambda\|g\|,
+
+with :math:`Hv` exact, or as the difference of two gradients.  SAM, its unnormalized form, the
+penalized gradient norm, implicit gradient regularization and the two-rate form of flooding are
+members with a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad_and_value, vjp
+
+from .._ball import dual_norm_perturbation
+from .._checks import hyperparameter, number
+from .._tree import Params, plus
+
+__all__ = ["GradientPenalty"]
+
+
+DIFFERENCES = (None, "forward", "backward", "central")
+
+
+def _unit(v: Params) -> Params:
+    """v / ‖v‖, and zero where v is zero: the step of length 1 that climbs the most."""
+    return dict(zip(v, dual_norm_perturbation(list(v.values()), rho=1.0), strict=True))
+
+
+@dataclass(frozen=True)
+class GradientPenalty:
+    r"""The gradient place of a recipe: the gradient of a penalized loss.
+
+    .. math:: d = g + \lambda D_r v, \qquad v = g \text{ or } g/\|g\|
+
+    where :math:`D_rv` is the Hessian-vector product :math:`Hv`, or one of
+
+    ============  =======================================  ==========================
+    difference    :math:`D_r v`                            error
+    ============  =======================================  ==========================
+    ``None``      :math:`Hv`                               none
+    ``forward``   :math:`[g(\theta+rv)-g(\theta)]/r`       :math:`O(r)`
+    ``backward``  :math:`[g(\theta)-g(\theta-rv)]/r`       :math:`O(r)`
+    ``central``   :math:`[g(\theta+rv)-g(\theta-rv)]/2r`   :math:`O(r^2)`
+    ============  =======================================  ==========================
+
+    No Hessian is ever formed.  In units of one gradient, the exact form costs about 3 (it
+    differentiates backwards through the gradient), forward and backward 2, central 3.
+
+    Parameters
+    ----------
+    penalty : float
+        The weight :math:`\lambda \ge 0`; a grid may give one a run.  At 0 it is the plain gradient.
+    squared : bool
+        ``True``: penalize :math:`\frac\lambda2\|g\|^2`, so :math:`v=g`.
+        ``False``: penalize :math:`\lambda\|g\|`, so :math:`v=g/\|g\|` (0 at a zero gradient).
+    difference : {None, "forward", "backward", "central"}
+        How :math:`Hv` is found.
+    radius : float, optional
+        :math:`r > 0` of a difference; by default :math:`r=\lambda`.  The point moves by
+        :math:`r\|v\|`: in float32 keep that well above the weights' rounding (1e-3 of their size
+        is safe, 1e-6 is noise).
+
+    Notes
+    -----
+    With :math:`\alpha=\lambda/r` the forward difference is
+    :math:`d=(1-\alpha)\,g(\theta)+\alpha\,g(\theta+rv)`, so at the default :math:`r=\lambda` it
+    is the gradient at the displaced point, as in SAM.  Batch statistics (batch normalization) are
+    those of the first evaluation.
+
+    A flooded loss may be penalized too: where it ascends both :math:`g` and :math:`H` change
+    sign, and the exact :math:`Hg` does not.
+
+    References
+    ----------
+    Barrett & Dherin, *Implicit Gradient Regularization*, ICLR 2021; Foret et al.,
+    *Sharpness-Aware Minimization*, ICLR 2021; Zhao, Zhang & Hu, *Penalizing Gradient Norm for
+    Efficiently Improving Generalization*, ICML 2022; Karakida et al., *Understanding Gradient
+    Regularization in Deep Learning*, ICML 2023.
+
+    Examples
+    --------
+    For :math:`L=\frac12hw^2` the penalized gradient is :math:`hw+\lambda h^2w`:
+
+    >>> import torch
+    >>> bowl = lambda params, buffers: (0.5 * 3.0 * params["w"] ** 2, buffers)
+    >>> direction, loss, _ = GradientPenalty(0.1)(bowl, {"w": torch.tensor(2.0)}, {})
+    >>> direction, loss
+    ({'w': tensor(7.8000)}, tensor(6.))
+    """
+
+    penalty: float = 0.0
+    squared: bool = True
+    difference: str | None = None
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        hyperparameter("penalty", self.penalty, 0)
+        if self.difference not in DIFFERENCES:
+            raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
+        if self.radius is not None and self.difference is None:
+            raise ValueError(
+                f"radius is for a difference, but difference is None: got {self.radius!r}"
+            )
+        if isinstance(self.radius, Real) and not number("radius", self.radius, 0):
+            raise ValueError(f"radius must be > 0, got {self.radius!r}")
+
+    def __call__(
+        self, objective: Callable[..., Any], params: Params, buffers: Params
+    ) -> tuple[Params, Tensor, Params]:
+        def field(params: Params) -> Any:
+            return grad_and_value(objective, has_aux=True)(params, buffers)
+
+        toward = (lambda g: g) if self.squared else _unit
+        if self.difference is None:
+            found: Any = vjp(field, params, has_aux=True)
+            g, hessian_times, (loss, buffers) = found
+            return plus(g, hessian_times(toward(g))[0], self.penalty), loss, buffers
+
+        g, (loss, new_buffers) = field(params)
+        v = toward(g)
+        r, alpha = (
+            (self.penalty, 1.0)
+            if self.radius is None
+            else (self.radius, self.penalty / self.radius)
+        )
+        at = lambda r: field(plus(params, v, r))[0]
+        mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
+        if self.difference == "forward":
+            direction = mix(1 - alpha, g, alpha, at(r))
+        elif self.difference == "backward":
+            direction = mix(1 + alpha, g, -alpha, at(-r))
+        else:
+            direction = plus(g, mix(1, at(r), -1, at(-r)), alpha / 2)
+        return direction, loss, new_buffers
+
+    # The family: who is who.  Each returns a setting of the class above.
+
+    @classmethod
+    def implicit(cls, lr: float) -> "GradientPenalty":
+        r"""What gradient descent of rate :math:`\varepsilon` does by itself, made explicit.
+
+        To second order its steps lie on the gradient flow of
+        :math:`L+\frac\varepsilon4\|g\|^2` (Barrett & Dherin, ICLR 2021): :math:`\lambda=\varepsilon/2`.
+        """
+        return cls(number("lr", lr, 0) / 2)
+
+    @classmethod
+    def two_rates(cls, lr: float, ascent_lr: float) -> "GradientPenalty":
+        r"""What descending with rate :math:`\varepsilon_1` and ascending with
+        :math:`\varepsilon_2<\varepsilon_1` in turn descends (:class:`~flatmin.optimizer.TwoRates`):
+        :math:`\lambda=\varepsilon_1\varepsilon_2/(\varepsilon_1-\varepsilon_2)`, with the rate
+        :math:`\varepsilon_1-\varepsilon_2` a pair.
+        """
+        if not 0 <= number("ascent_lr", ascent_lr, 0) < number("lr", lr, 0):
+            raise ValueError(f"ascent_lr must be less than lr, got {ascent_lr!r} and {lr!r}")
+        return cls(lr * ascent_lr / (lr - ascent_lr))
+
+    @classmethod
+    def sam(cls, rho: float) -> "GradientPenalty":
+        r"""SAM with :math:`p=2`: :math:`g(\theta+\rho g/\|g\|)=\nabla(L+\rho\|g\|)+O(\rho^2)`."""
+        return cls(rho, squared=False, difference="forward")
+
+    @classmethod
+    def unnormalized_sam(cls, rho: float) -> "GradientPenalty":
+        r"""SAM without the division (Andriushchenko & Flammarion, ICML 2022):
+        :math:`g(\theta+\rho g)=\nabla(L+\frac\rho2\|g\|^2)+O(\rho^2)`."""
+        return cls(rho, difference="forward")
+
+    @classmethod
+    def penalized_norm(cls, alpha: float, radius: float) -> "GradientPenalty":
+        r"""Zhao et al. (ICML 2022): :math:`(1-\alpha)g+\alpha\,g(\theta+rg/\|g\|)
+        =\nabla(L+\alpha r\|g\|)+O(r^2)`; SAM at :math:`\alpha=1`."""
+        penalty = number("alpha", alpha, 0) * number("radius", radius, 0)
+        return cls(penalty, squared=False, difference="forward", radius=radius)

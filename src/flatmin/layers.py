@@ -1,0 +1,98 @@
+"""Layers whose randomness a stack of networks can share out: it is a function of their buffers."""
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import number
+
+__all__ = ["Dropout"]
+
+
+class Dropout(nn.Module):
+    r"""Dropout that can be stacked: its randomness is a function of buffers.
+
+    In training mode, each unit is set to zero with probability :math:`p`, and the others are
+    divided by :math:`1-p`, which keeps the mean:
+
+    .. math:: x_i \mapsto \frac{m_i}{1-p}\,x_i, \qquad
+              m_i = \mathbb 1\big[h(\text{key}, \text{counter}, i) \ge p\big].
+
+    In evaluation mode it is the identity. :math:`h` is a hash with values in [0, 1), computed in
+    whole numbers, so that a CPU and a GPU drop the same units. The buffer ``key`` is drawn from
+    PyTorch's global random state when the layer is made, as initial weights are; the buffer
+    ``counter`` goes up by one in each forward pass in training mode. Both are saved with the
+    network, so a resumed run drops what the uninterrupted one would have dropped.
+
+    Parameters
+    ----------
+    p : float
+        The probability to drop a unit, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If ``p`` is not in [0, 1).
+
+    Notes
+    -----
+    Passes that start from the same buffers drop the same units: both gradients of a step that
+    takes two, for example. The mask belongs to a position in the batch, so ``vmap`` over the
+    *examples* of a batch gives all of them one mask. So do, for their parts of a batch, the
+    processes of a distributed run that share buffers.
+
+    References
+    ----------
+    Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting*,
+    JMLR 15 (2014). The hash mixes as splitmix64 and as the 32-bit multiply–xorshift functions do.
+
+    Examples
+    --------
+    >>> layer = Dropout(0.5)
+    >>> y = layer(torch.ones(10_000))
+    >>> y.unique(), bool(4_800 < (y == 0).sum() < 5_200)
+    (tensor([0., 2.]), True)
+    >>> layer.eval()(torch.ones(3))
+    tensor([1., 1., 1.])
+    """
+
+    random_buffers = ("counter",)  # what decides the next draw, for who wants to repeat it
+    p: float
+    key: Tensor
+    counter: Tensor
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = number("p", p, 0, 1, below=True)
+        self.register_buffer("key", torch.randint(2**62, ()))
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        bits = _random_bits(self.key, self.counter, x.numel())
+        self.counter.add_(1)
+        keep = bits.reshape(x.shape) >= round(self.p * 2**32) - 2**31
+        return torch.where(keep, x / (1 - self.p), 0.0)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def _random_bits(key: Tensor, counter: Tensor, n: int) -> Tensor:
+    """``n`` random int32, each a hash of (key, counter, its position).
+
+    Whole numbers wrap around, and ``>>`` keeps the sign, so what it shifts in is masked out.
+    """
+    word = key + counter * -0x61C8864680B583EB  # splitmix64: the counter-th state of stream `key`
+    word = (word ^ (word >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47
+    word = (word ^ (word >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
+    word = word ^ (word >> 31 & 2**33 - 1)
+    first, second = (word >> 32).to(torch.int32), (word << 32 >> 32).to(torch.int32)
+    bits = torch.arange(n, dtype=torch.int32, device=key.device) ^ first
+    bits ^= bits >> 16 & 0xFFFF  # in place: half the time
+    bits *= 0x7FEB352D
+    bits ^= bits >> 15 & 0x1FFFF
+    bits ^= second
+    bits *= -0x7B935975
+    bits ^= bits >> 16 & 0xFFFF
+    return bits

@@ -1,0 +1,96 @@
+"""Flooding for a training loop of your own: a loss module, and gradients that are accumulated."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import hyperparameter
+from ..loss.flooding import flood
+
+__all__ = ["FloodingLoss", "flood_gradients_"]
+
+
+class FloodingLoss(nn.Module):
+    """A loss function with a floor: ``flood(loss(...), flood_level)``.
+
+    Parameters
+    ----------
+    loss : callable
+        Any loss, e.g. ``nn.CrossEntropyLoss()``.  With ``reduction="none"`` every example is
+        flooded by itself (iFlood) and the mean is taken afterwards.
+    flood_level : float or Tensor
+        The level, see :func:`flood`.
+
+    Notes
+    -----
+    Call the raw loss for logging: the flooded one never falls below the level.  Do not use this
+    module with gradient accumulation: it would flood every microbatch by itself, which is
+    another objective (see :func:`flood_gradients_`).
+
+    Examples
+    --------
+    >>> criterion = FloodingLoss(nn.MSELoss(), flood_level=0.5)
+    >>> criterion(torch.zeros(2), torch.zeros(2))
+    tensor(1.)
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], flood_level: float | Tensor) -> None:
+        super().__init__()
+        hyperparameter("flood_level", flood_level, 0)
+        self.loss = loss
+        self.flood_level = flood_level
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return flood(self.loss(*args, **kwargs), self.flood_level).mean()
+
+    def extra_repr(self) -> str:
+        return f"flood_level={self.flood_level}"
+
+
+@torch.no_grad()
+def flood_gradients_(
+    parameters: Iterable[Tensor], loss: Tensor, flood_level: float | Tensor
+) -> None:
+    r"""Turn accumulated gradients of the raw loss into those of the flooded loss, in place.
+
+    Flooding changes a gradient by a sign only:
+    :math:`\nabla(|L-b|+b) = \operatorname{sign}(L-b)\,\nabla L`.  So when a batch arrives in
+    microbatches (or is spread over several processes), accumulate the gradient of the *raw* mean
+    loss, and multiply once by the sign that the *whole* batch decides.
+
+    Parameters
+    ----------
+    parameters : iterable of Tensor
+        Those whose ``.grad`` holds the gradient of the mean loss of the whole batch and nothing
+        else (a penalty that is not to be flooded, such as weight decay, is added afterwards).
+        Parameters without a gradient are left alone.
+    loss : Tensor
+        Scalar: the raw mean loss of the whole batch; in a distributed run, after ``all_reduce``.
+    flood_level : float or Tensor
+        The level, see :func:`flood`.
+
+    Examples
+    --------
+    >>> w = torch.tensor([1.0], requires_grad=True)
+    >>> total = 0.0
+    >>> for x in torch.tensor([[0.1], [0.3]]):        # two microbatches of one
+    ...     loss = (w * x).sum() / 2
+    ...     loss.backward()
+    ...     total = total + loss.detach()
+    >>> flood_gradients_([w], total, flood_level=0.25)   # the batch's loss is 0.2: ascend
+    >>> w.grad
+    tensor([-0.2000])
+    """
+    hyperparameter("flood_level", flood_level, 0)
+    sign = torch.sign(torch.as_tensor(loss).detach() - flood_level)
+    if sign.ndim:
+        raise ValueError(
+            "loss must be one number, the mean over the whole batch, and flood_level too, got "
+            f"shapes {tuple(torch.as_tensor(loss).shape)} and "
+            f"{tuple(torch.as_tensor(flood_level).shape)}"
+        )
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(sign.to(parameter.grad.device, parameter.grad.dtype))

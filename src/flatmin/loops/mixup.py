@@ -1,0 +1,118 @@
+"""Mixup and the other batch transforms, for a training loop of your own."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+
+from .._checks import whole
+from .._random import stream
+from .._tree import Params
+
+__all__ = ["BatchTransform"]
+
+
+class Vicinity(Protocol):
+    """What sits in the batch place, see :class:`flatmin.Recipe`."""
+
+    def draw(
+        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
+    ) -> Params: ...
+
+    def __call__(
+        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class BatchTransform:
+    """A vicinity for a training loop of your own: a batch transform, and a collate function.
+
+    Called with a batch of inputs and labels, it returns inputs and (for mixup and label smoothing)
+    soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place; the inputs keep
+    their dtype and device.
+
+    Parameters
+    ----------
+    vicinity : Mixup, Gaussian, LabelSmoothing or Dirac
+        What to draw from.
+    num_classes : int
+        K.
+    seed : int
+        From which all draws follow: batch number t draws from ``stream(seed, "batch", t)``, which
+        is also what :func:`flatmin.fit` draws for that seed.  Give each process of a distributed
+        run its own.  In a worker of a ``DataLoader``, the worker's own seed, which is new in every
+        epoch, joins it.
+
+    Attributes
+    ----------
+    count : int
+        How many batches have been drawn; set it to go on where an interrupted run stopped.
+
+    Raises
+    ------
+    TypeError
+        For inputs that are not floating point, or samples that are no pairs.
+    ValueError
+        For labels outside 0 … K−1 (on the CPU; a GPU is not waited for).  For labels with an
+        ``ignore_index``, mix the inputs with :func:`~flatmin.mix` and the losses with :func:`~flatmin.mix_losses`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from flatmin.batch import Mixup
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> data = TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
+    >>> mixup = BatchTransform(Mixup(alpha=0.2), num_classes=2)
+    >>> x, y = next(iter(DataLoader(data, batch_size=4, collate_fn=mixup.collate)))
+    >>> x.shape, y.shape
+    (torch.Size([4, 3]), torch.Size([4, 2]))
+
+    Or after the loader, where the batch may be on a GPU already; and with a second loader:
+
+    >>> loader, second = DataLoader(data, 4, shuffle=True), DataLoader(data, 4, shuffle=True)
+    >>> for x, y in loader:
+    ...     x, y = mixup(x, y)
+    >>> for batch, other in zip(loader, second):
+    ...     x, y = mixup(*batch, *other)
+    """
+
+    def __init__(self, vicinity: Vicinity, num_classes: int, seed: int = 0) -> None:
+        self.vicinity = vicinity
+        self.num_classes = whole("num_classes", num_classes)
+        self.seed = whole("seed", seed, 0)
+        self.count = 0
+
+    def __call__(self, x: Tensor, y: Tensor, *other: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) != len(y):
+            raise ValueError(f"y must have one row for each of the {len(x)} inputs, got {len(y)}")
+        if len(other) not in (0, 2):
+            raise TypeError("other must be the inputs and the labels of a second batch")
+        for labels in (y, *other[1:]):
+            self._check_labels(labels)
+        draw = self.vicinity.draw(y, self._generator(), x.shape, *other[1:])
+        draw = {name: v.to(x.device) for name, v in draw.items()}
+        return self.vicinity(x, y, draw, self.num_classes, *other)
+
+    def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
+        """The batch of a list of samples ``(x, y)``: ``DataLoader(..., collate_fn=….collate)``."""
+        batch = default_collate(samples)
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise TypeError(f"samples must be pairs (x, y), got {type(samples[0]).__name__}")
+        return self(*batch)
+
+    def _generator(self) -> torch.Generator:
+        worker = get_worker_info()
+        purpose = "batch" if worker is None else f"batch/{worker.seed}"
+        self.count += 1
+        return stream(self.seed, purpose, self.count - 1)
+
+    def _check_labels(self, y: Tensor) -> None:
+        if y.ndim == 1 and y.device.type == "cpu" and len(y) and not y.is_floating_point():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"y must be in 0 … {self.num_classes - 1}, got {low} … {high}; for an "
+                    "ignore_index, mix inputs with mix() and losses with mix_losses()"
+                )

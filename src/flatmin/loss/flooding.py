@@ -1,0 +1,79 @@
+"""Flooding: keep the training loss from sinking below a level."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .._checks import hyperparameter
+
+__all__ = ["Flooding", "flood"]
+
+
+def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
+    r"""The flooded loss :math:`|\ell - b| + b`, elementwise.
+
+    Above the level :math:`b` its gradient is that of the loss; below, the gradient's negative; at
+    the level itself, zero.  What is flooded is what is passed in: the mean of a batch, the losses
+    of single examples (then average *after* flooding), or one loss for each run of a stack.
+
+    Parameters
+    ----------
+    loss : Tensor
+        Any shape, in nats (or whatever the loss is measured in).
+    flood_level : float or Tensor
+        The level :math:`b \ge 0`, in the unit of the loss; a tensor must broadcast with ``loss``.
+
+    Returns
+    -------
+    Tensor
+        The broadcast shape of the two; never below ``flood_level``.
+
+    Raises
+    ------
+    ValueError
+        If ``flood_level`` is a number that is negative, infinite or NaN.
+
+    References
+    ----------
+    Ishida et al., *Do We Need Zero Training Loss After Achieving Zero Training Error?*, ICML 2020.
+
+    Examples
+    --------
+    >>> import torch
+    >>> flood(torch.tensor([0.5, 0.1, 0.0]), 0.2)
+    tensor([0.5000, 0.3000, 0.4000])
+    """
+    hyperparameter("flood_level", flood_level, 0)
+    return (loss - flood_level).abs() + flood_level
+
+
+@dataclass(frozen=True)
+class Flooding:
+    r"""The loss place of a recipe, flooded.
+
+    Parameters
+    ----------
+    flood_level : float
+        The level :math:`b`; a grid may give one a run.
+    per_example : bool
+        ``False``: :math:`|\bar\ell-b|+b` of the batch's mean (Ishida et al., ICML 2020).
+        ``True``: the mean of :math:`|\ell_i-b|+b` (iFlood, Xie et al., ICLR 2022).
+
+    Examples
+    --------
+    >>> import torch
+    >>> losses = torch.tensor([0.0, 0.4])
+    >>> Flooding(0.1)(losses), Flooding(0.1, per_example=True)(losses)
+    (tensor(0.2000), tensor(0.3000))
+    """
+
+    flood_level: float = 0.0
+    per_example: bool = False
+
+    def __post_init__(self) -> None:
+        hyperparameter("flood_level", self.flood_level, 0)
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        if self.per_example:
+            return flood(losses, self.flood_level).mean()
+        return flood(losses.mean(), self.flood_level)

@@ -1,0 +1,11 @@
+"""The optimizer stage: from the direction to the step.
+
+These are ``torch.optim``'s update rules as pure functions, so that a stack of runs can be stepped at
+once and every run can have a learning rate, momentum or weight decay of its own.
+"""
+
+from .._schedule import lr_factor
+from .adam import Adam
+from .sgd import SGD, TwoRates
+
+__all__ = ["Adam", "SGD", "TwoRates", "lr_factor"]

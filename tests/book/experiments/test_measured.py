@@ -1,0 +1,445 @@
+"""The experiments that measure: what they record is what the instruments say of the networks."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from scipy.stats import spearmanr
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from flatmin import Data, Recipe, fit, sharpness
+from flatmin.book import CIFAR100_SUPERCLASS, MLP, ResNet, experiments
+from flatmin.book.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
+from flatmin.gradient import SAM
+from flatmin.measure import HessianDensity, HessianEigenvalues, HessianTrace
+from flatmin.optimizer import SGD, Adam
+from flatmin.pipeline import example_losses
+
+MODULES = {
+    m.__name__.rpartition(".")[2]: m for m in (stiffness_training, sam_spectrum, m_sharpness)
+}
+CASES = (1, 2, 2)  # data, networks, labels; then come moments, rates, seeds, measures, pairs
+SHAPES = {
+    "stiffness_training": {
+        "within": (*CASES, 2, 1, 2, 2, 3),
+        "matrix": (*CASES, 2, 1, 2, 2, 3, 10, 10),
+    },
+    "sam_spectrum": {
+        "eigenvalue": (2, 2, 2, 5),
+        "density_nodes": (2, 2, 2, 1, 4),
+        "trace": (2, 2, 2),
+    },
+    "m_sharpness": {"sharpness": (2, 2, 2, 2), "test_error": (2, 2, 2)},
+}
+MAY_BE_MISSING = {"within_group", "xi", "by_distance"}  # no super-classes; no crossing; no pair
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("FLATMIN_SEED", "FLATMIN_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The tiny size of each, all units, on a CPU; ``counted`` says what gradients they counted."""
+    out, found = tmp_path_factory.mktemp("records"), {}
+    for name, module in MODULES.items():
+        counted, run_unit = [], module.run_unit
+
+        def counting(unit, settings, work):
+            result = run_unit(unit, settings, work)
+            counted.append(work.gradients)
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "run_unit", counting)
+            found[name] = experiments.run(name, "tiny", out=out, device="cpu")
+        found[name].attrs["counted"] = sum(counted)
+    return found
+
+
+def work_in(path):
+    return experiments.Work(torch.device("cpu"), path, [], tqdm(disable=True))
+
+
+def settings_of(module, **changes):
+    settings = module.SETTINGS["tiny"] | changes
+    return settings | {"seeds": list(range(settings["seeds"]))}
+
+
+def pure(model):
+    """A module as an instrument takes it: ``network(params, x)``, and its parameters."""
+    return (lambda p, x: functional_call(model, p, (x,))), {
+        name: p.detach() for name, p in model.named_parameters()
+    }
+
+
+# --------------------------------------------------------------------------------- all together
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_tiny_record(records, name):
+    record = records[name]
+    experiments.check(record)
+    assert record.attrs["data"] == "made-up images"
+    for variable, shape in SHAPES[name].items():
+        assert record[variable].shape == shape
+    for variable, values in record.data_vars.items():
+        assert variable in MAY_BE_MISSING or bool(np.isfinite(values).all()), variable
+    assert bool((record.train_loss > 0).all())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_plot_is_made_from_the_record(records, name):
+    with plt.rc_context():
+        figure = experiments.plot(name, records[name])
+        figure.canvas.draw()
+        assert all(ax.lines or ax.images or ax.collections or ax.texts for ax in figure.axes)
+        assert all(ax.get_title(loc="left") for ax in figure.axes if ax.get_label() != "<colorbar>")
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_cost_is_what_a_run_counts(records, name):
+    assert records[name].attrs["counted"] == records[name].attrs["cost"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_sizes_have_the_same_settings(name):
+    module = MODULES[name]
+    keys = {frozenset(settings) for settings in module.SETTINGS.values()}
+    assert {*module.SETTINGS} >= {"tiny", "reduced", "paper"} and len(keys) == 1
+    costs = [
+        module.cost(experiments.plan(name, size).settings) for size in ("tiny", "reduced", "paper")
+    ]
+    assert costs == sorted(costs) and costs[0] < costs[1] / 1000
+
+
+# ---------------------------------------------------------------------------------- stiffness
+
+
+def directions(model, x, y):
+    """The gradient of each example, by vmap(grad), of length 1: [n, P]."""
+    network, params = pure(model)
+    loss = lambda p, x, y: cross_entropy(network(p, x[None]), y[None])
+    gradients = vmap(grad(loss), (None, 0, 0))(params, x, y)
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    return flat / flat.norm(dim=1, keepdim=True)
+
+
+def mean_over(values, classes1, classes2, relation, same_set):
+    """The mean over cells of the class matrix for which ``relation(a, b)`` holds."""
+    cells = []
+    for a in np.unique(classes1):
+        for b in np.unique(classes2):
+            if relation(a, b):
+                at = np.outer(classes1 == a, classes2 == b)
+                cells.append(values[at & ~np.eye(len(at), dtype=bool) if same_set else at].mean())
+    return np.mean(cells)
+
+
+def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
+    settings = settings_of(stiffness_training)
+    unit = {"data": "synthetic", "network": "CNN", "labels": "random"}
+    data = stiffness_training._data(unit, settings)
+    kept = fit(
+        lambda: stiffness_training.network("CNN", data),
+        data,
+        Recipe(optimizer=Adam()),
+        steps=2,
+        batch_size=32,
+        grid={"lr": [1e-3]},
+        seeds=settings["seeds"],
+        networks="last",
+        device="cpu",
+    )[1]
+    model = kept.module(lr=1e-3, seed=1)
+    found = records["stiffness_training"].sel(**unit, lr=1e-3, seed=1, step=2)
+    probes = {s: [t[:50] for t in data.split(s)] for s in ("train", "validation")}
+    unit_gradients = {s: directions(model, *examples) for s, examples in probes.items()}
+    relations = {"within": lambda a, b: a == b, "between": lambda a, b: a != b}
+    for pairs in stiffness_training.PAIRS:
+        one, two = pairs.split("-")
+        cosine = (unit_gradients[one] @ unit_gradients[two].mT).numpy()
+        classes = probes[one][1].numpy(), probes[two][1].numpy()
+        for name, relation in relations.items():
+            for measure, values in (("cosine", cosine), ("sign", np.sign(cosine))):
+                ours = mean_over(values, *classes, relation, one == two)
+                theirs = float(found[name].sel(pairs=pairs, measure=measure))
+                # a sign may turn where the cosine is a rounding
+                np.testing.assert_allclose(theirs, ours, atol=2e-3 if measure == "sign" else 2e-5)
+
+
+def test_stiffness_goes_on_where_it_was_stopped(records, tmp_path):
+    """After the first moment, in a step of the second: then from there, bitwise on a CPU."""
+    settings = settings_of(stiffness_training)
+    unit = {"data": "synthetic", "network": "CNN", "labels": "true"}
+    first, stop = work_in(tmp_path), 300  # one moment counts 64 + 200
+
+    def stopping(gradients, progress=first.progress):
+        return progress(gradients) or first.gradients > stop
+
+    first.progress = stopping
+    with pytest.raises(KeyboardInterrupt):
+        stiffness_training.run_unit(unit, settings, first)
+    assert [*first.load()] == [0]
+    second = work_in(tmp_path)
+    found = stiffness_training.run_unit(unit, settings, second)
+    expected = records["stiffness_training"].sel(unit).drop_vars([*unit])
+    xr.testing.assert_equal(found, expected[[*found]])
+    assert second.gradients == stiffness_training.cost(settings) / 4
+
+
+def test_distance_bins_and_superclasses():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1400, 1, 2, 2, generator=generator)
+    y = torch.arange(1400) % 100
+    data = Data("made up", 100, x[:700], y[:700], x[700:], y[700:], x[:1], y[:1], y[:700], y[700:])
+    probes = stiffness_training.Probes(data, 50, torch.device("cpu"))
+    assert len(probes.x) == 600
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MLP(4, 3, 100)
+    found = probes(model).sel(measure="cosine")
+    assert found.matrix.shape == (3, 20, 20)
+    group, u = np.array(CIFAR100_SUPERCLASS), x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+    one, two = slice(0, 300), slice(700, 1000)
+    values = (directions(model, x[one], y[one]) @ directions(model, x[two], y[two]).mT).numpy()
+    classes, distance = (y[one].numpy(), y[two].numpy()), (1 - u[one] @ u[two].mT).numpy()
+    of = found.sel(pairs="train-validation")
+    C = np.array(
+        [
+            [values[np.outer(classes[0] == a, classes[1] == b)].mean() for b in range(100)]
+            for a in range(100)
+        ]
+    )
+    related = group[:, None] == group
+    np.testing.assert_allclose(float(of.within), np.diag(C).mean(), atol=1e-5)
+    np.testing.assert_allclose(
+        float(of.within_group), C[related & ~np.eye(100, dtype=bool)].mean(), atol=1e-5
+    )
+    np.testing.assert_allclose(float(of.between), C[~related].mean(), atol=1e-5)
+    same = classes[0][:, None] == classes[1]
+    for k, middle in enumerate(of.distance.values):
+        at = same & (abs(distance - middle) < 0.05 - 1e-6)
+        if at.any():
+            np.testing.assert_allclose(float(of.by_distance[k]), values[at].mean(), atol=2e-4)
+
+
+def test_inputs_and_random_labels():
+    settings = settings_of(stiffness_training, train_size=200, probes=100)
+    unit = {"data": "synthetic", "network": "MLP", "labels": "random"}
+    random, true = (
+        stiffness_training._data(unit | {"labels": w}, settings) for w in ("random", "true")
+    )
+    for x in (random.x_train, random.x_validation, random.x_test):
+        torch.testing.assert_close(x.flatten(1).norm(dim=1), torch.full((len(x),), 3072**0.5))
+    assert torch.equal(random.x_train, true.x_train)
+    assert int((random.y_train != true.y_train).sum()) == 180
+    assert int((random.y_validation != true.y_validation).sum()) == 90
+
+
+def test_cifar100_is_left_out_where_it_is_not(monkeypatch, tmp_path):
+    sets = lambda: {
+        u["data"] for u in stiffness_training.units(stiffness_training.SETTINGS["reduced"])
+    }
+    assert sets() == {"mnist", "cifar10", "cifar100"}
+    monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
+    assert sets() == {"mnist", "cifar10"}
+    (tmp_path / "cifar-100-python").mkdir()
+    assert "cifar100" in sets()
+
+
+def test_the_residual_network_can_be_stacked():
+    data = vision.load("synthetic", 4)
+    data = dataclasses.replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
+    model = stiffness_training.network("ResNet-20", data)
+    assert any(p.ndim == 0 for p in model.parameters())
+    runs = fit(model, data, steps=1, batch_size=4, seeds=2, evaluate_at=1, device="cpu")
+    assert bool(np.isfinite(runs.train_loss).all())
+
+
+# ----------------------------------------------------------------------------------- spectrum
+
+
+def test_spectrum_is_what_the_instruments_say_of_the_network(records, tmp_path):
+    settings = settings_of(sam_spectrum)
+    data, method = vision.load("synthetic", 48), settings["methods"]["SAM"]
+    recipe = Recipe(gradient=SAM(0.05), optimizer=SGD(0.05, 0.9, 5e-4, schedule="cosine"))
+    make = lambda: ResNet(width=4, batch_norm=False, stages=[1])
+    model, _ = vision.train(
+        make,
+        data,
+        recipe,
+        work_in(tmp_path),
+        epochs=2,
+        seed=1,
+        batch_size=method["batch_size"],
+        evaluate_at=[2],
+    )
+    mean, std = (f(data.x_train, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    x, y, (network, params) = ((data.x_train - mean) / std)[:16], data.y_train[:16], pure(model)
+    found = records["sam_spectrum"].sel({"method": "SAM", "seed": 1, "epoch": 2})
+    of = lambda instrument: instrument(network, params, x, y).detach().numpy()
+    close = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4)
+    close(found.eigenvalue, of(HessianEigenvalues(5, steps=8)))
+    close(found.trace, of(HessianTrace(2, 10)))
+    nodes, weights = of(HessianDensity(4, 1))
+    close(found.density_nodes, nodes)
+    close(found.density_weights, weights)
+
+
+def test_at_loss_is_exact_for_powers_of_the_loss():
+    epoch = np.array([0, 1, 3, 10])
+    loss = xr.DataArray(2.0 * np.exp(-np.outer([0.1, 0.3], epoch)), dims=("seed", "epoch"))
+    power = xr.DataArray([0.5, -2.0], dims="power")
+    levels = [1.9, 1.0, 0.9, 0.2]
+    found = np.exp(sam_spectrum.at_loss(np.log(7 * loss**power), loss, levels, "epoch"))
+    expected = 7 * xr.DataArray(levels, dims="level") ** power * xr.ones_like(loss.isel(epoch=0))
+    expected = expected.where(xr.DataArray(levels, dims="level") >= loss.min("epoch"))
+    xr.testing.assert_allclose(found.drop_vars("level"), expected.transpose(*found.dims))
+    assert found.isnull().sum() == 2  # the slower seed never comes down to the last level
+
+
+def test_at_loss_takes_the_first_time():
+    loss = xr.DataArray([1.0, 0.5, 2.0, 0.25, np.nan], dims="step")
+    values = xr.DataArray([0.0, 1.0, 5.0, 9.0, 9.0], dims="step")
+    np.testing.assert_array_equal(
+        sam_spectrum.at_loss(values, loss, [3.0, 1.0, 0.5, 0.1], "step"),
+        [np.nan, 0.0, 1.0, np.nan],
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_all_runs_come_by_common_levels(dtype):
+    falling = np.random.default_rng(0).random((3, 4)).astype(dtype).cumprod(1)
+    loss = xr.DataArray(falling, dims=("seed", "step"))
+    levels = sam_spectrum.common_levels(loss, "step")
+    assert len(levels) == 6
+    assert sam_spectrum.at_loss(loss, loss, levels, "step").notnull().all()
+
+
+def test_a_network_that_diverged_is_nan():
+    model = ResNet(width=4, batch_norm=False, stages=[1])
+    with torch.no_grad():
+        model.head[1].bias.fill_(torch.nan)
+    values = sam_spectrum.spectrum(
+        model, torch.ones(2, 3, 8, 8), torch.tensor([0, 1]), settings_of(sam_spectrum), 2
+    )
+    found = xr.Dataset(values)
+    assert bool(found[["eigenvalue", "trace", "density_nodes"]].isnull().all().to_array().all())
+
+
+def test_lines_cross_zero_where_the_critical_length_is():
+    found = record("stiffness_training")  # tiny runs have no critical length
+    far = stiffness_training.crossing(found)
+    inside = found.xi.notnull()
+    assert inside.any()
+    xr.testing.assert_allclose(far.where(inside), found.xi, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------- m-sharpness
+
+
+def test_m_sharpness_is_that_of_the_networks_that_fit_keeps(records):
+    settings = settings_of(m_sharpness)
+    data = vision.load("synthetic", 32, 32)
+    recipe = Recipe(gradient=SAM(m=4), optimizer=SGD(0.05, momentum=0.9, schedule="cosine"))
+    kept = fit(
+        lambda: stiffness_training.network("CNN", data),
+        data,
+        recipe,
+        steps=4,
+        batch_size=16,
+        grid={"rho": [0.05]},
+        seeds=settings["seeds"],
+        networks="last",
+        device="cpu",
+    )[1]
+    model = kept.module(rho=0.05, seed=1)
+    for m in settings["measured_m"]:
+        ours = sharpness(model, example_losses, data.x_train[:16], data.y_train[:16], 0.05, m=m)
+        found = records["m_sharpness"].sharpness.sel(m=4, rho=0.05, seed=1, measured_m=m)
+        np.testing.assert_allclose(float(found), float(ours), rtol=1e-3)
+
+
+def made_up_record():
+    random = np.random.default_rng(0)
+    dims, shape = ("m", "rho", "seed"), (3, 4, 2)
+    draw = lambda: (dims, random.random(shape))
+    coords = {"m": [1, 4, 16], "rho": [0.0, 0.1, 0.2, 0.3], "seed": [0, 1]}
+    record = xr.Dataset(
+        {k: draw() for k in ("train_error", "train_loss", "validation_error")}, coords
+    )
+    gap = random.random(shape)
+    gap[:, 0] = gap[:1, 0]  # radius 0 is SGD, whatever m
+    record["test_error"] = record.train_error + xr.DataArray(gap, dims=dims)
+    record["sharpness"] = xr.DataArray(
+        np.stack([np.exp(gap), -gap, random.random(shape)]), dims=("measured_m", *dims)
+    ).assign_coords(measured_m=[1, 4, 16])
+    return record
+
+
+def test_correlation_is_that_of_ranks_and_counts_sgd_once():
+    record = made_up_record()
+    record["test_error"][2, 3, 1] = np.nan  # a run that diverged
+    found = m_sharpness.correlation(record)
+    np.testing.assert_allclose(found.sel(measured_m=1), 1)
+    np.testing.assert_allclose(found.sel(measured_m=4), -1)
+    for seed in (0, 1):
+        one = record.sel(seed=seed)
+        keep = np.ones((3, 4), bool)
+        keep[1:, 0] = False
+        keep[2, 3] = seed == 0
+        gap = (one.test_error - one.train_error).values
+        expected = spearmanr(one.sharpness.sel(measured_m=16).values[keep], gap[keep]).statistic
+        np.testing.assert_allclose(float(found.sel(measured_m=16, seed=seed)), expected)
+
+
+def test_partial_correlation_is_that_of_what_is_left():
+    record = made_up_record().isel(rho=slice(1, None))
+    found = m_sharpness.correlation(record, "train_loss").sel(measured_m=16, seed=0)
+    one = record.sel(seed=0)
+    flat = lambda v: xr.DataArray(v).values.ravel().argsort().argsort().astype(float)
+    c = np.stack([np.ones(9), flat(one.train_loss)], 1)
+    left = lambda v: v - c @ np.linalg.lstsq(c, v, rcond=None)[0]
+    a, b = flat(one.sharpness.sel(measured_m=16)), flat(one.test_error - one.train_error)
+    np.testing.assert_allclose(float(found), np.corrcoef(left(a), left(b))[0, 1])
+    nothing_left = record.assign(train_loss=record.sharpness.sel(measured_m=16, drop=True))
+    assert np.isnan(m_sharpness.correlation(nothing_left, "train_loss").sel(measured_m=16)).all()
+
+
+def test_radius_is_chosen_by_validation():
+    record = made_up_record()
+    record["validation_error"][0, 0] = np.nan  # one that diverged is never chosen
+    best = m_sharpness.best_radius(record)
+    for m in record.m.values:
+        mean = record.validation_error.sel(m=m).mean("seed", skipna=False)
+        assert float(best.rho.sel(m=m)) == float(record.rho[int(np.nanargmin(mean))])
+
+
+# ---------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODULES)
+def test_tiny_record_on_a_gpu(records, name, tmp_path):
+    record = experiments.run(name, "tiny", out=tmp_path, device="cuda")
+    for variable, values in record.data_vars.items():
+        assert values.shape == records[name][variable].shape
+        assert variable in MAY_BE_MISSING or bool(np.isfinite(values).all()), variable
+    start = (
+        {"step": 0} if "step" in record.dims else {"epoch": 0} if "epoch" in record.dims else None
+    )
+    if start:  # the same initial weights and images
+        xr.testing.assert_allclose(
+            record.train_loss.isel(start), records[name].train_loss.isel(start), rtol=2e-2
+        )

@@ -1,0 +1,355 @@
+"""The machine behind the checks: what a student can do to it, and what it says."""
+
+import threading
+import time
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from IPython.core.formatters import DisplayFormatter
+from torch import nn
+
+from flatmin.book import check
+from flatmin.book.check.grading import (
+    Check,
+    Mistake,
+    OutOfTime,
+    changed,
+    difference,
+    question,
+    show,
+    time_limit,
+    verdict_of,
+)
+
+CHECKS = {name: v for name, v in vars(check).items() if isinstance(v, Check)}
+
+
+@question(seconds=0.3)
+def double(trial):
+    """Twice a vector."""
+    x = trial.randn(3)
+    trial(
+        "three numbers",
+        {"x": x},
+        want=2 * x,
+        rivals={
+            "That is x itself.": x,
+            "That is half or a third of x.": [x / 2, x / 3],
+        },
+        hint="Two times.",
+    )
+    trial("a matrix", {"x": trial.randn(2, 2)}, want=2 * trial_matrix(trial), hint="Any shape.")
+
+
+def trial_matrix(trial):
+    """The matrix that `double` has just drawn: third draw of the seed."""
+    generator = torch.Generator().manual_seed(1000 + trial.seed)
+    torch.randn(3, generator=generator, dtype=torch.float64)
+    return torch.randn(2, 2, generator=generator, dtype=torch.float64)
+
+
+def said(answer, seed=0):
+    report = double.run(answer, seed)
+    assert not report
+    return str(report)
+
+
+def test_a_right_answer_passes_all_parts(capsys):
+    report = double(lambda x: x + x)
+    assert report and repr(report) == "<check.double: passed>"
+    assert capsys.readouterr().out == "✓ check.double\n  ✓ three numbers\n  ✓ a matrix\n"
+    double.verify(lambda x: 2 * x, seed=5)
+
+
+def test_a_mistake_is_shown_with_input_result_and_hint():
+    text = said(lambda x: x)
+    x = show(torch.randn(3, generator=torch.Generator().manual_seed(1000), dtype=torch.float64))
+    assert text.splitlines()[0] == "✗ check.double" and f"input:  x = {x}" in text
+    assert f"got:    {x}" in text and "wanted: [" in text and "hint:   That is x itself." in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase"),
+    [
+        (lambda x: x / 3, "half or a third"),
+        (lambda x: x * 5, "Two times."),
+        (lambda x: None, "is a `return` missing?"),
+        (lambda x: "six", "not str"),
+        (lambda x: [2 * x, 2 * x], "The shape is [2, 3], it should be [3]"),
+        (lambda x: [x, "x"], "A tensor should have come back, not list"),
+        (lambda x: 2 * x[:2], "The shape is [2], it should be [3]"),
+        (lambda x: 2 * x * torch.nan, "NaN"),
+        (lambda x: 2 * x.to(torch.complex128), "complex"),
+        (lambda x: 2 * x[0] if x.ndim == 1 else x, "The shape is []"),
+        (lambda x: x.mul_(2), "changed its input `x` in place"),
+        (lambda x: x.resize_(1), "changed its input `x` in place"),
+        (lambda: 1, "It raised TypeError"),
+        (lambda x: x @ torch.ones(7), "It raised RuntimeError"),
+        (lambda x: torch.ones(3) if x.ndim == 1 and exit() else x, "It raised SystemExit"),
+        (3.0, "A function was expected, not 3."),
+        (None, "There is no function of this name"),
+        (nn.Linear(2, 2), "It raised RuntimeError"),
+    ],
+)
+def test_whatever_comes_back_is_survived(answer, phrase):
+    assert phrase in said(answer)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda v: v.float(),
+        lambda v: v.numpy(),
+        lambda v: xr.DataArray(v.numpy()),
+        lambda v: v.tolist(),
+        lambda v: v.clone().requires_grad_(),
+        lambda v: nn.Parameter(v),
+    ],
+    ids=["float32", "numpy", "xarray", "list", "requires grad", "parameter"],
+)
+def test_numbers_may_come_back_in_any_container(convert):
+    assert double.run(lambda x: convert(2 * x))
+
+
+def test_an_unanswered_question_is_called_so():
+    def answer(x):
+        raise NotImplementedError
+
+    assert "Not answered yet" in said(answer)
+
+
+def test_torch_s_own_not_implemented_is_an_error():
+    assert "It raised NotImplementedError: no kernel" in said(
+        lambda x: (_ for _ in ()).throw(NotImplementedError("no kernel"))
+    )
+
+
+def test_an_error_is_placed_in_the_student_s_code():
+    def answer(x):
+        y = 2 * x
+        return y.reshape(7)
+
+    assert "in line" in said(answer) and "return y.reshape(7)" in said(answer)
+
+
+def test_the_second_part_names_the_first_as_passed():
+    text = said(lambda x: 2 * x if x.ndim == 1 else x)
+    assert text.splitlines()[1:3] == ["  ✓ three numbers", "  ✗ a matrix"] and "Any shape." in text
+
+
+def test_verify_raises_what_the_report_says():
+    with pytest.raises(AssertionError, match="That is x itself"):
+        double.verify(lambda x: x, seed=1)
+
+
+def test_other_seeds_have_other_inputs():
+    seen = []
+    for seed in (0, 0, 1):
+        double.run(lambda x: seen.append(x), seed)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_answers_hard_coded_from_the_public_check_fail_the_hidden_one():
+    answers = []
+    double.run(lambda x: answers.append(2 * x) or 2 * x)
+    by_heart = lambda x: answers[0] if x.ndim == 1 else answers[1]
+    assert double.run(by_heart, 0) and not double.run(by_heart, 1)
+
+
+def test_the_report_displays_nothing_twice():
+    report = double.run(lambda x: x)
+    assert DisplayFormatter().format(report) == ({}, {})
+
+
+# ------------------------------------------------------------------------------------- time limit
+
+
+def forever(x):
+    while True:
+        pass
+
+
+def swallowing(x):
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:  # noqa: S112
+            continue
+
+
+@pytest.mark.parametrize("answer", [forever, swallowing, lambda x: time.sleep(60)])
+def test_an_endless_loop_is_stopped(answer):
+    assert "stopped after 0.3 seconds" in said(answer)
+
+
+def test_a_bare_except_that_swallows_the_first_alarm_meets_the_next():
+    def answer(x):
+        try:
+            time.sleep(60)
+        except:  # noqa: E722
+            time.sleep(60)
+
+    assert "stopped after 0.3 seconds" in said(answer)
+
+
+@pytest.mark.parametrize("answer", [forever, swallowing])
+def test_an_endless_loop_is_stopped_in_a_thread_too(answer):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(said(answer)))
+    thread.start()
+    thread.join(30)
+    assert found and "stopped after 0.3 seconds" in found[0]
+
+
+def test_nothing_rings_after_the_time_limit_is_left():
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)
+    with pytest.raises(OutOfTime), time_limit(0.05):
+        time.sleep(1)
+
+
+# -------------------------------------------------------------------------------------- comparing
+
+
+def test_difference_goes_through_dicts_and_tuples():
+    want = {"a": (1.0, torch.zeros(2)), "b": "lower"}
+    assert difference({"a": [1, np.zeros(2)], "b": "lower"}, want) == ""
+    assert difference({"a": (1, 2)}, want) == "the dict that came back lacks ['b']"
+    assert "at 'a': item 1" in difference({"a": (1, [0.0, 1.0]), "b": "lower"}, want)
+    assert difference({"a": (1.0,), "b": ""}, want) == "at 'a': 2 values should have come back"
+    assert difference({"a": want["a"], "b": "x"}, want) == "at 'b': it should be 'lower'"
+
+
+def test_difference_is_exact_to_the_tolerance():
+    assert difference(1.0 + 1e-9, 1.0, rtol=1e-8, atol=0) == ""
+    assert difference(1.0 + 1e-9, 1.0, rtol=1e-10, atol=0) == "the value is wrong"
+    nan = torch.tensor([1.0, torch.nan])
+    assert difference(nan, nan) == "" and difference(nan, torch.ones(2)) == "there is a NaN in it"
+    assert difference(torch.ones(2), nan) == "values are wrong"
+
+
+def test_changes_in_place_are_seen_in_all_containers():
+    model, x = nn.Linear(2, 2), torch.tensor([1.0, torch.nan])
+    for value, change in (
+        (x, lambda v: v.add_(1)),
+        ({"x": x}, lambda v: v.pop("x")),
+        ({"x": x}, lambda v: v["x"].add_(1)),
+        ([x, x], lambda v: v.pop()),
+        (model, lambda v: nn.init.zeros_(v.weight)),
+    ):
+        other = deepcopy(value)
+        assert not changed(value, other)
+        change(other)
+        assert changed(value, other)
+
+
+# ------------------------------------------------------------------------------------ experiments
+
+
+@question
+def tossing(trial):
+    """An experiment whose truth is cheap."""
+    trial.experiment(
+        lambda seeds: {"heads": np.array(seeds) % 7 + 10.0, "tails": np.zeros(5)},
+        rivals={"wrong way round": lambda want: {k: -v for k, v in want.items()}},
+    )
+
+
+def tossed(heads="higher", tails="undecided", sign=1):
+    return lambda seeds: {
+        "heads": (xr.DataArray(sign * (np.array(seeds) % 7 + 10.0), dims="seed"), heads),
+        "tails": (torch.zeros(5), tails),
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_experiment_wants_the_data_and_the_verdict_that_follows(seed):
+    assert tossing.run(tossed(), seed)
+    assert "does not follow from your own data" in str(tossing.run(tossed(tails="lower"), seed))
+    assert "does not follow from your own data" in str(tossing.run(tossed(heads="undecided"), seed))
+    assert "does not follow from your own data" in str(tossing.run(tossed(heads=np.ones(5)), seed))
+    assert "wrong way round" in str(tossing.run(tossed(sign=-1), seed))
+    assert "A dict should have come back" in str(tossing.run(lambda seeds: {"heads": 1}, seed))
+    assert "shape is [4]" in str(
+        tossing.run(
+            lambda seeds: {"heads": (np.ones(4), "higher"), "tails": (np.zeros(5), "undecided")},
+            seed,
+        )
+    )
+
+
+def test_verdicts():
+    assert (
+        verdict_of([1.0, 1.1, 0.9])[2] == "higher" and verdict_of([-1.0, -1.1, -0.9])[2] == "lower"
+    )
+    assert (
+        verdict_of([1.0, -1.1, 0.9])[2] == "undecided" and verdict_of([0.0, 0.0])[2] == "undecided"
+    )
+
+
+# ------------------------------------------------------------------------------------ all checks
+
+
+def test_all_checks_are_exported_and_say_what_they_check():
+    assert CHECKS and set(CHECKS) == set(check.__all__) - {"Check", "Report"}
+    for name, one in CHECKS.items():
+        assert one.__doc__.endswith(".") and repr(one) == f"<check.{name}>"
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda *a: None,
+        lambda *a: 3.5,
+        lambda *a: (),
+        lambda *a: {},
+        lambda *a: "x",
+        lambda *a: [1, "x"],
+        lambda *a: torch.full((2, 2), torch.nan),
+        lambda *a: a,
+        lambda: 0,
+        7,
+        None,
+    ],
+    ids=[
+        "None",
+        "number",
+        "tuple",
+        "dict",
+        "str",
+        "list",
+        "NaN",
+        "inputs",
+        "no arguments",
+        "no function",
+        "missing",
+    ],
+)
+def test_no_check_passes_or_breaks_on_nonsense(name, answer, monkeypatch):
+    for module in (
+        "generalization",
+        "flooding",
+        "penalty",
+        "stiffness",
+        "mixup",
+        "sam",
+        "sharpness",
+    ):
+        for attribute, value in vars(getattr(check, module)).items():
+            if hasattr(value, "cache_info"):  # the experiments' truths, which take seconds
+                fake = {"training error": 1, "test error": 1, "test loss": 1}
+                monkeypatch.setattr(getattr(check, module), attribute, lambda seeds: fake)
+    report = CHECKS[name].run(answer)
+    assert not report and isinstance(report.mistake, Mistake) and str(report)
+
+
+def test_checks_leave_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    for name in ("accumulate", "dirichlet_mixup", "lanczos", "sam_step"):
+        CHECKS[name].run(lambda *a: None)
+    assert torch.equal(torch.get_rng_state(), before)

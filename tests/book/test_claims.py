@@ -1,0 +1,196 @@
+"""Claims: one line that is the same everywhere, or an error."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from flatmin import Recipe, best_step, fit
+from flatmin.book import MLP, claim, claims, first_seed, seeds, two_gaussians
+from flatmin.optimizer import SGD
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(claims, "_texts", {})
+
+
+TRUE = [
+    True,
+    np.True_,
+    np.array(True),
+    torch.tensor(True),
+    torch.tensor([True]),
+    xr.DataArray(True),
+]
+FALSE = [False, np.False_, torch.tensor(False), xr.DataArray(False)]
+
+
+@pytest.mark.parametrize("condition", TRUE, ids=lambda c: type(c).__name__)
+def test_a_true_claim_prints_one_line(condition, capsys):
+    assert claim("some-id-2", "the statement, as it stands", condition) is None
+    out, err = capsys.readouterr()
+    assert out == "✓ some-id-2: the statement, as it stands\n"
+    assert err == ""
+
+
+@pytest.mark.parametrize("condition", FALSE, ids=lambda c: type(c).__name__)
+def test_a_false_claim_raises(condition, capsys):
+    with pytest.raises(AssertionError, match="claim 'some-id' does not hold: the statement"):
+        claim("some-id", "the statement", condition)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        1,
+        0,
+        None,
+        "yes",
+        0.3,
+        np.array([True, True]),
+        torch.tensor([True, False]),
+        torch.tensor(1),
+        xr.DataArray([True, True]),
+        [],
+        np.array([], dtype=bool),
+    ],
+    ids=repr,
+)
+def test_a_condition_is_one_truth_value(condition):
+    with pytest.raises(TypeError, match="condition must be one truth value, got "):
+        claim("some-id", "the statement", condition)
+
+
+class OnDevice:
+    """Like a tensor on a GPU: NumPy cannot have it before it is on the CPU."""
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return torch.tensor(True)
+
+
+def test_a_condition_on_a_device(capsys):
+    claim("on-device", "the statement", OnDevice())
+    assert capsys.readouterr().out == "✓ on-device: the statement\n"
+
+
+@pytest.mark.parametrize(
+    "id", ["", "Upper", "two words", "under_score", "-a", "a-", "a--b", "ü", "a\n"]
+)
+def test_ids_are_words_joined_by_hyphens(id):
+    with pytest.raises(
+        ValueError, match="id must be lower-case words joined by hyphens, got "
+    ) as e:
+        claim(id, "the statement", True)
+    assert repr(id) in str(e.value)
+
+
+def test_an_id_says_one_thing(capsys):
+    claim("twice", "the statement", True)
+    claim("twice", "the statement", True)  # a cell may be run again
+    with pytest.raises(
+        ValueError, match="id must be unique, but 'twice' already says: the statement"
+    ):
+        claim("twice", "another statement", True)
+    assert capsys.readouterr().out == "✓ twice: the statement\n" * 2
+
+
+@pytest.fixture(scope="module")
+def diverged():
+    """Two runs, of which one leaves the finite numbers."""
+    settings = dict(steps=4, seeds=2, grid={"lr": [0.1, 1e30]}, evaluate_at=2, device="cpu")
+    with pytest.warns(UserWarning, match="the loss of 2 runs is not finite: lr=1e"):
+        recipe = Recipe(optimizer=SGD(weight_decay=1.0))
+        return fit(lambda: MLP(10, 2), two_gaussians(test_size=10), recipe, **settings)
+
+
+# Where a notebook may keep its results.
+KEPT = {
+    "a variable": lambda runs: runs,
+    "a dictionary": lambda runs: {"SGD": runs},
+    "what fit returns with networks": lambda runs: (runs, None),
+    "a list of pairs": lambda runs: [("SGD", (runs, None))],
+    "the best step": lambda runs: best_step(runs, "validation_loss"),
+    "one run": lambda runs: runs.sel(lr=1e30, seed=0),
+    "the end": lambda runs: runs.isel(step=-1),
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_no_claim_rests_on_diverged_runs(keep, diverged, capsys):
+    runs = keep(diverged)  # noqa: F841  # the claim looks for it
+    with pytest.raises(AssertionError, match="'some-id' rests on runs that diverged") as raised:
+        claim("some-id", "the statement", True)
+    assert str(raised.value).count("seed=0 at step ") == 1
+    assert "expect_divergence=True" in str(raised.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_claim_may_rest_on_runs_that_did_not_diverge(diverged, capsys):
+    runs = diverged.sel(lr=[0.1])  # noqa: F841
+    meant = diverged.assign_attrs(divergence="expected")  # noqa: F841  # as fit writes it
+    del diverged
+    claim("some-id", "the statement", True)
+    assert capsys.readouterr().out == "✓ some-id: the statement\n"
+
+
+def test_a_claim_looks_at_what_a_notebook_holds(diverged):
+    with pytest.raises(AssertionError, match="lr=1e+30, seed=1 at step".replace("+", r"\+")):
+        exec('claim("some-id", "the statement", True)', {"claim": claim, "runs": diverged})
+
+
+def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys, diverged):
+    later = lambda runs=diverged: runs  # out of sight
+    del diverged
+    log = tmp_path / "log.jsonl"
+    monkeypatch.setenv("FLATMIN_CLAIMS_LOG", str(log))
+    claim("one", "größer als 0", True)
+    claim("two", "the second", False)
+    runs = later()  # noqa: F841
+    claim("three", "the third", True)
+    assert [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] == [
+        {"id": "one", "text": "größer als 0", "holds": True},
+        {"id": "two", "text": "the second", "holds": False},
+        {"id": "three", "text": "the third", "holds": False},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "✓ one: größer als 0",
+        "✗ two: the second",
+        "✗ three: the third",
+    ]
+    with pytest.raises(TypeError):  # a mistake is a mistake
+        claim("four", "the fourth", 1)
+
+
+def test_seeds(monkeypatch):
+    assert first_seed() == 0
+    assert seeds(3) == [0, 1, 2]
+    monkeypatch.setenv("FLATMIN_SEED", "7")
+    assert first_seed() == 7000
+    assert seeds(2) == [7000, 7001]
+    assert seeds(np.int64(1)) == [7000]
+    assert all(type(seed) is int for seed in seeds(np.int64(3)))
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "one", "²"])
+def test_bad_base_seed(monkeypatch, value):
+    monkeypatch.setenv("FLATMIN_SEED", value)
+    with pytest.raises(
+        ValueError, match="FLATMIN_SEED must be a whole number >= 0, got "
+    ) as raised:
+        first_seed()
+    assert repr(value) in str(raised.value)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, "5", None, True])
+def test_bad_number_of_seeds(n):
+    with pytest.raises(ValueError, match=f"n must be a whole number >= 1, got {n!r}"):
+        seeds(n)

@@ -1,0 +1,730 @@
+"""Data sets: splits, label noise, reproducibility, and files that are missing or damaged."""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import math
+import os
+import pickle
+import random
+import struct
+import tarfile
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from flatmin import Data
+from flatmin._random import data_stream
+from flatmin.book import (
+    CIFAR100_SUPERCLASS,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    mnist,
+    mnist1d,
+    sinusoid,
+    spiral,
+    two_gaussians,
+)
+from flatmin.book import datasets as module
+from flatmin.book.datasets import flip_labels
+
+SETS = {f.__name__: f for f in (two_gaussians, sinusoid, spiral, digits, mnist1d)}
+every_set = pytest.mark.parametrize("make", SETS.values(), ids=SETS.keys())
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def same(one: Data, other: Data, *fields: str) -> bool:
+    names = fields or [f for f in one.__dataclass_fields__ if f[1:2] == "_"]
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+# ------------------------------------------------------------------------------- label noise
+
+
+@given(
+    n=st.integers(0, 200),
+    num_classes=st.integers(2, 12),
+    noise=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=100, deadline=None)
+def test_noise_changes_exactly_the_rounded_share_of_labels(n, num_classes, noise, seed):
+    y = torch.randint(num_classes, (n,), generator=seeded(seed))
+    before = y.clone()
+    noisy = flip_labels(y, num_classes, noise, seeded(seed))
+    assert torch.equal(y, before)
+    assert (noisy != y).sum() == round(noise * n)
+    assert noisy.dtype == torch.int64
+    assert n == 0 or (noisy.min() >= 0 and noisy.max() < num_classes)
+
+
+@given(low=st.floats(0, 1), high=st.floats(0, 1), seed=st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_noise_is_nested(low, high, seed):
+    low, high = sorted((low, high))
+    y = torch.arange(60) % 5
+    less, more = (flip_labels(y, 5, noise, seeded(seed)) for noise in (low, high))
+    assert torch.equal(less[less != y], more[less != y])
+
+
+def test_every_wrong_class_is_equally_likely():
+    n, num_classes = 40_000, 5
+    y = torch.full((n,), 2)
+    counts = flip_labels(y, num_classes, 1.0, seeded()).bincount(minlength=num_classes)
+    assert counts[2] == 0
+    share, spread = 1 / 4, math.sqrt(3 / 16 / n)
+    wrong = counts[[0, 1, 3, 4]] / n
+    assert ((wrong - share).abs() < 5 * spread).all()
+
+
+@every_set
+def test_noise_touches_training_and_validation_labels_only(make):
+    clean, noisy = (make(label_noise=noise, validation_size=50, seed=3) for noise in (0.0, 0.3))
+    assert same(clean, noisy, "x_train", "x_validation", "x_test", "y_test")
+    assert same(clean, noisy, "y_train_clean", "y_validation_clean")
+    assert torch.equal(clean.y_train, clean.y_train_clean)
+    for split in ("train", "validation"):
+        y, y_clean = noisy.split(split)[1], noisy.split(f"{split}_clean")[1]
+        assert (y != y_clean).sum() == round(0.3 * len(y))
+        more = make(label_noise=0.6, validation_size=50, seed=3).split(split)[1]
+        assert torch.equal(more[y != y_clean], y[y != y_clean])
+
+
+# ------------------------------------------------------------------------------- subset and split
+
+
+def assemble(size=100, train_size=None, validation_size=0, label_noise=0.0, seed=0):
+    """A set whose inputs are row numbers."""
+    rows = torch.arange(size)
+    pool = rows[:, None].float(), rows % 4
+    choice = module._Choice(train_size, validation_size, label_noise, seed)
+    return module._assemble("rows", 4, pool, pool, choice)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_training_and_validation_are_disjoint_and_nested(draw):
+    size = draw.draw(st.integers(1, 80))
+    validation_size = draw.draw(st.integers(0, size - 1))
+    train_size = draw.draw(st.integers(1, size - validation_size))
+    seed = draw.draw(st.integers(0, 2**64))
+    data = assemble(size, train_size, validation_size, seed=seed)
+    train, validation = (x.flatten().tolist() for x in (data.x_train, data.x_validation))
+    assert (len(train), len(validation)) == (train_size, validation_size)
+    assert len({*train, *validation}) == train_size + validation_size
+    assert [row % 4 for row in train + validation] == [*data.y_train, *data.y_validation]
+    everything = assemble(size, None, validation_size, seed=seed)
+    assert same(data, everything, "x_validation", "y_validation")
+    assert torch.equal(data.x_train, everything.x_train[:train_size])
+
+
+def test_every_row_is_equally_likely_to_be_drawn():
+    hits = torch.zeros(20)
+    for seed in range(2000):
+        hits[assemble(20, train_size=5, seed=seed).x_train.long()] += 1
+    assert (hits - 500).abs().max() < 5 * math.sqrt(2000 * 0.25 * 0.75)
+
+
+@every_set
+def test_same_seed_same_data_and_another_seed_other_data(make):
+    one, again, other = (make(label_noise=0.2, seed=seed) for seed in (5, 5, 6))
+    assert same(one, again)
+    assert not torch.equal(one.x_train, other.x_train)
+    assert not torch.equal(one.y_train, other.y_train)
+
+
+@pytest.mark.parametrize("make", [digits, mnist1d], ids=["digits", "mnist1d"])
+def test_sets_of_fixed_size_have_one_test_set(make):
+    assert same(make(seed=0), make(seed=1), "x_test", "y_test")
+
+
+@every_set
+def test_global_random_states_are_neither_read_nor_changed(make):
+    def states():
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    first = make(seed=1, label_noise=0.1)
+    torch.manual_seed(9), np.random.seed(9), random.seed(9)
+    module._mnist1d_arrays.cache_clear()
+    before = states()
+    second = make(seed=1, label_noise=0.1)
+    assert states() == before
+    assert same(first, second)
+
+
+def test_inputs_splits_and_noise_have_streams_of_their_own():
+    purposes = ["inputs", "test inputs", "rows", "train labels", "validation labels"]
+    draws = {tuple(torch.rand(4, generator=data_stream(0, p)).tolist()) for p in purposes}
+    draws.add(tuple(torch.rand(4, generator=seeded(0)).tolist()))
+    assert len(draws) == len(purposes) + 1
+
+
+def test_a_change_to_one_data_set_does_not_reach_the_next():
+    for make in (digits, mnist1d):
+        first = make()
+        for name in ("x_train", "y_train", "x_test", "y_test"):
+            getattr(first, name).zero_()
+        assert make().x_train.abs().sum() > 0 < make().x_test.abs().sum()
+        assert make().y_test.sum() > 0 < make().y_train.sum()
+        assert (make(label_noise=0).y_train_clean.bincount() > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_noise": 1.5}, r"label_noise must be a number in \[0, 1\], got 1.5"),
+        ({"label_noise": -0.1}, r"label_noise must be .* got -0.1"),
+        ({"label_noise": math.nan}, r"label_noise must be .* got nan"),
+        ({"label_noise": "0.1"}, r"label_noise must be .* got '0.1'"),
+        ({"label_noise": True}, r"label_noise must be .* got True"),
+        ({"train_size": 0}, "train_size must be a whole number >= 1, got 0"),
+        ({"train_size": 10.0}, "train_size must be a whole number >= 1, got 10.0"),
+        ({"validation_size": -1}, "validation_size must be a whole number >= 0, got -1"),
+        ({"validation_size": None}, "validation_size must be a whole number >= 0, got None"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"seed": 0.5}, "seed must be a whole number >= 0, got 0.5"),
+    ],
+)
+@every_set
+def test_bad_input_is_named(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mnist1d(3900, 200), r"at most 4000, .* of mnist1d, got 3900 \+ 200"),
+        (lambda: mnist1d(validation_size=4000), r"at most 4000, .* got 1 \+ 4000"),
+        (lambda: digits(1200, 1), r"at most 1200, .* of digits, got 1200 \+ 1"),
+        (lambda: digits(test_size=1797), "test_size must be less than 1797, .* got 1797"),
+        (lambda: digits(test_size=0), "test_size must be a whole number >= 1, got 0"),
+        (lambda: sinusoid(train_size=None), "train_size must be a whole number >= 1, got None"),
+        (lambda: sinusoid(test_size=0), "test_size must be"),
+        (lambda: two_gaussians(dimension=0), "dimension must be a whole number >= 1, got 0"),
+        (lambda: two_gaussians(distance=-1), "distance must be a number >= 0, got -1"),
+        (lambda: spiral(noise=-1), "noise must be a number >= 0, got -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ------------------------------------------------------------------------------- the sets
+
+
+@every_set
+def test_shapes_and_types(make):
+    data = make(validation_size=40)
+    assert data.name == make.__name__
+    for split in ("train", "train_clean", "validation", "validation_clean", "test"):
+        x, y = data.split(split)
+        assert x.dtype == torch.float32 and y.dtype == torch.int64
+        assert len(x) == 40 or (y.bincount(minlength=data.num_classes) > 0).all()
+    assert len(data.x_validation) == 40
+    assert len(make(validation_size=0).x_validation) == 0
+
+
+def test_two_gaussians_have_their_means_covariance_and_best_accuracy():
+    data = two_gaussians(test_size=40_000, distance=0.8, seed=1)
+    x, y = data.split("test")
+    assert abs(y.float().mean() - 0.5) < 0.02
+    for label in (0, 1):
+        part = x[y == label]
+        torch.testing.assert_close(part.mean(0), torch.full((10,), 0.8 * label), atol=0.05, rtol=0)
+        torch.testing.assert_close(part.T.cov(), torch.eye(10), atol=0.06, rtol=0)
+    best = ((x.mean(1) > 0.4) == (y == 1)).float().mean()
+    bound = torch.distributions.Normal(0, 1).cdf(torch.tensor(0.8 * math.sqrt(10) / 2))
+    assert abs(best - bound) < 0.01
+
+
+def test_sinusoid_is_uniform_on_the_disc_and_labelled_by_its_curve():
+    x, y = sinusoid(seed=2).split("test")
+    squared = x.square().sum(1)
+    assert squared.max() <= 4
+    quantiles = squared.quantile(torch.tensor([0.25, 0.5, 0.75]))  # uniform on the disc: r² is
+    torch.testing.assert_close(quantiles, torch.tensor([1.0, 2.0, 3.0]), atol=0.06, rtol=0)
+    angle = torch.atan2(x[:, 1], x[:, 0])
+    assert abs(angle.cos().mean()) < 0.03 and abs(angle.sin().mean()) < 0.03
+    assert torch.equal(y == 1, torch.sign(1.5 * x[:, 0] + torch.sin(1.5 * x[:, 1])) > 0)
+
+
+def test_spiral_without_noise_lies_on_its_two_arms():
+    x, y = spiral(noise=0.0, test_size=2000).split("test")
+    x = x.double()
+    a = x.norm(dim=1) - math.pi * y
+    assert a.min() >= -1e-5 and a.max() <= 4 * math.pi + 1e-5
+    on_arm = (a + math.pi * y)[:, None] * torch.stack([a.cos(), a.sin()], dim=1)
+    torch.testing.assert_close(on_arm, x, atol=1e-4, rtol=0)
+    noisy, _ = spiral(noise=0.5, test_size=2000).split("test")
+    assert abs((noisy - x).std() - 0.5) < 0.03
+
+
+def test_digits_are_those_of_scikit_learn_and_flat_is_the_same_images():
+    from sklearn.datasets import load_digits
+
+    flat, images = digits(), digits(flat=False)
+    assert flat.x_train.shape == (1000, 64) and images.x_train.shape == (1000, 1, 8, 8)
+    assert torch.equal(flat.x_train, images.x_train.flatten(1))
+    assert flat.x_train.min() == 0 and flat.x_train.max() == 1
+    raw = load_digits()
+    ours = torch.cat([flat.x_train, flat.x_validation, flat.x_test])
+    labels = torch.cat([flat.y_train, flat.y_validation, flat.y_test])
+
+    def rows(x, y):
+        return sorted((*np.asarray(a).tolist(), int(b)) for a, b in zip(x, y, strict=True))
+
+    assert rows(ours * 16, labels) == rows(raw.data, raw.target)
+
+
+def test_mnist1d_is_generated_with_default_arguments_and_no_network(monkeypatch):
+    from mnist1d.data import make_dataset
+
+    def refuse(*_, **__):
+        raise AssertionError("mnist1d opened a connection")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("requests.sessions.Session.request", refuse)
+    module._mnist1d_arrays.cache_clear()
+    data = mnist1d()
+    assert data.x_train.shape == (4000, 40) and data.x_test.shape == (1000, 40)
+    state = np.random.get_state(), random.getstate()
+    raw = make_dataset()
+    np.random.set_state(state[0]), random.setstate(state[1])
+    torch.testing.assert_close(data.x_test, torch.tensor(raw["x_test"]).float())
+    assert torch.equal(data.y_test, torch.tensor(raw["y_test"]))
+    torch.testing.assert_close(
+        data.x_train.double().sort(0).values, torch.tensor(raw["x"]).float().double().sort(0).values
+    )
+    everything = torch.cat([data.x_train, data.x_test])
+    assert abs(everything.mean()) < 1e-4 and abs(everything.std() - 1) < 1e-3
+
+
+def test_superclasses_of_cifar100_have_five_classes_each():
+    assert torch.tensor(CIFAR100_SUPERCLASS).bincount().tolist() == [5] * 20
+    # aquatic mammals: beaver, dolphin, otter, seal, whale
+    assert [c for c, s in enumerate(CIFAR100_SUPERCLASS) if s == 0] == [4, 30, 55, 72, 95]
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def tiny_mnist(seed=0) -> dict[str, bytes]:
+    """Official file names and format, 12 + 4 images."""
+    rng = np.random.default_rng(seed)
+    files = {}
+    for part, n in (("train", 12), ("t10k", 4)):
+        files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(256, size=(n, 28, 28)))
+        files[f"{part}-labels-idx1-ubyte"] = idx(np.arange(n) % 10)
+    return files
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its str, as in the official CIFAR files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = save_bytes
+
+
+def pickled(batch: dict) -> bytes:
+    out = io.BytesIO()
+    Python2Pickler(out, protocol=2).dump(batch)
+    return out.getvalue().replace(b"numpy._core", b"numpy.core")
+
+
+def tiny_cifar(seed=0) -> dict[str, dict[str, bytes]]:
+    """Both CIFAR sets, 4 images a file, by folder and member."""
+    rng = np.random.default_rng(seed)
+
+    def batch(**labels):
+        pixels = rng.integers(256, size=(4, 3072), dtype=np.uint8)
+        return pickled({b"data": pixels, **{k.encode(): v for k, v in labels.items()}})
+
+    names10 = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    fine = [0, 4, 30, 99]
+    coarse = [CIFAR100_SUPERCLASS[label] for label in fine]
+    return {
+        "cifar-10-batches-py": {name: batch(labels=[0, 3, 9, 1]) for name in names10},
+        "cifar-100-python": {
+            name: batch(fine_labels=fine, coarse_labels=coarse) for name in ("train", "test")
+        },
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A FLATMIN_DATA with tiny copies of all four sets; nothing may be downloaded."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a download was tried although FLATMIN_DATA is set")
+
+    monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
+    monkeypatch.setattr(module, "_download", refuse)
+    for name in ("mnist", "fashion_mnist"):
+        (tmp_path / name).mkdir()
+        for file, raw in tiny_mnist().items():
+            (tmp_path / name / f"{file}.gz").write_bytes(gzip.compress(raw))
+    for name, members in tiny_cifar().items():
+        (tmp_path / name).mkdir()
+        for member, raw in members.items():
+            (tmp_path / name / member).write_bytes(raw)
+    return tmp_path
+
+
+@pytest.mark.parametrize("make", [mnist, fashion_mnist])
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "plain"])
+def test_local_idx_files_are_read_zipped_or_not(folder, make, zipped):
+    if not zipped:
+        for path in (folder / make.__name__).iterdir():
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+    data = make(8, 4, label_noise=0.5)
+    assert data.name == make.__name__ and data.x_train.shape == (8, 1, 28, 28)
+    assert (data.y_train != data.y_train_clean).sum() == 4
+    raw = tiny_mnist()["t10k-images-idx3-ubyte"]
+    pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(4, 1, 28, 28)
+    torch.testing.assert_close(data.x_test, torch.tensor(pixels / 255, dtype=torch.float32))
+    assert data.y_test.tolist() == [0, 1, 2, 3]
+    flat = make(8, 4, flat=True)
+    assert torch.equal(flat.x_train, data.x_train.flatten(1))
+    pairs = zip(*make().split("train"), strict=True)
+    images = {tuple(x.flatten().tolist()): int(y) for x, y in pairs}
+    raw = tiny_mnist()["train-images-idx3-ubyte"]
+    for i, image in enumerate(np.frombuffer(raw, np.uint8, offset=16).reshape(12, -1)):
+        assert images[tuple(torch.tensor(image).float().div(255).tolist())] == i % 10
+
+
+def test_local_cifar_files_are_read(folder):
+    data = cifar10(15, 5)
+    assert data.x_train.shape == (15, 3, 32, 32) and data.num_classes == 10
+    assert data.y_test.tolist() == [0, 3, 9, 1]
+    batch = pickle.loads(tiny_cifar()["cifar-10-batches-py"]["test_batch"], encoding="bytes")
+    red = torch.tensor(batch[b"data"][:, :1024]).view(4, 32, 32).float() / 255
+    assert torch.equal(data.x_test[:, 0], red)
+    assert torch.equal(cifar10(15, 5, flat=True).x_train, data.x_train.flatten(1))
+    assert sorted(cifar10().y_train.tolist()) == sorted([0, 3, 9, 1] * 5)
+
+    fine, coarse = cifar100(), cifar100(superclass=True)
+    assert (fine.num_classes, coarse.num_classes) == (100, 20)
+    assert fine.y_test.tolist() == [0, 4, 30, 99]
+    assert coarse.y_train.tolist() == [CIFAR100_SUPERCLASS[label] for label in fine.y_train]
+    assert torch.equal(fine.x_train, coarse.x_train)
+
+
+def test_files_written_by_today_s_numpy_are_read(folder):
+    place = folder / "cifar-100-python" / "test"
+    batch = pickle.loads(place.read_bytes(), encoding="bytes")
+    expected = cifar100().x_test
+    for protocol in (3, 4):
+        place.write_bytes(pickle.dumps(batch, protocol=protocol))
+        assert torch.equal(cifar100().x_test, expected)
+
+
+IMAGES = "mnist/train-images-idx3-ubyte.gz"
+LABELS = "mnist/train-labels-idx1-ubyte.gz"
+BATCH = "cifar-10-batches-py/data_batch_3"
+
+
+def unzipped(change):
+    return lambda raw: gzip.compress(change(gzip.decompress(raw)))
+
+
+def without_one_image(raw):
+    pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
+    return idx(pixels[1:])
+
+
+def other_shape(raw):
+    return idx(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 14, 56))
+
+
+def labels_missing(raw):
+    batch = pickle.loads(raw, encoding="bytes")
+    return pickled({b"data": batch[b"data"]})
+
+
+def one_label_too_few(raw):
+    batch = pickle.loads(raw, encoding="bytes")
+    return pickled({**batch, b"labels": batch[b"labels"][1:]})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (IMAGES, lambda raw: raw[: len(raw) // 2], "corrupt or cut short"),
+        (IMAGES, lambda raw: raw[:-4], "corrupt or cut short"),
+        (IMAGES, lambda raw: raw[:100] + b"????" + raw[104:], "corrupt or cut short"),
+        (IMAGES, lambda raw: raw[:10] + b"\xff" * 20 + raw[30:], "corrupt or cut short"),
+        (IMAGES, lambda raw: b"<html>404 Not Found</html>", "corrupt or cut short"),
+        (IMAGES, lambda raw: b"", "corrupt or cut short"),
+        (IMAGES, unzipped(lambda raw: raw[:-1]), "9408 bytes should follow its header, got 9407"),
+        (IMAGES, unzipped(lambda raw: raw + b"x"), "9408 bytes should follow its header, got 9409"),
+        (IMAGES, unzipped(lambda raw: b"\0\0\x09\x03" + raw[4:]), "does not start as an IDX file"),
+        (IMAGES, unzipped(lambda raw: raw[:10]), "does not start as an IDX file"),
+        (IMAGES, unzipped(other_shape), r"shape \(28, 28\), got \(14, 56\)"),
+        (LABELS, lambda raw: gzip.compress(tiny_mnist()["train-images-idx3-ubyte"]), "IDX file"),
+        (BATCH, lambda raw: raw[: len(raw) // 2], "corrupt or cut short"),
+        (BATCH, lambda raw: b"", "corrupt or cut short"),
+        (BATCH, lambda raw: b"not a pickle", "corrupt or cut short"),
+        (BATCH, labels_missing, "labels"),
+        (BATCH, one_label_too_few, "3 labels, but images of shape"),
+    ],
+)
+def test_a_damaged_local_file_is_named_and_left_alone(folder, file, damage, message):
+    path = folder / file
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=message) as caught:
+        (mnist if file.startswith("mnist") else cifar10)()
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == damaged
+
+
+def test_as_many_labels_as_images(folder):
+    path = folder / IMAGES
+    path.write_bytes(unzipped(without_one_image)(path.read_bytes()))
+    with pytest.raises(ValueError, match="mnist is corrupt: 11 train images but 12 labels"):
+        mnist()
+
+
+@pytest.mark.parametrize("file", [IMAGES, "mnist/t10k-labels-idx1-ubyte.gz", BATCH])
+def test_a_missing_local_file_is_named(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(FileNotFoundError, match="FLATMIN_DATA is set") as caught:
+        (mnist if file.startswith("mnist") else cifar10)()
+    assert str(folder / file) in str(caught.value)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_malicious_pickle_runs_nothing(folder):
+    mark = folder / "attacked"
+    batch = {b"data": Attack(str(mark)), b"labels": [0]}
+    for raw in (pickled(batch), *(pickle.dumps(batch, protocol=p) for p in (3, 4, 5))):
+        (folder / BATCH).write_bytes(raw)
+        with pytest.raises(ValueError, match=r"data_batch_3 is corrupt .* asks for \w+\.mkdir"):
+            cifar10()
+        assert not mark.exists()
+
+
+# ------------------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Serves ``site.files`` on this machine, in place of the official addresses, to a new cache.
+
+    ``site.cut`` names a file of which only half is sent, ``site.asked`` lists the requests.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.lstrip("/")
+            Site.asked.append(name)
+            if name not in Site.files:
+                return self.send_error(404)
+            body = Site.files[name]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if name == Site.cut else body)
+
+        def log_message(self, *_):
+            pass
+
+    class Site:
+        files: dict[str, bytes] = {}
+        asked: list[str] = []
+        cut = None
+        cache = tmp_path / "cache"
+
+        @staticmethod
+        def kept():
+            return sorted(p.name for p in Site.cache.rglob("*") if p.is_file())
+
+    for file, raw in tiny_mnist().items():
+        Site.files[f"{file}.gz"] = gzip.compress(raw, mtime=0)
+    for folder, members in tiny_cifar().items():
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+            for member, raw in {"../escape": b"", "readme.html": b"", **members}.items():
+                entry = tarfile.TarInfo(f"{folder}/{member}")
+                entry.size = len(raw)
+                tar.addfile(entry, io.BytesIO(raw))
+        (stem,) = module._ARCHIVES[folder][1]
+        Site.files[f"{stem}.tar.gz"] = archive.getvalue()
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+
+    def here(official):
+        template, sums = official
+        template = address + template.rsplit("/", 1)[1]
+        bodies = {stem: Site.files[template.format(stem).removeprefix(address)] for stem in sums}
+        return template, {k: hashlib.sha256(body).hexdigest() for k, body in bodies.items()}
+
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delenv("FLATMIN_DATA", raising=False)
+    monkeypatch.setattr(module, "_ARCHIVES", {k: here(v) for k, v in module._ARCHIVES.items()})
+    monkeypatch.setattr("pooch.os_cache", lambda project: Site.cache)
+    yield Site
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("make", "downloads"),
+    [(mnist, 4), (fashion_mnist, 4), (cifar10, 1), (cifar100, 1)],
+)
+def test_a_set_is_downloaded_once_with_progress(site, make, downloads, capsys, monkeypatch):
+    shown = partial(tqdm, disable=False)  # TQDM_DISABLE was read when tqdm was imported
+    monkeypatch.setattr("pooch.downloaders.tqdm", shown)
+    first = make()
+    assert len(site.asked) == downloads == len(site.kept())
+    assert "100%" in capsys.readouterr().err
+    assert same(first, make())
+    assert len(site.asked) == downloads
+    assert not list(site.cache.parent.rglob("escape"))
+
+
+def test_downloaded_and_unpacked_sets_are_the_same(site, tmp_path, monkeypatch):
+    downloaded = [make(label_noise=0.25, seed=2) for make in (cifar10, cifar100, mnist)]
+    for folder, members in tiny_cifar().items():
+        (tmp_path / folder).mkdir()
+        for member, raw in members.items():
+            (tmp_path / folder / member).write_bytes(raw)
+    (tmp_path / "mnist").mkdir()
+    for file, raw in tiny_mnist().items():
+        (tmp_path / "mnist" / file).write_bytes(raw)
+    monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
+    for before, make in zip(downloaded, (cifar10, cifar100, mnist), strict=True):
+        assert same(before, make(label_noise=0.25, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [(mnist, "train-images-idx3-ubyte.gz"), (cifar10, "cifar-10-python.tar.gz")],
+)
+class TestBrokenDownloads:
+    def test_half_a_download_is_named_not_kept_and_can_be_repeated(self, site, make, file):
+        site.cut = file
+        with pytest.raises(OSError, match="could not be downloaded") as caught:
+            make()
+        assert file in str(caught.value) and "FLATMIN_DATA" in str(caught.value)
+        assert site.kept() == []
+        site.cut = None
+        assert len(make().x_train) > 0
+
+    def test_wrong_content_is_named_and_not_kept(self, site, make, file):
+        body = site.files[file]
+        site.files[file] = body[:-1] + bytes([body[-1] ^ 1])
+        with pytest.raises(OSError, match="hash") as caught:
+            make()
+        assert file in str(caught.value)
+        assert site.kept() == []
+
+    def test_a_file_that_is_not_there_is_named(self, site, make, file):
+        del site.files[file]
+        with pytest.raises(OSError, match="404") as caught:
+            make()
+        assert file in str(caught.value)
+        assert site.kept() == []
+
+    def test_a_cached_file_gone_corrupt_is_named_deleted_and_replaced(self, site, make, file):
+        good = make()
+        (path,) = site.cache.rglob(file)
+        path.write_bytes(path.read_bytes()[:-10])
+        with pytest.warns(UserWarning, match="was corrupt .* and was deleted") as caught:
+            assert same(make(), good)
+        assert str(path) in str(caught[0].message)
+        path.write_bytes(b"")
+        site.files.clear()
+        with pytest.warns(UserWarning, match="corrupt"), pytest.raises(OSError, match=file):
+            make()
+        assert not path.exists()
+
+    def test_an_interrupted_download_leaves_nothing(self, site, make, file, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr("requests.Response.iter_content", interrupt)
+            make()
+        assert site.asked and site.kept() == []
+        assert len(make().x_train) > 0
+
+
+def test_archives_are_named_with_sha256_sums():
+    for address, sums in module._ARCHIVES.values():
+        assert address.startswith("http") and "{}" in address
+        assert all(len(s) == 64 and set(s) <= set("0123456789abcdef") for s in sums.values())
+    assert sum(len(sums) for _, sums in module._ARCHIVES.values()) == 10
+
+
+# ------------------------------------------------------------------------------- the real sets
+
+
+def real(folder):
+    root = os.environ.get("FLATMIN_DATA")
+    if not root:
+        pytest.skip(f"FLATMIN_DATA is not set: real {folder} was not checked")
+    if not os.path.isdir(os.path.join(root, folder)):
+        pytest.skip(f"FLATMIN_DATA has no {folder}: it was not checked")
+
+
+def test_real_mnist():
+    real("mnist")
+    data = mnist(validation_size=10_000)
+    assert (len(data.x_train), len(data.x_validation), len(data.x_test)) == (50_000, 10_000, 10_000)
+    y = torch.cat([data.y_train, data.y_validation]).bincount().tolist()
+    assert y == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert data.y_test[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    x = torch.cat([data.x_train, data.x_validation]).double()
+    assert abs(x.mean() - 0.1306604) < 1e-6 and abs(x.std() - 0.3081078) < 1e-6
+    raw = (data.x_test * 255).round().to(torch.uint8).numpy()
+    header = struct.pack(">IIII", 0x803, 10_000, 28, 28)
+    digest = hashlib.md5(header + raw.tobytes(), usedforsecurity=False).hexdigest()
+    assert digest == "2646ac647ad5339dbf082846283269ea"
+
+
+def test_real_cifar10():
+    real("cifar-10-batches-py")
+    data = cifar10(1000, 500, label_noise=0.4)
+    assert data.x_train.shape == (1000, 3, 32, 32)
+    assert data.y_test.bincount().tolist() == [1000] * 10
+    assert (data.y_train != data.y_train_clean).sum() == 400
+    channels = data.x_test.mean(dim=(0, 2, 3))
+    torch.testing.assert_close(channels, torch.tensor([0.4942, 0.4851, 0.4504]), atol=3e-3, rtol=0)

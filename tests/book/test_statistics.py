@@ -1,0 +1,87 @@
+"""The mean's confidence interval: scipy's, its coverage, and NaN that is not averaged away."""
+
+import math
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from flatmin.book import mean_interval, pm
+
+
+@given(
+    st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12).filter(lambda v: np.std(v) > 1e-6),
+    st.sampled_from([0.5, 0.9, 0.95, 0.999]),
+)
+def test_is_scipys_t_interval(values, confidence):
+    m = mean_interval(xr.DataArray(values, dims="seed"), confidence=confidence)
+    low, high = stats.t.interval(confidence, len(values) - 1, np.mean(values), stats.sem(values))
+    np.testing.assert_allclose([m["low"], m["high"]], [low, high], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(m["mean"], np.mean(values), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(m["half"], (high - low) / 2, rtol=1e-9)
+
+
+def test_every_combination_by_itself():
+    values = xr.DataArray(
+        np.random.default_rng(0).random((2, 5, 3)),
+        dims=("lr", "seed", "step"),
+        coords={"lr": [0.1, 0.2], "step": [0, 5, 9]},
+    )
+    m = mean_interval(values)
+    assert m["mean"].dims == ("lr", "step")
+    assert m.step.values.tolist() == [0, 5, 9]
+    one = mean_interval(values.sel(lr=0.2, step=5))
+    for name in ("mean", "low", "high", "half"):
+        assert m[name].sel(lr=0.2, step=5).item() == pytest.approx(one[name].item(), rel=1e-12)
+    assert mean_interval(values, dim="step")["mean"].dims == ("lr", "seed")
+
+
+def test_nan_is_not_averaged_away():
+    values = xr.DataArray([[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], dims=("lr", "seed"))
+    m = mean_interval(values)
+    assert m.isel(lr=1).to_array().isnull().all()
+    assert not m.isel(lr=0).to_array().isnull().any()
+    assert not bool(m["low"].isel(lr=1) > -math.inf)  # so no comparison holds
+
+
+def test_whole_numbers_and_truth_values():
+    assert mean_interval(xr.DataArray([1, 2, 3], dims="seed"))["mean"] == 2
+    assert mean_interval(xr.DataArray([True, False], dims="seed"))["mean"] == 0.5
+    single = xr.DataArray(np.array([1, 1 + 2**-20], dtype=np.float32), dims="seed")
+    assert mean_interval(single)["half"] > 0
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_coverage(n, confidence):
+    repetitions = 20000
+    values = np.random.default_rng(n).normal(3.0, 2.0, (repetitions, n))
+    m = mean_interval(xr.DataArray(values, dims=("trial", "seed")), confidence=confidence)
+    covered = float(((m["low"] < 3.0) & (m["high"] > 3.0)).mean())
+    assert abs(covered - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / repetitions)
+
+
+def test_bad_input_is_named():
+    values = xr.DataArray([1.0, 2.0], dims="seed")
+    with pytest.raises(ValueError, match=r"dim must be one of \['seed'\], got 'seeds'"):
+        mean_interval(values, "seeds")
+    for confidence in (0, 1, 95, -0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"confidence must lie in \(0, 1\), got {confidence}"):
+            mean_interval(values, confidence=confidence)
+    with pytest.raises(ValueError, match="at least 2 along 'seed'.*, got 1"):
+        mean_interval(values[:1])
+    for other in ([1.0, 2.0], np.ones(3), values.to_dataset(name="v")):
+        with pytest.raises(
+            TypeError, match=f"values must be a DataArray, got {type(other).__name__}"
+        ):
+            mean_interval(other)
+
+
+def test_pm_is_the_interval_as_text():
+    values = xr.DataArray([0.1, 0.2, 0.4], dims="seed")
+    m = mean_interval(values)
+    assert pm(values, 3) == f"{m['mean'].item():.3f} ± {m['half'].item():.3f}"
+    assert pm(xr.DataArray([1.0, float("nan")], dims="run"), dim="run") == "nan ± nan"

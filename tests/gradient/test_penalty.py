@@ -1,0 +1,320 @@
+"""Gradient penalties: closed forms, orders of error, and every member of the family."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import grad, hessian, jacrev
+
+from flatmin import Recipe, fit, gradient_norm, gradient_penalty
+from flatmin.book import MLP, two_gaussians
+from flatmin.gradient import GradientPenalty
+from flatmin.gradient.penalty import _unit
+from flatmin.optimizer import SGD, TwoRates
+from flatmin.pipeline import plain_gradient
+from flatmin.stack import initial_module
+
+
+def flatten(tree):
+    return torch.cat([w.flatten() for w in tree.values()])
+
+
+def direction(smooth, place, theta=None):
+    loss, _, start, tree = smooth
+    at = tree(start if theta is None else theta)
+    found, value, buffers = place(lambda p, b: (loss(flatten(p)), b), at, {"seen": torch.ones(())})
+    assert value == loss(flatten(at)) and buffers == {"seen": torch.ones(())}
+    return flatten(found)
+
+
+def order(error, sizes=(1e-2, 5e-3, 2.5e-3)):
+    """The slope of log error against log size."""
+    errors = [error(s).norm().item() for s in sizes]
+    return math.log(errors[0] / errors[-1]) / math.log(sizes[0] / sizes[-1])
+
+
+# -------------------------------------------------------------------------------------- the kernel
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_exact_form_is_the_gradient_of_the_penalized_loss(smooth, squared):
+    loss, g, theta, _ = smooth
+    penalized = lambda t: loss(t) + (0.15 * g(t) @ g(t) if squared else 0.3 * g(t).norm())
+    expected = grad(penalized)(theta)
+    found = direction(smooth, GradientPenalty(0.3, squared=squared))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    dense = hessian(loss)(theta)
+    v = g(theta) if squared else g(theta) / g(theta).norm()
+    torch.testing.assert_close(found, g(theta) + 0.3 * dense @ v, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("difference, expected", [("forward", 1), ("backward", 1), ("central", 2)])
+def test_differences_converge_with_the_documented_order(smooth, squared, difference, expected):
+    exact = direction(smooth, GradientPenalty(0.3, squared=squared))
+    error = lambda r: (
+        exact
+        - direction(smooth, GradientPenalty(0.3, squared=squared, difference=difference, radius=r))
+    )
+    assert order(error) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
+@given(h=st.floats(-5, 5), w=st.floats(-3, 3), penalty=st.floats(0, 2))
+def test_all_forms_are_exact_on_a_quadratic(difference, h, w, penalty):
+    bowl = lambda params, buffers: (0.5 * h * (params["w"] ** 2).sum(), buffers)
+    at = {"w": torch.tensor([w, 1.0]).double()}
+    found, _, _ = GradientPenalty(penalty, difference=difference)(bowl, at, {})
+    torch.testing.assert_close(found["w"], (h + penalty * h * h) * at["w"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
+def test_without_penalty_it_is_the_plain_gradient_bitwise(smooth, squared, difference):
+    for radius in {None, 0.1 if difference else None}:
+        place = GradientPenalty(0.0, squared=squared, difference=difference, radius=radius)
+        assert torch.equal(direction(smooth, place), direction(smooth, plain_gradient))
+
+
+@pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
+@pytest.mark.parametrize("squared", [True, False])
+def test_zero_gradient_stays_zero(squared, difference):
+    flat = lambda params, buffers: ((params["w"] ** 2).sum(), buffers)
+    found, _, _ = GradientPenalty(0.5, squared, difference)(flat, {"w": torch.zeros(3)}, {})
+    assert torch.equal(found["w"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+def test_unit_vector_in_single_precision(scale):
+    v = {"a": torch.tensor([3.0, 0.0]) * scale, "b": torch.tensor([[-4.0]]) * scale}
+    unit = _unit(v)
+    torch.testing.assert_close(unit, {"a": torch.tensor([0.6, 0.0]), "b": torch.tensor([[-0.8]])})
+
+
+# -------------------------------------------------------------------------------------- the family
+
+
+def test_sam_is_the_gradient_at_the_displaced_point(smooth):
+    _, g, theta, _ = smooth
+    expected = g(theta + 0.1 * g(theta) / g(theta).norm())
+    torch.testing.assert_close(
+        direction(smooth, GradientPenalty.sam(0.1)), expected, rtol=1e-13, atol=0
+    )
+    expected = g(theta + 0.1 * g(theta))
+    found = direction(smooth, GradientPenalty.unnormalized_sam(0.1))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_sam_and_its_relatives_descend_the_penalty_to_first_order(smooth):
+    loss, g, theta, _ = smooth
+    for member, power in [(GradientPenalty.sam, 1), (GradientPenalty.unnormalized_sam, 2)]:
+        penalized = lambda t, r: loss(t) + r / power * g(t).norm() ** power
+        error = lambda r: direction(smooth, member(r)) - grad(penalized)(theta, r)
+        assert order(error) == pytest.approx(2, abs=0.05)
+
+
+@given(alpha=st.floats(0, 2), radius=st.floats(1e-3, 0.5))
+def test_penalized_norm_is_the_papers_mixture(smooth, alpha, radius):
+    _, g, theta, _ = smooth
+    here, there = g(theta), g(theta + radius * g(theta) / g(theta).norm())
+    found = direction(smooth, GradientPenalty.penalized_norm(alpha, radius))
+    torch.testing.assert_close(found, (1 - alpha) * here + alpha * there, rtol=1e-9, atol=1e-12)
+    if alpha == 1:
+        torch.testing.assert_close(found, direction(smooth, GradientPenalty.sam(radius)))
+
+
+def flow(field, theta, time, steps=40):
+    """The solution of θ' = -field(θ) after `time`, by the classical Runge–Kutta method."""
+    h = time / steps
+    for _ in range(steps):
+        k1 = field(theta)
+        k2 = field(theta - h / 2 * k1)
+        k3 = field(theta - h / 2 * k2)
+        k4 = field(theta - h * k3)
+        theta = theta - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return theta
+
+
+def test_implicit_gradient_regularization(smooth):
+    """One step of gradient descent lies on the flow of L + ε/4 ‖g‖², but for ε³."""
+    _, g, theta, _ = smooth
+    sizes = (0.2, 0.1, 0.05)
+    plain = lambda lr: theta - lr * g(theta) - flow(g, theta, lr)
+    assert order(plain, sizes) == pytest.approx(2, abs=0.1)
+    modified = lambda lr: (
+        theta
+        - lr * g(theta)
+        - flow(lambda t: direction(smooth, GradientPenalty.implicit(lr), t), theta, lr)
+    )
+    assert order(modified, sizes) == pytest.approx(3, abs=0.1)
+
+
+def test_two_rates_descend_their_effective_objective(smooth):
+    """A pair of steps is one step of rate ε₁ - ε₂ on L + ε₁ε₂/(2(ε₁-ε₂)) ‖g‖², but for ε³."""
+    _, g, theta, tree = smooth
+
+    def error(lr):
+        place, at = TwoRates(lr=lr, ascent_lr=0.6 * lr), theta
+        for t in range(2):
+            at = flatten(place(tree(at), tree(g(at)), {}, t=t, factor=1.0)[0])
+        effective = direction(smooth, GradientPenalty.two_rates(lr, 0.6 * lr))
+        return at - (theta - 0.4 * lr * effective)
+
+    assert order(error, (0.2, 0.1, 0.05)) == pytest.approx(3, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------- the other faces
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_penalty_in_a_loop_of_ones_own_equals_the_kernel(smooth, squared):
+    loss, _, theta, _ = smooth
+    w = theta.clone().requires_grad_()
+    value = loss(w)
+    (value + gradient_penalty(value, [w], 0.3, squared)).backward()
+    torch.testing.assert_close(w.grad, direction(smooth, GradientPenalty(0.3, squared)))
+
+
+def test_penalty_ignores_parameters_without_part_in_the_loss():
+    w, unused, frozen = (torch.tensor(2.0, requires_grad=r) for r in (True, True, False))
+    penalty = gradient_penalty(w**2 * frozen, [w, unused, frozen], 0.5)
+    penalty.backward()
+    assert penalty == 0.25 * 64 and unused.grad is None and w.grad == 0.25 * 2 * 8 * 4
+    at_rest = torch.zeros(3, requires_grad=True)
+    gradient_penalty((at_rest**2).sum(), [at_rest], 1.0, squared=False).backward()
+    assert torch.equal(at_rest.grad, torch.zeros(3))
+    assert gradient_penalty(w * 1.0, [unused], 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        GradientPenalty(),
+        GradientPenalty.sam(0.1),
+        GradientPenalty(0.1, difference="central"),
+        GradientPenalty(0.1, squared=False),
+    ],
+)
+def test_stack_equals_single_runs(place):
+    data = two_gaussians(train_size=40, test_size=50)
+    net = lambda: MLP(10, 8, 2, batch_norm=True)
+    settings = dict(
+        steps=12, batch_size=20, evaluate_at=[12], networks="last", dtype=torch.double, device="cpu"
+    )
+    recipe = Recipe(gradient=place, optimizer=SGD(lr=0.2, momentum=0.5))
+    grid = {"penalty": [0.0, 0.05, 0.2]}
+    runs, networks = fit(net, data, recipe, grid=grid, seeds=2, **settings)
+    for penalty in grid["penalty"]:
+        alone, one = fit(net, data, recipe.with_values({"penalty": penalty}), seeds=2, **settings)
+        torch.testing.assert_close(
+            networks.select(penalty=penalty).params, one.params, rtol=1e-9, atol=1e-12
+        )
+        torch.testing.assert_close(
+            networks.select(penalty=penalty).buffers, one.buffers, rtol=1e-9, atol=1e-12
+        )
+    assert runs.train_loss.sel(penalty=0).values != pytest.approx(
+        runs.train_loss.sel(penalty=0.2).values
+    )
+
+
+def test_stack_equals_a_plain_loop():
+    data = two_gaussians(train_size=40, test_size=50)
+    net = lambda: MLP(10, 8, 2, activation=nn.Tanh)
+    recipe = Recipe(gradient=GradientPenalty(0.3), optimizer=SGD(lr=0.2))
+    _, networks = fit(
+        net,
+        data,
+        recipe,
+        steps=10,
+        batch_size=None,
+        seeds=[4],
+        evaluate_at=[10],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+    )
+    module = initial_module(net, 4).double()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(data.x_train.double()), data.y_train)
+        (loss + gradient_penalty(loss, module.parameters(), 0.3)).backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        dict(networks.module(seed=4).named_parameters()),
+        dict(module.named_parameters()),
+        rtol=1e-9,
+        atol=1e-12,
+    )
+
+
+def test_gradient_norm_is_an_instrument():
+    data = two_gaussians(train_size=40, test_size=50)
+    _, networks = fit(
+        lambda: MLP(10, 8, 2),
+        data,
+        steps=3,
+        batch_size=None,
+        seeds=[0, 1],
+        evaluate_at=[3],
+        networks="last",
+        dtype=torch.double,
+        device="cpu",
+    )
+    found = networks.measure(gradient_norm, data, "train")
+    for seed in (0, 1):
+        module = networks.module(seed=seed)
+        loss = nn.functional.cross_entropy(module(data.x_train.double()), data.y_train)
+        grads = torch.autograd.grad(loss, module.parameters())
+        expected = torch.cat([g.flatten() for g in grads]).norm()
+        assert found.sel(seed=seed).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_composes_with_jacrev(smooth):
+    """The direction can be differentiated again, as an analysis of the dynamics needs."""
+    loss, g, theta, _ = smooth
+    tree = {"w": theta}
+    place = lambda w: GradientPenalty(0.1)(lambda p, b: (loss(p["w"]), b), {"w": w}, {})[0]["w"]
+    jacobian = jacrev(place)(tree["w"])
+    torch.testing.assert_close(jacobian, jacobian.T, rtol=1e-9, atol=1e-10)  # it is a gradient
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(penalty=-0.1), "penalty must be a number >= 0, got -0.1"),
+        (dict(penalty=math.nan), "penalty"),
+        (dict(penalty=math.inf), "penalty"),
+        (dict(penalty="much"), "penalty"),
+        (dict(difference="sideways"), "difference must be one of .* got 'sideways'"),
+        (dict(difference="forward", radius=0), "radius must be > 0, got 0"),
+        (dict(difference="forward", radius=-1.0), "radius"),
+        (dict(radius=0.1), "radius is for a difference"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GradientPenalty(**arguments)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="ascent_lr must be less than lr, got 0.2 and 0.1"):
+        GradientPenalty.two_rates(0.1, 0.2)
+    with pytest.raises(ValueError, match="lr"):
+        GradientPenalty.implicit(-1)
+    with pytest.raises(ValueError, match="alpha"):
+        GradientPenalty.penalized_norm(-1, 0.1)
+    w = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"loss must be one number, got shape \(2,\)"):
+        gradient_penalty(w * 2, [w], 0.1)
+    with pytest.raises(ValueError, match="penalty"):
+        gradient_penalty(w.sum(), [w], -0.1)
+    with pytest.raises(ValueError, match="parameters"):
+        gradient_penalty(w.sum(), [], 0.1)
+    assert w.grad is None

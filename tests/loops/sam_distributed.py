@@ -1,0 +1,245 @@
+"""Two processes over gloo: run by tests/loops/test_sam.py as ``python sam_distributed.py FOLDER RANK``.
+
+Every check compares with one process that sees all the data, and returns the largest difference; each
+rank writes them as JSON.
+"""
+
+import copy
+import datetime
+import json
+import math
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from flatmin import SAM, dual_norm_perturbation
+
+RANKS, EXAMPLES, STEPS = 2, 8, 4
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(EXAMPLES, 5, generator=generator).double(), torch.randn(
+        EXAMPLES, 1, generator=generator
+    ).double()
+
+
+def closure_of(model, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def base(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def alone(shards=1, **settings):
+    """One process; the batch in so many shards, each with a closure of its own."""
+    model = network()
+    optimizer = SAM(base(model), **settings)
+    parts = zip(*(t.chunk(shards) for t in data()), strict=True)
+    closures = [closure_of(model, optimizer, x, y) for x, y in parts]
+    for _ in range(STEPS):
+        optimizer.step(closures)
+    return list(model.parameters())
+
+
+def mine(rank):
+    return (t.chunk(RANKS)[rank] for t in data())
+
+
+def difference(found, expected):
+    whole = lambda w: w.full_tensor() if isinstance(w, DTensor) else w
+    return max(
+        (whole(a.detach()) - b.detach()).abs().max().item()
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def ddp(rank, shards, **settings):
+    model = DistributedDataParallel(network())
+    optimizer = SAM(base(model), rho=0.3, model=model, **settings)
+    closure = closure_of(model, optimizer, *mine(rank))
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    return difference(model.parameters(), alone(shards, rho=0.3))
+
+
+def ddp_global(rank):
+    return ddp(rank, shards=1)
+
+
+def ddp_per_rank(rank):
+    return ddp(rank, shards=RANKS, per_rank=True)
+
+
+def ddp_global_is_not_per_rank(rank):
+    return ddp(rank, shards=RANKS)
+
+
+def ddp_in_two_phases(rank):
+    model = DistributedDataParallel(network())
+    optimizer = SAM(base(model), rho=0.3, model=model, per_rank=True)
+    x, y = mine(rank)
+    for _ in range(STEPS):
+        with model.no_sync():
+            nn.functional.mse_loss(model(x), y).backward()
+        optimizer.first_step(zero_grad=True)
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+    return difference(model.parameters(), alone(RANKS, rho=0.3))
+
+
+def ddp_skips_together(rank):
+    """One process alone has an infinite first gradient: both skip, and neither waits for ever."""
+    model = DistributedDataParallel(network())
+    optimizer = SAM(base(model), rho=0.3, model=model, per_rank=True)
+    x, y = mine(rank)
+    before = copy.deepcopy(list(model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step(closure_of(model, optimizer, x * (math.inf if rank else 1), y))
+    assert optimizer.skipped == 1
+    return difference(model.parameters(), before)
+
+
+def ddp_scalers_agree(rank):
+    model = DistributedDataParallel(network().float())
+    optimizer = SAM(base(model), rho=0.3, model=model, per_rank=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    x, y = (t.float() for t in mine(rank))
+    before = copy.deepcopy(list(model.parameters()))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x * (math.inf if rank else 1)), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    optimizer.step(closure, scaler)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    return difference(model.parameters(), before)
+
+
+def dtensor_placements(rank):
+    """Sharded by rows or by columns (not evenly), or replicated: one norm of all."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    generator = torch.Generator().manual_seed(2)
+    shapes, placements = [(5, 4), (3, 7), (6,), (1,)], [Shard(0), Shard(1), Replicate(), Shard(0)]
+    whole = [torch.randn(shape, generator=generator).double() for shape in shapes * 2]
+    distribute = lambda tensors: [
+        distribute_tensor(t.clone(), mesh, [place])
+        for t, place in zip(tensors, placements, strict=True)
+    ]
+    errors = []
+    for p in (1, 1.5, 2, 3, math.inf):
+        weights = [nn.Parameter(w) for w in distribute(whole[:4])]
+        for w, g in zip(weights, distribute(whole[4:]), strict=True):
+            w.grad = g
+        optimizer = SAM(torch.optim.SGD(weights, lr=0.1), rho=0.3, p=p)
+        optimizer.first_step()
+        moves = dual_norm_perturbation(whole[4:], 0.3, p)
+        moved = [w + e for w, e in zip(whole[:4], moves, strict=True)]
+        errors.append(difference(weights, moved))
+        optimizer.restore()
+        errors.append(difference(weights, whole[:4]))
+    return max(errors)
+
+
+class Unsupported(Exception):
+    pass
+
+
+def fsdp(rank, bad=1.0, **settings):
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise Unsupported("this PyTorch has no fully_shard") from error
+    if torch.__version__.startswith("2.6."):
+        raise Unsupported("fully_shard of PyTorch 2.6 does not run on a CPU")
+    model = network()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model[2].bias, DTensor)  # one number: the second process has none of it
+    optimizer = SAM(base(model), **settings)
+    x, y = mine(rank)
+    closure = closure_of(model, optimizer, x * (bad if rank else 1.0), y)
+    for _ in range(STEPS):
+        optimizer.step(closure)
+    return model, optimizer
+
+
+def fsdp_norm(rank):
+    return difference(fsdp(rank, rho=0.3)[0].parameters(), alone(rho=0.3))
+
+
+def fsdp_any_p(rank):
+    errors = []
+    for settings in ({"p": math.inf}, {"p": 1}, {"p": 1.5, "adaptive": True}):
+        settings["rho"] = 0.1
+        errors.append(difference(fsdp(rank, **settings)[0].parameters(), alone(**settings)))
+    return max(errors)
+
+
+def fsdp_skips_together(rank):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, optimizer = fsdp(rank, bad=math.nan, rho=0.3)
+    assert optimizer.skipped == STEPS
+    return difference(model.parameters(), network().parameters())
+
+
+CHECKS = [
+    ddp_global,
+    ddp_per_rank,
+    ddp_global_is_not_per_rank,
+    ddp_in_two_phases,
+    ddp_skips_together,
+    ddp_scalers_agree,
+    dtensor_placements,
+    fsdp_norm,
+    fsdp_any_p,
+    fsdp_skips_together,
+]
+
+
+def main(folder: str, rank: int) -> None:
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=limit
+    )
+    results = {}
+    for check in CHECKS:
+        try:
+            results[check.__name__] = check(rank)
+        except Unsupported as error:
+            results[check.__name__] = f"not run: {error}"
+        except Exception:
+            results[check.__name__] = traceback.format_exc()
+    Path(folder, f"results{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,1111 @@
+"""SAM as an optimizer that survives a real loop."""
+
+import copy
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from problems import INF, batch_objective, climb, closure_of, flatten, norm
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flatmin import SAM, dual_norm_perturbation
+from flatmin.gradient import SAM as SAMStage
+from flatmin.layers import Dropout
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batch(n=10, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator).double(), torch.randint(
+        3, (n,), generator=generator
+    )
+
+
+def two_phases(model, optimizer, x, y):
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.first_step(zero_grad=True)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.second_step(zero_grad=True)
+    return loss
+
+
+BASES = {
+    "sgd": lambda params, **more: torch.optim.SGD(
+        params, lr=0.1, momentum=0.9, weight_decay=0.01, **more
+    ),
+    "adam": lambda params, **more: torch.optim.Adam(params, lr=0.01, **more),
+    "adamw": lambda params, **more: torch.optim.AdamW(params, lr=0.01, weight_decay=0.1, **more),
+}
+
+
+def weights_of(model):
+    return [w.detach().clone() for w in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "p, adaptive", [(2, False), (1, False), (3, False), (INF, False), (2, True)]
+)
+def test_equals_the_plain_algorithm_over_100_steps(base, p, adaptive):
+    model, twin = network(), network()
+    optimizer = SAM(BASES[base](model.parameters()), 0.2, p, adaptive)
+    plain = BASES[base](twin.parameters())
+    for step in range(100):
+        x, y = batch(seed=step)
+        loss = optimizer.step(closure_of(model, optimizer, x, y))
+        value = nn.functional.cross_entropy(twin(x), y)
+        g = torch.autograd.grad(value, list(twin.parameters()))
+        t = flatten(list(twin.parameters())).detach().abs() + 0.01 if adaptive else 1.0
+        flat, kept = climb(flatten(g), 0.2, p, t), weights_of(twin)
+        with torch.no_grad():
+            for w, e in zip(twin.parameters(), flat.split([w.numel() for w in kept]), strict=True):
+                w += e.view_as(w)
+        plain.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        with torch.no_grad():
+            for w, old in zip(twin.parameters(), kept, strict=True):
+                w.copy_(old)
+        plain.step()
+        assert loss.item() == pytest.approx(value.item(), rel=1e-11)
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_closure_and_two_phases_are_the_same_bitwise(base):
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES[base](m.parameters()), 0.2) for m in (model, twin))
+    for step in range(10):
+        x, y = batch(seed=step)
+        loss = optimizer.step(closure_of(model, optimizer, x, y))
+        assert torch.equal(loss, two_phases(twin, other, x, y))
+    assert same(weights_of(model), weights_of(twin))
+
+
+@pytest.mark.parametrize("exponent", [-44, -30, -6, 0, 6, 30])
+def test_shortcut_for_p_2_is_the_kernel(exponent):
+    """‖g‖ in range: one pass without temporaries; out of it: the kernel itself."""
+    g = [torch.tensor([3.0, -1.0]) * 10.0**exponent, torch.tensor([2.0]) * 10.0**exponent]
+    w = [nn.Parameter(torch.zeros_like(x)) for x in g]
+    for p, x in zip(w, g, strict=True):
+        p.grad = x.clone()
+    optimizer = SAM(torch.optim.SGD(w, lr=0.1), rho=0.5)
+    optimizer.first_step()
+    for p, e in zip(w, dual_norm_perturbation(g, 0.5), strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-6, atol=0)
+    assert same([p.grad for p in w], g)
+
+
+def test_clean_loss_is_returned_even_if_it_is_zero():
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 0.0
+    assert torch.allclose(w, torch.full((2,), -0.1))
+
+
+def test_step_works_under_no_grad():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()))
+    before = weights_of(model)
+    with torch.no_grad():
+        optimizer.step(closure_of(model, optimizer, *batch()))
+    assert not same(before, weights_of(model))
+
+
+# Groups
+
+
+def test_splitting_a_group_changes_nothing():
+    model, twin = network(), network()
+    (a, b, c, d), whole = model.parameters(), list(twin.parameters())
+    groups = [{"params": [a]}, {"params": [b, c], "rho": 0.2, "p": 2.0}, {"params": [d]}]
+    split, one = SAM(torch.optim.SGD(groups, lr=0.1), 0.2), SAM(torch.optim.SGD(whole, lr=0.1), 0.2)
+    for _ in range(5):
+        split.step(closure_of(model, split, *batch()))
+        one.step(closure_of(twin, one, *batch()))
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-14, atol=1e-15)
+
+
+def test_groups_have_radius_norm_and_adaptivity_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    w = [nn.Parameter(torch.randn(3, generator=generator).double()) for _ in range(6)]
+    g = [torch.randn(3, generator=generator).double() for _ in w]
+    settings = [
+        {"rho": 0.1},
+        {"rho": 0.3, "adaptive": True, "eta": 0.2},
+        {"p": INF},
+        {"p": INF, "rho": 2.0},
+        {"rho": 0.0},
+        {"p": 1},
+    ]
+    groups = [{"params": [p]} | s for p, s in zip(w, settings, strict=True)]
+    for p, x in zip(w, g, strict=True):
+        p.grad = x.clone()
+    before = [p.detach().clone() for p in w]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), rho=0.5)
+    optimizer.first_step()
+    moved = [p.detach() - b for p, b in zip(w, before, strict=True)]
+    t = torch.cat([torch.full((3,), 0.1).double(), 0.3 * (before[1].abs() + 0.2)])
+    expected = [
+        *climb(torch.cat(g[:2]), 1.0, 2, t).split(3),
+        0.5 * g[2].sign(),
+        2.0 * g[3].sign(),
+        torch.zeros(3).double(),
+        climb(g[5], 0.5, 1),
+    ]
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-15)
+    optimizer.restore()
+    assert same([p.detach() for p in w], before)
+
+
+def test_add_param_group_and_named_parameters():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model[0].named_parameters(), lr=0.1), rho=0.2)
+    optimizer.add_param_group({"params": list(model[2].named_parameters()), "rho": 0.0})
+    assert [g["rho"] for g in optimizer.param_groups] == [0.2, 0.0]
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1.0})
+    assert len(optimizer.param_groups) == 2
+    before = weights_of(model)
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.first_step()
+    after = weights_of(model)
+    assert same(before[2:], after[2:]) and not torch.equal(before[0], after[0])
+    optimizer.second_step()
+    assert not same(before[2:], weights_of(model)[2:])
+
+
+# What PyTorch expects of an optimizer
+
+
+@pytest.mark.parametrize("on", ["sam", "base"])
+@pytest.mark.parametrize("closure", [True, False])
+def test_schedulers_work_on_either_without_a_warning(on, closure):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SAM(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer if on == "sam" else base, 1, gamma=0.5
+        )
+        for _ in range(3):
+            if closure:
+                optimizer.step(closure_of(model, optimizer, *batch()))
+            else:
+                two_phases(model, optimizer, *batch())
+            scheduler.step()
+    assert base.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 / 8
+    torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=10
+    )  # cycles momentum too
+
+
+def test_state_is_the_bases_own_and_base_state_from_before_stays():
+    model = network()
+    base = torch.optim.Adam(model.parameters())
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    base.step()
+    optimizer = SAM(base)
+    assert optimizer.state is base.state and len(base.state) == 4
+    assert optimizer.defaults is base.defaults
+    two_phases(model, optimizer, *batch())
+    assert all(s["step"] == 2 for s in base.state.values())
+    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} for s in base.state.values())
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("foreach", [True, False])
+def test_resume_is_bitwise(base, foreach):
+    """A checkpoint through a file, in the middle of a gradient accumulation."""
+
+    def train(model, optimizer, scheduler, steps):
+        for step in steps:
+            optimizer.step(closure_of(model, optimizer, *batch(seed=step)))
+            scheduler.step()
+
+    def make():
+        model = network()
+        optimizer = SAM(BASES[base](model.parameters(), foreach=foreach), rho=0.2, p=1.5)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+    whole = make()
+    train(*whole, range(10))
+    first = make()
+    train(*first, range(5))
+    model = first[0]
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()  # half of a batch
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    second = make()
+    second[1].param_groups[0]["rho"] = 9.0  # comes from the checkpoint
+    for part, content in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(content)
+    train(*second, range(5, 10))
+    assert same(weights_of(second[0]), weights_of(whole[0]))
+    for a, b in zip(whole[1].state.values(), second[1].state.values(), strict=True):
+        assert all(
+            torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if a[k] is not None
+        )
+    assert second[1].param_groups[0]["rho"] == 0.2 and second[1].param_groups[0]["p"] == 1.5
+    train(*first, range(5, 10))
+    assert same(weights_of(first[0]), weights_of(whole[0]))
+
+
+def test_checkpoints_are_exchanged_with_the_base_optimizer():
+    model, twin = network(), network()
+    optimizer = SAM(BASES["sgd"](model.parameters()), rho=0.2)
+    two_phases(model, optimizer, *batch())
+    plain = BASES["sgd"](twin.parameters())
+    plain.load_state_dict(optimizer.state_dict())
+    assert plain.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    fresh = BASES["sgd"](twin.parameters()).state_dict()
+    optimizer.load_state_dict(fresh)
+    assert optimizer.param_groups[0]["rho"] == 0.2 and not optimizer.state
+    optimizer.base_optimizer.load_state_dict(fresh)
+    two_phases(model, optimizer, *batch())
+    assert optimizer.param_groups[0]["rho"] == 0.2
+
+
+def test_no_checkpoint_of_moved_weights():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()))
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.first_step()
+    for call in (
+        optimizer.state_dict,
+        lambda: pickle.dumps(optimizer),
+        lambda: copy.deepcopy(optimizer),
+        lambda: optimizer.load_state_dict({}),
+    ):
+        with pytest.raises(RuntimeError, match="must wait for second_step"):
+            call()
+    optimizer.second_step()
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_go_on_bitwise_and_alone(how):
+    model = network()
+    optimizer = SAM(BASES["adam"](model.parameters()), 0.3, INF, model=model)
+    two_phases(model, optimizer, *batch())
+    pair = (model, optimizer)
+    twin, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert other.model is twin and other.param_groups[0]["params"][0] is twin[0].weight
+    before = weights_of(twin)
+    two_phases(model, optimizer, *batch())
+    assert same(weights_of(twin), before)
+    two_phases(twin, other, *batch())
+    assert same(weights_of(twin), weights_of(model))
+    assert repr(other) == repr(optimizer) and repr(other).startswith("SAM around Adam")
+    torch.save(model, io.BytesIO())  # the hook doesn't carry the optimizer along
+    assert len(pickle.dumps(model)) < len(pickle.dumps(optimizer))
+
+
+def test_hooks_are_called_once_a_step():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: calls.append("base"))
+    optimizer.register_state_dict_post_hook(lambda _, content: content | {"more": 1})
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("save"))
+    optimizer.register_load_state_dict_pre_hook(lambda _, content: calls.append(content["more"]))
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    optimizer.step(closure_of(model, optimizer, *batch()))
+    two_phases(model, optimizer, *batch())
+    assert calls == ["pre", "base", "post"] * 2
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls[6:] == ["save", 1, "loaded"]
+
+
+def test_zero_grad():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()))
+    model(batch()[0]).sum().backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in model.parameters())
+    optimizer.zero_grad()
+    assert all(w.grad is None for w in model.parameters())
+
+
+def test_compiled_step_is_the_same():
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2) for m in (model, twin))
+    compiled = torch.compile(
+        lambda: optimizer.step(closure_of(model, optimizer, *batch())), backend="eager"
+    )
+    for _ in range(3):
+        compiled()
+        other.step(closure_of(twin, other, *batch()))
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-14, atol=1e-15)
+    torch._dynamo.reset()
+
+
+def test_phases_out_of_order_are_named():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()))
+    before = weights_of(model)
+    for call in (optimizer.second_step, optimizer.step):
+        with pytest.raises(
+            RuntimeError, match=r"step\(\) must get a closure, or come after first_step"
+        ):
+            call()
+    with pytest.raises(ValueError, match=r"closure must be one function, or several, got \[\]"):
+        optimizer.step([])
+    model(batch()[0]).sum().backward()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="first_step.. was called twice"):
+        optimizer.first_step()
+    optimizer.restore()
+    assert same(weights_of(model), before)
+    optimizer.first_step()  # given up by the next step(closure), which begins at the weights
+    optimizer.step(lambda: 0.0)
+
+
+def test_bad_base_optimizers_are_named():
+    w = [nn.Parameter(torch.ones(2))]
+    good = torch.optim.SGD(w, lr=0.1)
+    for bad in (torch.optim.SGD, w, SAM(good)):
+        with pytest.raises(TypeError, match="base_optimizer must be an instance of an optimizer"):
+            SAM(bad)
+
+    class WithRho(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1)
+            self.defaults["rho"] = 0.9
+
+    with pytest.raises(
+        ValueError, match=r"must have no hyperparameter of SAM's name, got \['rho'\]"
+    ):
+        SAM(WithRho(w))
+    with pytest.raises(ValueError, match="model must be the DistributedDataParallel module"):
+        SAM(good, per_rank=True)
+
+
+# Faults
+
+
+class Branches(nn.Module):
+    """Which part has a gradient is decided from outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.tensor([1.0, 2.0]).double()) for _ in range(3))
+        self.used = "ab"
+
+    def forward(self):
+        return sum((getattr(self, name) ** 2).sum() for name in self.used)
+
+
+@pytest.mark.parametrize(
+    "first, second", [("ab", "bc"), ("ab", "c"), ("a", "abc"), ("", "a"), ("ab", "")]
+)
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_parameters_without_gradient_in_either_pass(first, second, set_to_none):
+    model = Branches()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3)
+    before, passes = weights_of(model), iter([first, second])
+
+    def closure():
+        optimizer.zero_grad(set_to_none)
+        model.used = next(passes)
+        if model.used:
+            model().backward()
+
+    optimizer.step(closure)
+    moved = climb(2 * torch.cat([before[0]] * len(first)), 0.3, 2).split(2) if first else ()
+    moved = dict(zip(first, moved, strict=True))
+    for name, w, old in zip("abc", model.parameters(), before, strict=True):
+        g = 2 * (old + moved.get(name, 0)) if name in second else 0 * old
+        torch.testing.assert_close(w.detach(), old - 0.1 * g, rtol=1e-14, atol=0)
+        if name not in second:
+            assert torch.equal(w, old)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25])
+@pytest.mark.parametrize("p, adaptive", [(2, False), (1, False), (INF, True)])
+def test_zero_gradient_leaves_the_weights_to_the_base(decay, p, adaptive):
+    w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    old = w.detach().clone()
+    optimizer = SAM(torch.optim.SGD([w], lr=0.5, weight_decay=decay), 0.1, p, adaptive)
+    optimizer.step(lambda: (w * 0).sum().backward())
+    assert torch.equal(w, old * (1 - 0.5 * decay)) and optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+@pytest.mark.parametrize("broken_pass", [0, 1])
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("base", BASES)
+def test_broken_gradients_skip_the_step_bitwise(bad, broken_pass, closure, base):
+    model = network()
+    optimizer = SAM(BASES[base](model.parameters()), rho=0.2)
+    two_phases(model, optimizer, *batch())
+    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
+    calls = []
+
+    def backward():
+        model.zero_grad()
+        nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        if len(calls) == broken_pass:
+            model[2].weight.grad[1, 2] = bad
+        calls.append(1)
+        return 0.5
+
+    with pytest.warns(UserWarning, match="so the step is skipped"):
+        if closure:
+            assert optimizer.step(backward) == 0.5
+        else:
+            backward()
+            optimizer.first_step(zero_grad=True)
+            backward()
+            optimizer.second_step()
+    assert same(weights_of(model), before) and optimizer.skipped == 1
+    after = optimizer.state_dict()
+    assert after["param_groups"] == state["param_groups"]
+    torch.testing.assert_close(after["state"], state["state"], rtol=0, atol=0)
+    if closure:
+        assert len(calls) == 1 + broken_pass  # a second pass would be in vain
+    optimizer.zero_grad()
+    two_phases(model, optimizer, *batch())
+    assert not same(weights_of(model), before) and optimizer.skipped == 1
+
+
+def test_large_finite_gradients_are_not_taken_for_infinite():
+    w = nn.Parameter(torch.zeros(4))
+    optimizer = SAM(torch.optim.SGD([w], lr=1e-38), rho=0.5)
+    optimizer.step(lambda: setattr(w, "grad", torch.full((4,), 1e38)))
+    assert torch.allclose(w, torch.full((4,), -1.0)) and optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+@pytest.mark.parametrize("p", [2, 3])
+def test_an_exception_in_the_second_pass_leaves_everything_as_it_was(error, p):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+    x, y = batch()
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.5, p=p, model=model
+    )
+    good = closure_of(model, optimizer, x.float(), y)
+    optimizer.step(good)
+    before, after_first = weights_of(model), []
+
+    def closure():
+        if after_first:
+            assert not same(weights_of(model), before)
+            model(x.float())
+            raise error("in the second pass")
+        good()
+        after_first.extend([torch.get_rng_state(), [b.clone() for b in model.buffers()]])
+
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(error, match="in the second pass"):
+        optimizer.step(closure)
+    assert same(weights_of(model), before)
+    assert torch.equal(torch.get_rng_state(), after_first[0])
+    assert same(list(model.buffers()), after_first[1])
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+    optimizer.step(good)
+    assert not same(weights_of(model), before)
+
+
+def test_an_error_while_moving_leaves_the_weights_as_they_were(monkeypatch):
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()), rho=0.5, p=3)
+    before = weights_of(model)
+    model(batch()[0]).sum().backward()
+    add = torch._foreach_add_
+
+    def fail(weights, *args, **kwargs):
+        add(weights, *args, **kwargs)
+        raise MemoryError("half way")
+
+    monkeypatch.setattr(torch, "_foreach_add_", fail)
+    with pytest.raises(MemoryError):
+        optimizer.first_step()
+    monkeypatch.undo()
+    assert same(weights_of(model), before)
+    optimizer.first_step()
+    optimizer.second_step()
+
+
+@pytest.mark.parametrize("p, adaptive", [(2, False), (1.5, True)])
+def test_storage_is_never_rebound(p, adaptive):
+    flat = torch.randn(50)
+    w = [nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[20:])]  # a flattened buffer
+    optimizer = SAM(torch.optim.SGD(w, lr=0.1, momentum=0.9), 0.3, p, adaptive)
+    where = [x.data_ptr() for x in w]
+    for _ in range(3):
+        sum((x**2).sum() for x in w).backward()
+        optimizer.first_step(zero_grad=True)
+        assert [x.data_ptr() for x in w] == where
+        sum((x**2).sum() for x in w).backward()
+        optimizer.second_step(zero_grad=True)
+        assert [x.data_ptr() for x in w] == where
+    assert torch.equal(flat, torch.cat([x.detach().flatten() for x in w]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_thousand_steps_without_drift(dtype):
+    w = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype))
+    old = w.detach().clone()
+    optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=0.7)
+    for step in range(1000):
+        w.grad = torch.randn(100, generator=torch.Generator().manual_seed(step)).to(dtype)
+        optimizer.first_step()
+        optimizer.second_step()
+    assert torch.equal(w, old)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of new memory, of all tensors that are made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        leaves = lambda tree: [
+            x for x in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(x)
+        ]
+        result = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs))}
+        new = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves(result)}
+        self.bytes += sum(n for where, n in new.items() if where not in known)
+        return result
+
+
+def test_memory_is_one_copy_of_the_weights():
+    model = nn.Sequential(*[nn.Linear(50, 50) for _ in range(4)])
+    size = sum(w.numel() * w.element_size() for w in model.parameters())
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    for expected in (size, 0):
+        model(torch.ones(2, 50)).sum().backward()
+        with Allocations() as made:
+            optimizer.first_step(zero_grad=True)
+        model(torch.ones(2, 50)).sum().backward()
+        with Allocations() as made_later:
+            optimizer.restore()
+        optimizer.zero_grad()
+        assert expected <= made.bytes < expected + 200 and made_later.bytes == 0
+
+
+# Mixed precision
+
+
+def overflowing(model, x, y, scaler):
+    loss = nn.functional.cross_entropy(model(x).float(), y)
+    scaler.scale(loss).backward()
+    return loss
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("base", BASES)
+def test_scaled_gradients_make_the_same_steps(closure, base):
+    model, twin = network().float(), network().float()
+    optimizer, plain = (SAM(BASES[base](m.parameters()), rho=0.2) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
+    for step in range(8):
+        x, y = batch(seed=step)
+        x = x.float()
+        run = lambda: (optimizer.zero_grad(), overflowing(model, x, y, scaler))[1]
+        if closure:
+            loss = optimizer.step(run, scaler)
+        else:
+            loss = run()
+            optimizer.first_step(zero_grad=True)
+            run()
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(loss, plain.step(closure_of(twin, plain, x, y)))
+    assert scaler.get_scale() == 2.0**14
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("broken_pass", [0, 1])
+@pytest.mark.parametrize("unscale", [True, False])
+def test_scaler_skips_in_either_pass_and_lowers_the_scale(closure, broken_pass, unscale):
+    model = network().float()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    x, y = batch()
+    before, calls = weights_of(model), []
+
+    def run():
+        optimizer.zero_grad()
+        loss = overflowing(model, x.float(), y, scaler)
+        # An overflow at the weights is one in both passes of a step in two phases.
+        if len(calls) == broken_pass or (not closure and broken_pass == 0):
+            model[0].weight.grad[0, 0] = INF
+        calls.append(1)
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the scaler says it by its scale
+        if closure:
+            optimizer.step(run, scaler)
+        else:
+            run()
+            optimizer.first_step(zero_grad=True)
+            run()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 32.0 and optimizer.skipped == 1
+    assert same(weights_of(model), before) and not optimizer.state
+    broken_pass = 99
+    optimizer.step(run, scaler)
+    scaler.update()
+    assert not same(weights_of(model), before)
+
+
+def test_float16_autocast_trains():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # overflows at first
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = nn.functional.cross_entropy(model(x.float()), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    losses = []
+    for _ in range(40):
+        losses.append(optimizer.step(closure, scaler).item())
+        scaler.update()
+    assert 0 < optimizer.skipped < 30 and losses[-1] < 0.8 * losses[0]
+
+
+def test_clipping_of_unscaled_gradients_and_in_two_phases():
+    model, twin = network().float(), network().float()
+    x, y = batch()
+    x = x.float()
+    optimizer, other = (
+        SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin)
+    )
+    scaler, second = (torch.amp.GradScaler("cpu", init_scale=256.0) for _ in range(2))
+
+    def clip(m):
+        torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01)
+
+    optimizer.base_optimizer.register_step_pre_hook(lambda *_: clip(model))
+    before = flatten(weights_of(model))
+    optimizer.step(lambda: (optimizer.zero_grad(), overflowing(model, x, y, scaler))[1], scaler)
+    overflowing(twin, x, y, second)
+    other.first_step(zero_grad=True)
+    overflowing(twin, x, y, second)
+    second.unscale_(other)
+    clip(twin)
+    second.step(other)
+    for m in (model, twin):
+        assert (flatten(weights_of(m)) - before).norm().item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_in_the_closure_does_not_change_the_perturbation():
+    model, twin = network(), network()
+    optimizer, plain = (
+        SAM(torch.optim.SGD(m.parameters(), lr=1.0), rho=0.2) for m in (model, twin)
+    )
+    before = flatten(weights_of(model))
+    inner = closure_of(model, optimizer, *batch())
+    optimizer.step(lambda: (inner(), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01))[0])
+    plain.step(closure_of(twin, plain, *batch()))
+    step, whole = (flatten(weights_of(m)) - before for m in (model, twin))
+    torch.testing.assert_close(step, 0.01 * whole / whole.norm(), rtol=1e-4, atol=0)
+
+
+def test_scaler_goes_into_step():
+    model = network().float()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match=r"optimizer.step\(closure, scaler\)"):
+        scaler.step(optimizer, lambda: 0.0)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    x, y = batch()
+    run = lambda: (optimizer.zero_grad(), overflowing(model, x.float(), y, disabled))[1]
+    before = weights_of(model)
+    optimizer.step(run, disabled)
+    run()
+    optimizer.first_step(zero_grad=True)
+    run()
+    disabled.step(optimizer)
+    assert not same(weights_of(model), before)
+
+
+def test_bfloat16_weights():
+    model = network().bfloat16()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.2, p=1.5)
+    x, y = batch()
+    losses = [
+        optimizer.step(closure_of(model, optimizer, x.bfloat16(), y)).item() for _ in range(20)
+    ]
+    assert losses[-1] < losses[0] and all(w.dtype == torch.bfloat16 for w in model.parameters())
+
+
+# Accumulation and shards
+
+
+def test_microbatches_in_the_closure_are_the_whole_batch():
+    model, twin = network(), network()
+    optimizer, whole = (SAM(BASES["sgd"](m.parameters()), 0.3) for m in (model, twin))
+    x, y = batch()
+
+    def closure():
+        optimizer.zero_grad()
+        total = 0.0
+        for part, target in zip(x.split(4), y.split(4), strict=True):
+            loss = nn.functional.cross_entropy(model(part), target, reduction="sum") / len(x)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    for _ in range(5):
+        assert optimizer.step(closure) == pytest.approx(
+            whole.step(closure_of(twin, whole, x, y)).item()
+        )
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-14)
+
+
+def test_one_closure_a_shard_is_m_sam():
+    model = network()
+    params = {name: w.detach().clone() for name, w in model.named_parameters()}
+    x, y = batch()
+    objective = batch_objective(network(), x, y)
+    expected = flatten(SAMStage(0.3, m=5)(objective, params, {})[0])
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1.0), rho=0.3)
+    shards = zip(x.split(5), y.split(5), strict=True)
+    losses = optimizer.step([closure_of(model, optimizer, *shard) for shard in shards])
+    torch.testing.assert_close(
+        flatten(params) - flatten(weights_of(model)), expected, rtol=1e-12, atol=1e-14
+    )
+    torch.testing.assert_close(sum(losses) / 2, objective(params, {})[0], rtol=1e-12, atol=0)
+
+
+def test_a_broken_shard_skips_the_step():
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()), rho=0.3)
+    x, y = batch()
+    before = weights_of(model)
+    closures = [closure_of(model, optimizer, x * factor, y) for factor in (1.0, INF, 1.0)]
+    with pytest.warns(UserWarning, match="skipped"):
+        assert len(optimizer.step(closures)) == 2
+    assert same(weights_of(model), before) and optimizer.skipped == 1
+
+
+# Batch statistics and random numbers
+
+
+class Noisy(nn.Module):
+    """Batch norm, dropout and noise; remembers what it drew."""
+
+    def __init__(self, dropout=nn.Dropout):
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(4, 20), nn.BatchNorm1d(20), dropout(0.5)
+        self.out, self.seen = nn.Linear(20, 3), []
+
+    def forward(self, x):
+        noise = torch.randn(())
+        self.seen.append(noise.item())
+        dropped = self.drop(torch.ones(20))
+        self.seen.append(dropped.tolist())
+        return self.out(self.drop(self.norm(self.linear(x))) * dropped) + 0.1 * noise
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches, dropout):
+    torch.manual_seed(0)
+    model = Noisy(dropout)
+    twin = copy.deepcopy(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)
+    x, y = batch()
+    parts = x.float().chunk(microbatches)
+    start = torch.get_rng_state()
+    expected = []
+    for _ in range(3):  # what plain training would see
+        for part in parts:
+            twin(part)
+        expected.append([b.clone() for b in twin.buffers()])
+    after = torch.rand(3)
+    torch.set_rng_state(start)
+
+    def run():
+        optimizer.zero_grad()
+        for part in parts:
+            nn.functional.cross_entropy(model(part), y[: len(part)]).backward()
+
+    for step in range(3):
+        model.seen.clear()
+        if closure:
+            optimizer.step(run)
+        else:
+            run()
+            optimizer.first_step()
+            run()
+            optimizer.second_step()
+        half = len(model.seen) // 2
+        assert model.seen[:half] == model.seen[half:] and half == 2 * microbatches
+        assert same(list(model.buffers()), expected[step])
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_numbers_go_on_after_the_step_as_after_one_pass():
+    model = Noisy()
+    for use_model in (True, False):
+        optimizer = SAM(
+            torch.optim.SGD(model.parameters(), lr=0.0), model=model if use_model else None
+        )
+        torch.manual_seed(5)
+        model(batch()[0].float())
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        optimizer.step(closure_of(model, optimizer, batch()[0].float(), batch()[1]))
+        assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+def test_a_second_pass_that_draws_more_changes_nothing_later(closure):
+    model = Noisy()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    x, y = batch()
+    passes = iter([0, 5])
+
+    def run():
+        loss = closure_of(model, optimizer, x.float(), y)()
+        torch.rand(next(passes))
+        return loss
+
+    torch.manual_seed(5)
+    model(x.float())
+    expected = torch.rand(3)
+    optimizer.zero_grad()
+    torch.manual_seed(5)
+    if closure:
+        optimizer.step(run)
+    else:
+        run()
+        optimizer.first_step()
+        run()
+        optimizer.second_step()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_numbers_that_the_loop_draws_between_steps_do_no_harm():
+    """Two phases: data noised by the global generator before each step, other passes in between."""
+    model = Noisy()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = batch()
+    for _ in range(3):
+        model.eval()(x.float())
+        model.train()(x.float())  # forgotten by zero_grad()
+        optimizer.zero_grad()
+        noised = x.float() + torch.randn(x.shape)
+        model.seen.clear()
+        two_phases(model, optimizer, noised, y)
+        assert model.seen[:2] == model.seen[2:]
+
+
+def test_a_model_outlives_its_optimizer():
+    model = Noisy()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    del optimizer
+    model(batch()[0].float())
+
+
+# Kinds of tensors
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, INF])
+def test_complex_weights_are_two_real_ones(p):
+    real = nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double())
+    whole = nn.Parameter(torch.view_as_complex(real.detach().clone()))
+    a, b = (SAM(torch.optim.SGD([w], lr=0.1, momentum=0.9), rho=0.3, p=p) for w in (real, whole))
+    loss = lambda w: ((w - 1.0) ** 4).sum()
+    for _ in range(5):
+        a.step(lambda: (a.zero_grad(), loss(real).backward()))
+        b.step(lambda: (b.zero_grad(), loss(torch.view_as_real(whole)).backward()))
+    torch.testing.assert_close(
+        torch.view_as_real(whole.detach()), real.detach(), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("sparse_pass", [0, 1])
+def test_sparse_gradients_are_refused_before_anything_moves(sparse_pass):
+    model = nn.Embedding(5, 3)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    before, calls = weights_of(model), []
+
+    def closure():
+        optimizer.zero_grad()
+        model.sparse = len(calls) == sparse_pass
+        calls.append(1)
+        model(torch.tensor([1, 2])).sum().backward()
+
+    with pytest.raises(
+        TypeError, match="gradients must be dense, got one with layout torch.sparse_coo"
+    ):
+        optimizer.step(closure)
+    assert same(weights_of(model), before)
+
+
+def test_mixed_types_and_memory_formats():
+    torch.manual_seed(0)
+    w = [
+        nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.randn(3).double()),
+        nn.Parameter(torch.randn(4).bfloat16()),
+        nn.Parameter(torch.randn(5, 2).t()),
+        nn.Parameter(torch.empty(0)),
+    ]
+    for p in (2, 1.5):
+        optimizer = SAM(torch.optim.SGD(w, lr=0.1), rho=0.5, p=p)
+        before, strides = [x.detach().clone() for x in w], [x.stride() for x in w]
+        for x in w:
+            x.grad = torch.randn_like(x)
+        optimizer.first_step()
+        moved = flatten([x.detach().double() - b.double() for x, b in zip(w, before, strict=True)])
+        assert norm(moved, p).item() == pytest.approx(0.5, rel=2e-2)  # bfloat16 rounds
+        optimizer.restore()
+        assert same([x.detach() for x in w], before) and [x.stride() for x in w] == strides
+
+
+def test_weights_may_change_their_type_between_steps():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = batch()
+    optimizer.step(closure_of(model, optimizer, x, y))
+    model.float()
+    optimizer.step(closure_of(model, optimizer, x.float(), y))
+    assert all(w.dtype == torch.float32 for w in model.parameters())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_with_float16_and_dropout():
+    torch.manual_seed(0)
+    model = Noisy().cuda()
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, model=model
+    )
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    x, y = (t.cuda() for t in batch())
+    where = [w.data_ptr() for w in model.parameters()]
+    for _ in range(60):
+        model.seen.clear()
+
+        def closure():
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = nn.functional.cross_entropy(
+                    model.out(model.drop(model.linear(x.float()))), y
+                )
+            model.seen.append(model.drop(torch.ones(20, device="cuda")).tolist())
+            scaler.scale(loss).backward()
+            return loss
+
+        optimizer.step(closure, scaler)
+        scaler.update()
+        assert len(model.seen) == 1 or model.seen[0] == model.seen[1]
+    assert 0 < optimizer.skipped < 50
+    assert [w.data_ptr() for w in model.parameters()] == where
+    assert all(w.isfinite().all() for w in model.parameters())
+
+
+# ---------------------------------------------------------------------------------- two processes
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this build of PyTorch has no gloo")
+    folder = tmp_path_factory.mktemp("distributed")
+    script = Path(__file__).with_name("sam_distributed.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = []
+    for rank in range(2):
+        log = (folder / f"log{rank}").open("w")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder), str(rank)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        )
+    end = time.monotonic() + 120
+    try:
+        for process in processes:
+            process.wait(timeout=max(end - time.monotonic(), 1))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    files = [folder / f"results{rank}.json" for rank in range(2)]
+    if not all(file.exists() for file in files):
+        pytest.fail("\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(2)))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "ddp_global",
+        "ddp_per_rank",
+        "ddp_in_two_phases",
+        "ddp_skips_together",
+        "ddp_scalers_agree",
+        "dtensor_placements",
+        "fsdp_norm",
+        "fsdp_any_p",
+        "fsdp_skips_together",
+    ],
+)
+def test_two_processes_equal_one(distributed, check):
+    for results in distributed:
+        if str(results[check]).startswith("not run"):
+            pytest.skip(results[check])
+        assert isinstance(results[check], float), results[check]
+        assert results[check] <= 1e-12
+
+
+def test_per_rank_and_global_perturbations_differ(distributed):
+    assert all(results["ddp_global_is_not_per_rank"] > 1e-3 for results in distributed)

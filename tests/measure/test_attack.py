@@ -1,0 +1,357 @@
+"""Attacks: closed forms on linear models, the ball, the box, and the stack."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import grad, vmap
+from torch.nn.functional import cross_entropy
+
+from flatmin import Data, Recipe, fgsm, fit, pgd
+from flatmin.book import MLP
+from flatmin.measure import Attack, project, random_start, steepest
+from flatmin.optimizer import SGD
+
+norms = pytest.mark.parametrize("p", [2, math.inf], ids=["l2", "linf"])
+radii = st.one_of(st.just(0.0), st.floats(1e-9, 3))  # smaller ones underflow when squared
+norm = lambda delta, p: torch.linalg.vector_norm(delta.flatten(1), p, dim=1)
+
+
+def problem(n=6, shape=(5,), classes=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(classes, (n,), generator=generator)
+    torch.manual_seed(seed)
+    return MLP(math.prod(shape), 16, classes, activation=nn.Tanh).to(dtype), x, y
+
+
+# ------------------------------------------------------------------------ directions and balls
+
+
+@norms
+@given(st.integers(1, 5), st.integers(1, 6), st.floats(-150, 150), st.integers(0, 99))
+@settings(max_examples=30)
+def test_the_steepest_direction_reaches_the_dual_norm(p, n, d, exponent, seed):
+    g = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    direction = steepest(g * 10.0**exponent, p)  # of any scale: squares would leave the range
+    assert torch.allclose(norm(direction, p), torch.ones(n, dtype=torch.float64))
+    dual = norm(g, 2 if p == 2 else 1)
+    torch.testing.assert_close((g * direction).sum(1), dual)
+
+
+@norms
+def test_a_zero_gradient_has_no_direction(p):
+    g = torch.tensor([[0.0, 0.0], [1e-30, 0.0]])
+    assert steepest(g, p).tolist() == [[0, 0], [1, 0]]
+
+
+@norms
+@given(radii, st.integers(0, 99))
+@settings(max_examples=30)
+def test_projection(p, eps, seed):
+    delta = 2 * torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(seed)).double()
+    inside = project(delta, eps, p)
+    assert (norm(inside, p) <= eps * (1 + 1e-12)).all()
+    torch.testing.assert_close(project(inside, eps, p), inside)
+    within = norm(delta, p) <= eps
+    assert torch.equal(inside[within], delta[within])
+    # the closest point of the ball: nothing else in it is nearer
+    others = random_start((200, 8, 2, 3), eps, p, seed)
+    distance = (delta - inside).flatten(1).norm(dim=1)
+    assert (distance <= (delta - others).flatten(2).norm(dim=2) + 1e-9).all()
+
+
+@pytest.mark.parametrize("shape", [(30, 20, 7), (10, 20, 3, 4)])
+def test_random_starts_are_even_in_the_ball(shape):
+    d = math.prod(shape[2:])
+    for p in (2, math.inf):
+        start = random_start(shape, 0.5, p, seed=3)
+        assert start.shape == shape and start.dtype == torch.float64
+        assert torch.equal(start, random_start(shape, 0.5, p, seed=3))
+        assert not torch.equal(start, random_start(shape, 0.5, p, seed=4))
+        radius = torch.linalg.vector_norm(start.flatten(2), p, dim=2) / 0.5
+        assert radius.max() <= 1
+        n = radius.numel()  # r^d is uniform, in either norm
+        assert (radius**d).mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * n))
+        assert start.mean().item() == pytest.approx(
+            0, abs=5 * start.std().item() / math.sqrt(n * d)
+        )
+
+
+# --------------------------------------------------------------------------- what is attacked
+
+
+@norms
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_of_a_linear_model_the_margin_shrinks_by_the_dual_norm(p, attack):
+    """Two classes, logits ±(wx + b): the worst loss in the ball has a closed form."""
+    w, b, eps = torch.tensor([1.0, -2.0, 0.5]).double(), 0.3, 0.7
+    model = lambda x: torch.stack([x @ w + b, -(x @ w) - b], 1)
+    _, x, _ = problem(20, (3,))
+    y = torch.randint(2, (20,), generator=torch.Generator().manual_seed(1))
+    moved = attack(model, x, y, eps, p=p)
+    sign = 1.0 - 2.0 * y
+    dual = w.norm(p=2 if p == 2 else 1)
+    margin = 2 * sign * (x @ w + b) - 2 * eps * dual
+    expected = torch.nn.functional.softplus(-margin)
+    torch.testing.assert_close(cross_entropy(model(moved), y, reduction="none"), expected)
+    assert (norm(moved - x, p) <= eps * (1 + 1e-9)).all()
+
+
+def test_fgsm_is_one_signed_step():
+    model, x, y = problem()
+    gradient = torch.autograd.grad(cross_entropy(model(z := x.clone().requires_grad_()), y), z)[0]
+    torch.testing.assert_close(
+        fgsm(model, x, y, 0.1), x + 0.1 * gradient.sign(), rtol=0, atol=1e-15
+    )
+    unit = gradient / gradient.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(fgsm(model, x, y, 0.1, p=2), x + 0.1 * unit)
+
+
+def test_pgd_is_the_chapters_loop():
+    """Bitwise what one would write by hand: ten signed steps of a fifth of the radius."""
+    model, x, y = problem(dtype=torch.float32)
+    r, steps = 0.1, 10
+    uphill = grad(lambda x: cross_entropy(model(x), y, reduction="sum"))
+    moved = x
+    for _ in range(steps):
+        moved = moved + 2 * r / steps * uphill(moved).sign()
+        moved = x + (moved - x).clamp(-r, r)
+    assert torch.equal(pgd(model, x, y, r, steps=steps), moved)
+
+
+@norms
+def test_more_steps_and_restarts_do_more_damage(p):
+    model, x, y = problem(60)
+    losses = lambda moved: cross_entropy(model(moved), y, reduction="none")
+    none, one = losses(x), losses(fgsm(model, x, y, 1.0, p=p))
+    many = losses(pgd(model, x, y, 1.0, steps=40, p=p))
+    assert none.mean() < one.mean() < many.mean()
+    start = random_start((4, *x.shape), 1.0, p)
+    runs = torch.stack([losses(pgd(model, x, y, 1.0, p=p, start=s)) for s in start])
+    best = losses(pgd(model, x, y, 1.0, p=p, start=start))
+    torch.testing.assert_close(best, runs.amax(0))  # each example keeps its own worst
+    assert len(runs.argmax(0).unique()) > 1
+
+
+@norms
+@given(radii, st.integers(1, 5), st.booleans(), st.integers(0, 20))
+@settings(max_examples=20)
+def test_within_the_ball_and_the_box(p, eps, steps, randomly, seed):
+    model, x, y = problem(seed=seed)
+    x = x.clamp(-0.8, 0.9)
+    start = random_start((2, *x.shape), eps, p, seed) if randomly else None
+    moved = pgd(model, x, y, eps, steps=steps, p=p, start=start, bounds=(-0.8, 0.9))
+    assert (norm(moved - x, p) <= eps * (1 + 1e-9) + 1e-12).all()
+    assert moved.min() >= -0.8 and moved.max() <= 0.9
+    if eps == 0:
+        assert torch.equal(moved, x)
+
+
+@norms
+def test_examples_are_attacked_one_by_one(p):
+    model, x, y = problem(5, (2, 3))
+    together = pgd(model, x, y, 0.5, p=p)
+    alone = torch.cat([pgd(model, x[i : i + 1], y[i : i + 1], 0.5, p=p) for i in range(5)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_targeted_by_another_criterion():
+    model, x, _ = problem()
+    target = torch.zeros(6, dtype=torch.int64)
+    towards = lambda z, y: -cross_entropy(z, y, reduction="none")
+    moved = pgd(model, x, target, 1.0, criterion=towards)
+    assert cross_entropy(model(moved), target) < cross_entropy(model(x), target)
+
+
+def test_a_transferred_attack_uses_the_sources_gradient():
+    source, x, y = problem(200)
+    target = problem(200, seed=1)[0]
+    moved = fgsm(source, x, y, 0.5)
+    loss = lambda x: cross_entropy(target(x), y)
+    assert loss(moved) <= loss(fgsm(target, x, y, 0.5))
+    network = lambda params, x: target(x)
+    found = Attack(0.5, steps=1, step_size=0.5, source=source)(network, {}, x, y)
+    assert found == (target(moved).argmax(1) != y).double().mean()
+
+
+# -------------------------------------------------------------------- what is left as it was
+
+
+class Brittle(nn.Module):
+    """Parts in different modes, buffers, gradients that someone needs, and an error on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen_norm, self.norm = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+        self.drop, self.head = nn.Dropout(0.9), nn.Linear(5, 3)
+        self.frozen_norm.eval()
+        self.fails = False
+
+    def forward(self, x):
+        assert not self.norm.training and not self.drop.training
+        if self.fails:
+            raise RuntimeError("no more")
+        return self.head(self.drop(self.norm(self.frozen_norm(x))))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    torch.manual_seed(0)
+    model, (_, x, y) = Brittle(), problem(dtype=torch.float32)
+    for w in model.parameters():
+        w.grad = torch.randn_like(w)
+    x.requires_grad_()
+    modes = [m.training for m in model.modules()]
+    before = copy.deepcopy(model.state_dict())
+    grads, x_before = [w.grad.clone() for w in model.parameters()], x.detach().clone()
+    model.fails = fails
+    if fails:
+        with pytest.raises(RuntimeError, match="no more"):
+            pgd(model, x, y, 0.1)
+    else:
+        moved = pgd(model, x, y, 0.1)
+        assert not moved.requires_grad and moved.grad_fn is None
+    assert [m.training for m in model.modules()] == modes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(torch.equal(w.grad, g) for w, g in zip(model.parameters(), grads, strict=True))
+    assert torch.equal(x, x_before) and x.grad is None and x.requires_grad
+
+
+def test_the_global_random_states_are_left_alone():
+    model, x, y = problem()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    Attack(0.1, restarts=2).perturb(model, x, y)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == before_numpy).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@norms
+def test_inputs_keep_their_dtype(dtype, p):
+    model, x, y = problem(dtype=dtype)
+    moved = Attack(0.5, p=p, restarts=2).perturb(model, x, y)
+    assert moved.dtype == dtype and moved.isfinite().all() and not torch.equal(moved, x)
+
+
+# ------------------------------------------------------------------------------------ the stack
+
+
+def trained(**more):
+    generator = torch.Generator().manual_seed(0)
+    parts = {}
+    for name, n in {"train": 40, "validation": 0, "test": 60}.items():
+        y = torch.randint(3, (n,), generator=generator)
+        parts[f"y_{name}"] = y
+        parts[f"x_{name}"] = torch.randn(n, 5, generator=generator) + 1.5 * y[:, None] - 1.5
+    clean = {f"y_{name}_clean": parts[f"y_{name}"] for name in ("train", "validation")}
+    data = Data("shifted", 3, **parts, **clean)
+    return data, *fit(
+        lambda: MLP(5, 12, 3, batch_norm=True),
+        data,
+        Recipe(optimizer=SGD(0.1)),
+        steps=20,
+        batch_size=10,
+        grid={"lr": [0.05, 0.2]},
+        seeds=2,
+        networks="last",
+        device="cpu",
+        dtype=torch.float64,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        Attack(0.3),
+        Attack(0.3, steps=1, step_size=0.3),
+        Attack(0.8, p=2, restarts=2, bounds=(-4, 4)),
+    ],
+    ids=["pgd", "fgsm", "l2, random starts"],
+)
+def test_an_attack_is_an_instrument(attack):
+    data, runs, networks = trained(instruments={"attacked": attack})
+    for split in ("train", "test"):
+        found = networks.measure(attack, data, split)
+        assert found.dims == ("lr", "seed")
+        x, y = data.split(split)
+        for lr in networks.coords["lr"]:
+            for seed in networks.coords["seed"]:
+                module = networks.module(lr=lr, seed=seed)
+                moved = attack.perturb(module, x.double(), y)
+                wrong = (module(moved).argmax(1) != y).double().mean().item()
+                assert found.sel(lr=lr, seed=seed).item() == pytest.approx(wrong, abs=1e-12)
+        if split == "train":
+            np.testing.assert_allclose(runs.attacked.isel(step=-1), found, rtol=1e-12)
+    assert (found >= runs.test_error.isel(step=-1)).all()
+    assert (found > runs.test_error.isel(step=-1)).any()
+
+
+def test_a_transferred_attack_on_the_stack_is_weaker_than_its_own():
+    data, runs, networks = trained()
+    source = networks.module(lr=0.2, seed=networks.coords["seed"][0]).train()
+    white = networks.measure(Attack(0.5), data)
+    black = networks.measure(Attack(0.5, source=source), data)
+    assert source.training
+    assert black.sel(lr=0.2).values[0] == white.sel(lr=0.2).values[0]  # its own source
+    assert black.mean() <= white.mean()
+    assert black.mean() > runs.test_error.isel(step=-1).mean()
+
+
+def test_the_size_may_differ_from_run_to_run():
+    model, x, y = problem()
+    eps = torch.tensor([0.0, 0.1, 0.5]).double()
+    for p in (2, math.inf):
+        stacked = vmap(lambda e, p=p: pgd(model, x, y, e, p=p))(eps)
+        for e, moved in zip(eps, stacked, strict=True):
+            torch.testing.assert_close(moved, pgd(model, x, y, e.item(), p=p))
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+BAD = {
+    "eps": ({"eps": -0.1}, ValueError, r"eps must be a number >= 0, got -0.1"),
+    "eps inf": ({"eps": math.inf}, ValueError, r"eps must be .*got inf"),
+    "eps text": ({"eps": "1"}, ValueError, r"eps must be .*got '1'"),
+    "p": ({"p": 1}, ValueError, r"p must be 2 or inf, got 1"),
+    "bounds": ({"bounds": (1, 0)}, ValueError, r"bounds must be \(low, high\).*got \(1, 0\)"),
+    "steps": ({"steps": 0}, ValueError, r"steps must be a whole number >= 1, got 0"),
+    "start": (
+        {"start": torch.zeros(5, 5)},
+        ValueError,
+        r"start must have shape \[6, 5\].*got \[5, 5\]",
+    ),
+    "integers": (
+        {"x": torch.zeros(6, 5, dtype=torch.uint8)},
+        TypeError,
+        r"x must be floating point, got torch.uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    more, error, message = BAD[case]
+    model, x, y = problem()
+    with pytest.raises(error, match=message):
+        pgd(**{"model": model, "x": x, "y": y, "eps": 0.1} | more)
+    fields = {name: v for name, v in more.items() if name not in ("start", "x")}
+    if fields:
+        with pytest.raises(error, match=message):
+            Attack(**{"eps": 0.1} | fields)
+
+
+def test_bad_restarts_are_named():
+    with pytest.raises(ValueError, match="restarts must be a whole number >= 0, got -1"):
+        Attack(0.1, restarts=-1)
+    with pytest.raises(ValueError, match="seed must be a whole number >= 0, got 0.5"):
+        Attack(0.1, seed=0.5)

@@ -1,0 +1,171 @@
+"""What holds for every chapter: both halves equal, first cell, figures, outputs, plain Markdown."""
+
+import ast
+import importlib
+import re
+from collections import Counter
+
+import nbformat
+import pytest
+import yaml
+from flatmin_book import claims_in, names_in, papers_in, public_name
+from notebooks import BOOK, bootstrap, chapters, differences
+
+toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+in_toc = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+TIMING = re.compile(
+    r"\d\s*(?:ms|µs|us|it/s|s/it)\b|\b\d+(?:\.\d+)?\s+(?:s|sec|secs|seconds|minutes)\b|\d%\|"
+)
+
+
+@pytest.fixture(params=chapters(), ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def cells(path):
+    return nbformat.read(path.with_suffix(".ipynb"), as_version=4).cells
+
+
+def code(cells):
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def data(cell):
+    """The rich outputs of a cell: {type: text}."""
+    return [output.data for output in cell.get("outputs", ()) if "data" in output]
+
+
+def is_figure(cell):
+    return any("image/png" in d or "image/svg+xml" in d for d in data(cell))
+
+
+def test_the_table_of_contents_names_files_that_exist():
+    assert [
+        name
+        for name in [toc["root"], *in_toc]
+        if not any((BOOK / name).with_suffix(s).exists() for s in (".ipynb", ".md"))
+    ] == []
+
+
+def test_every_chapter_is_in_the_table_of_contents():
+    found = [path.stem for path in chapters()]
+    assert found and [name for name in in_toc if name[0].isdigit()] == found
+
+
+def test_both_halves_are_equal(path):
+    assert differences(path) == [], "edit the .md half, then: make notebooks"
+
+
+def test_the_text_half_carries_the_header_that_jupyter_pairs_by(path):
+    header = yaml.safe_load(path.read_text().split("---")[1])
+    assert (
+        header["jupytext"]["formats"] == "ipynb,md:myst"
+        and header["kernelspec"]["name"] == "python3"
+    )
+
+
+def test_the_first_code_cell_is_the_bootstrap(cells):
+    first = code(cells)[0]
+    assert first.source == bootstrap(), "make notebooks renews it"
+    assert set(first.metadata.tags) == {"remove-cell", "nbval-ignore-output"}
+
+
+def test_outputs_are_stored_and_none_is_an_error(cells):
+    assert [cell.execution_count for cell in code(cells)] == list(range(1, len(code(cells)) + 1)), (
+        "executed top to bottom?"
+    )
+    kinds = Counter(output.output_type for cell in code(cells) for output in cell.outputs)
+    assert kinds["error"] == 0 and kinds.total() > 0
+
+
+def test_nothing_on_stderr_and_no_timing_is_stored(cells):
+    for cell in code(cells):
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output.text
+            text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            assert not TIMING.search(text), text
+
+
+def test_every_figure_has_alt_text_and_a_caption(cells):
+    for cell, following in zip(cells, [*cells[1:], None]):
+        if cell.cell_type == "code" and is_figure(cell):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) > 20, f"says nothing to who cannot see it:\n{cell.source}"
+            assert (
+                following is not None
+                and following.cell_type == "markdown"
+                and "**Figure" in following.source
+            ), cell.source
+    for html in (d["text/html"] for cell in code(cells) for d in data(cell) if "text/html" in d):
+        assert all(
+            re.search(r"""\balt=["'][^"']+""", image) for image in re.findall(r"<img\b[^>]*>", html)
+        )
+
+
+def test_pictures_in_markdown_have_alt_text(cells):
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert not re.search(r"!\[\s*\]\(", text) and all(
+        "alt=" in tag for tag in re.findall(r"<img\b[^>]*>", text)
+    )
+
+
+def test_markdown_is_plain(cells):
+    """Colab and GitHub show a MyST directive or role raw."""
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            prose = re.sub(r"^(```+)(?!\{).*?^\1", "", cell.source, flags=re.S | re.M)
+            assert not re.search(r"^\s*(?::::+|```+)\s*\{|\{[\w:.-]+\}`", prose, re.M), cell.source
+
+
+def test_markdown_boxes_are_closed(cells):
+    """A box needs its blank lines, and one cell: Jupyter renders cells one by one."""
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            for tag in ("div", "details"):
+                assert len(re.findall(rf"<{tag}\b", cell.source)) == cell.source.count(
+                    f"</{tag}>"
+                ), cell.source
+            assert not re.search(r"<div class=[^\n]*>\n(?!\n)", cell.source), (
+                f"a blank line after <div>:\n{cell.source}"
+            )
+
+
+def test_code_is_plain_python_and_short(cells):
+    """No magics: they are neither Python nor wanted in Colab. No plumbing: that lives in the package."""
+    for cell in code(cells):
+        ast.parse(cell.source)
+        assert len(cell.source.splitlines()) <= 40, cell.source
+        assert "ipywidgets" not in cell.source and "clear_output" not in cell.source
+
+
+def test_claims_are_found_and_unique():
+    ids = Counter(name for path in chapters() for name, _ in claims_in(path.with_suffix(".ipynb")))
+    assert ids and [name for name, times in ids.items() if times > 1] == []
+
+
+def documented(name):
+    """Whether the API reference has an entry for a full name: by itself or with its module."""
+    entries = re.findall(r"auto(?:module|function):: (\S+)", (BOOK / "api.md").read_text())
+    return name in entries or name.rsplit(".", 1)[0] in entries
+
+
+def test_what_a_chapter_imports_stands_in_the_api_reference(path):
+    names = names_in(path.with_suffix(".ipynb"))
+    assert names and [name for name in names if not documented(name)] == []
+
+
+@pytest.mark.parametrize(
+    "package", ["", "batch", "loss", "gradient", "optimizer", "measure", "loops", "book"]
+)
+def test_what_a_package_exports_stands_in_the_api_reference(package):
+    package = importlib.import_module(f"flatmin.{package}".rstrip("."))
+    things = [getattr(package, name) for name in package.__all__]
+    names = [public_name(thing) for thing in things if hasattr(thing, "__qualname__")]
+    assert names and [name for name in names if not documented(name)] == []
+
+
+def test_every_row_beside_a_paper_has_a_verdict(path):
+    rows = papers_in(path.with_suffix(".ipynb"))
+    assert rows and all(row["finding"] and row["ours"] and row["verdict"] for row in rows)

@@ -1,0 +1,124 @@
+"""The page of full-scale results: made from the registry and the records, whatever is there."""
+
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+import xarray as xr
+from flatmin_book import benchmarks_in
+from sphinx.application import Sphinx
+from sphinx.util.docutils import docutils_namespace
+
+from flatmin.book.experiments import NAMES, experiment, records
+
+PAGE = """# Full scale
+
+```{records-list}
+```
+
+## Benchmarks
+
+```{benchmarks-list}
+```
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The rendered page with a given folder of records."""
+
+    def render(folder):
+        here = tmp_path_factory.mktemp("book")
+        (here / "index.md").write_text(PAGE)
+        with pytest.MonkeyPatch.context() as patch, docutils_namespace():
+            patch.setattr(records, "FOLDERS", [folder])
+            patch.setattr("flatmin.book.experiments.FOLDERS", [folder])
+            app = Sphinx(
+                here,
+                None,
+                here / "out",
+                here / "trees",
+                "html",
+                status=None,
+                warningiserror=True,
+                confoverrides={
+                    "extensions": ["sphinx.ext.autodoc", "myst_parser", "flatmin_book"],
+                    "project": "try",
+                },
+            )
+            app.build()
+        known = {Path(path).name for path in app.env.dependencies["index"]}
+        assert known >= {
+            path.name for path in folder.iterdir()
+        }  # another record makes the page anew
+        return here / "out" / "index.html"
+
+    return render
+
+
+@pytest.fixture(scope="module")
+def committed(page):
+    return page(records.FOLDERS[1]).read_text()
+
+
+def section(html, name):
+    return re.search(rf'<section id="{name.replace("_", "-")}">.*?</section>', html, re.S)[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_says_what_it_repeats_and_how(committed, name):
+    here = section(committed, name)
+    text = re.sub(r"<[^>]+>", "", here)
+    assert experiment(name).SOURCE in unescape(text.replace("\n", " "))
+    assert (
+        f"python -m flatmin.book.experiments {name} --size paper" in text
+        and "--size tiny" not in text
+    )
+    known = [
+        size
+        for size in experiment(name).SETTINGS
+        if records.record_path(name, records.FOLDERS[1], size).exists()
+    ]
+    assert here.count("<figure") == here.count("<img") == len(known)
+    assert ("not yet recorded" in text) == (len(known) < len(experiment(name).SETTINGS) - 1)
+
+
+def test_a_record_is_shown_with_where_it_comes_from_its_figure_and_the_rate(committed):
+    text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
+    assert "recorded on cpu, 10 seeds, 36 min" in text
+    assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
+    assert (
+        "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
+    )
+    alt = re.search(r'<img alt="([^"]*)"', section(committed, "flooding_synthetic"))[1]
+    assert alt.startswith("flooding_synthetic, demo: Test accuracy")
+
+
+def test_benchmarks_are_listed(committed):
+    rows = section(committed, "benchmarks")
+    names = [name for name, _ in benchmarks_in(records.FOLDERS[1])]
+    assert names and all(name in rows for name in names)
+
+
+def test_without_records_nothing_is_made_up(page, tmp_path):
+    html = page(tmp_path).read_text()
+    assert "<img" not in html and "Nothing yet." in html
+    for name in NAMES:
+        states = re.sub(r"<[^>]+>", "", section(html, name))
+        assert states.count("not yet recorded") == len(experiment(name).SETTINGS) - 1
+
+
+def test_a_new_record_appears(page, tmp_path):
+    known = records.record("flooding_synthetic")
+    known.attrs |= {"size": "paper, seeds=10", "device": "A large GPU", "seconds": 7200.0}
+    records.save("flooding_synthetic", known, tmp_path, "paper")
+    shutil.copy(next(records.FOLDERS[1].glob("benchmark_*.json")), tmp_path)
+    text = re.sub(r"<[^>]+>", "", section(page(tmp_path).read_text(), "flooding_synthetic"))
+    assert "recorded with seeds=10 on A large GPU, 10 seeds, 2.0 h" in text
+    assert "at the rate" not in text  # of a record with changed settings
+    assert json.loads(
+        xr.load_dataset(tmp_path / "flooding_synthetic-paper.nc", engine="scipy").attrs["seeds"]
+    )

@@ -1,0 +1,87 @@
+"""Arrows go one way: whoever knows the pipeline knows who may import whom."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flatmin
+
+ROOT = Path(flatmin.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.rglob("*.py")
+}
+STAGES = {"batch", "loss", "gradient", "optimizer"}
+LEAVES = {name for name in FILES if name[0] == "_" and name != "__init__"}
+ALLOWED = {
+    **dict.fromkeys(LEAVES | STAGES | {"measure", "layers", "data"}, LEAVES),
+    "pipeline": LEAVES | STAGES,
+    "stack": LEAVES | {"data", "pipeline"},
+    "loops": LEAVES | STAGES,
+    "__init__": LEAVES | STAGES | {"measure", "layers", "data", "pipeline", "stack", "loops"},
+    "check": {"book"},  # the names of the first edition
+    "experiments": {"book"},
+}
+
+
+def folder(name):
+    """The folder, or the file at the top, that a module belongs to."""
+    return name.split(".")[0]
+
+
+def imports(name):
+    """(module, imported name) for each import of the package from itself, in functions too."""
+    package = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not [a.name for a in node.names if folder(a.name) == "flatmin"], name
+        if not isinstance(node, ast.ImportFrom) or not (
+            node.level or folder(node.module) == "flatmin"
+        ):
+            continue
+        above = package[: len(package) + 1 - node.level] if node.level else []
+        below = (node.module or "").removeprefix("flatmin").strip(".")
+        module = ".".join([*above, *below.split(".")] if below else above)
+        for alias in node.names:
+            deeper = f"{module}.{alias.name}".strip(".")
+            known = deeper in FILES or f"{deeper}.__init__" in FILES
+            yield (deeper, None) if known else (module, alias.name)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if folder(name) != "book"))
+def test_arrows_go_one_way(name):
+    inside = {folder(name)} if name.endswith(".__init__") else set()
+    assert {folder(module) for module, _ in imports(name)} - ALLOWED[folder(name)] - inside == set()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_nobody_takes_a_neighbours_private_names(name):
+    assert [(module, taken) for module, taken in imports(name) if taken and taken[0] == "_"] == []
+
+
+PACKAGES = [
+    "flatmin",
+    *(f"flatmin.{name}" for name in sorted(STAGES | {"measure", "loops", "book"})),
+]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_module_shadows_what_a_user_wants(name):
+    package = importlib.import_module(name)
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert modules & {*package.__all__} == set()
+    assert all(hasattr(package, wanted) for wanted in package.__all__)
+
+
+def test_the_first_editions_names_of_two_packages_go_on_working():
+    from flatmin import check, experiments
+
+    assert check.flooded is importlib.import_module("flatmin.book.check").flooded
+    assert experiments.record is importlib.import_module("flatmin.book.experiments").record
+    command = [sys.executable, "-m", "flatmin.experiments", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == experiments.NAMES
