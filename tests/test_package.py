@@ -166,10 +166,17 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_has_types_records_and_the_licence(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    records = {f"flatmin/book/results/{path.name}" for path in (ROOT / "results").glob("*.nc")}
+    records = {f"flatmin/book/results/{path.name}" for path in (ROOT / "results").glob("*.nc.xz")}
     assert {"flatmin/py.typed", "flatmin/gradient/sam.py"} | records <= names and records
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.split("/")[0].split("-")[0] != "flatmin"]
+
+
+def test_the_wheel_is_small(wheel):
+    """Whoever wants flood gets the records of the book, too."""
+    sizes = {info.filename: info.file_size for info in zipfile.ZipFile(wheel).infolist()}
+    assert sum(n for name, n in sizes.items() if name.startswith("flatmin/book/results/")) < 2e6
+    assert sum(sizes.values()) < 3e6
 
 
 def test_the_wheel_runs_from_another_folder(wheel, tmp_path):

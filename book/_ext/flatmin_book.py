@@ -156,7 +156,7 @@ class Table(SphinxDirective):
     def depend_on_records(self):
         """The page is made again once there is another record, or one says something else."""
         for folder in filter(Path.exists, experiments.FOLDERS):
-            for path in (Path(__file__), folder, *folder.glob("*.nc"), *folder.glob("*.json")):
+            for path in (Path(__file__), folder, *folder.glob("*.nc.xz"), *folder.glob("*.json")):
                 self.env.note_dependency(str(path))
 
     def notebooks(self):

@@ -1,6 +1,6 @@
 """Experiments that are too long for a notebook: each a module, a command and a record.
 
-``python -m flatmin.book.experiments NAME`` runs one and writes ``results/NAME.nc``; chapters draw what
+``python -m flatmin.book.experiments NAME`` runs one and writes ``results/NAME.nc.xz``; chapters draw what
 :func:`flatmin.book.experiments.record` reads from there.
 """
 

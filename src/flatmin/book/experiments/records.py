@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import io
 import json
+import lzma
 import os
 import platform
 import subprocess
@@ -66,18 +68,18 @@ def default_size(name: str) -> str:
 
 
 def record_path(name: str, folder: str | os.PathLike, size: str | None = None) -> Path:
-    """Where a record stands: ``NAME.nc``, or ``NAME-SIZE.nc`` if its size is not the default.
+    """Where a record stands: ``NAME.nc.xz``, or ``NAME-SIZE.nc.xz`` if its size is not the default.
 
     Examples
     --------
     >>> record_path("flooding_synthetic", "results", "paper").name
-    'flooding_synthetic-paper.nc'
+    'flooding_synthetic-paper.nc.xz'
     """
     sizes = sorted(experiment(name).SETTINGS)
     if size not in (None, *sizes):
         raise ValueError(f"size must be one of {sizes}, got {size!r}")
     usual = size in (None, default_size(name))
-    return Path(folder) / (f"{name}.nc" if usual else f"{name}-{size}.nc")
+    return Path(folder) / f"{name if usual else f'{name}-{size}'}.nc.xz"
 
 
 def record(name: str, size: str | None = None) -> xr.Dataset:
@@ -97,7 +99,7 @@ def record(name: str, size: str | None = None) -> xr.Dataset:
     """
     for folder in FOLDERS:
         if (path := record_path(name, folder, size)).exists():
-            return xr.load_dataset(path, engine="scipy")
+            return read(path)
     command = f"python -m flatmin.book.experiments {name}" + (f" --size {size}" if size else "")
     raise FileNotFoundError(f"there is no record {path.name} yet; {command} makes one")
 
@@ -133,9 +135,17 @@ def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | 
     """Check a record and write it, all or nothing, to its :func:`record_path`."""
     check(dataset)
     path = record_path(name, folder, size)
+    content = lzma.compress(
+        bytes(dataset.to_netcdf(engine="scipy")), preset=9 | lzma.PRESET_EXTREME
+    )
     with replacing(path) as part:
-        dataset.to_netcdf(part, engine="scipy")
+        part.write_bytes(content)
     return path
+
+
+def read(path: Path) -> xr.Dataset:
+    """A record from its file, which is netCDF under xz."""
+    return xr.load_dataset(io.BytesIO(lzma.decompress(path.read_bytes())), engine="scipy")
 
 
 def plot(name: str, record: xr.Dataset):

@@ -55,7 +55,7 @@ from ..._checks import number, whole
 from ..._files import replacing
 from ..._random import seeds as numbered
 from .job import Work, stopping
-from .records import default_size, experiment, provenance, record, save
+from .records import default_size, experiment, provenance, read, record, save
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def run(
         return None
     _wait(todo, folder, patience)
     path = save(name, _assemble(todo, folder), out, todo.size)
-    return xr.load_dataset(path, engine="scipy")
+    return read(path)
 
 
 def _do(
