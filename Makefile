@@ -1,13 +1,13 @@
-# Flat Minima. `make help` lists what there is.
-# Everything runs in .venv, made when missing; another environment: make VENV=path book (conda: VENV=$CONDA_PREFIX).
+# Flat Minima. `make help` lists the commands.
+# Everything runs in .venv, which is made if missing; for another environment: make VENV=path book (conda: VENV=$CONDA_PREFIX).
 VENV   ?= .venv
 PYTHON ?= python3
 # chapters for `make notebooks`, or assignments for `make assignments`, e.g. N=02_flooding
 N      ?=
-# of `make new-chapter`
+# name and title for `make new-chapter`
 NAME   ?=
 TITLE  ?=
-# hidden tests of `make assignments` take this seed; submissions and table of `make grade`
+# seed of the hidden tests of `make assignments`; submissions and table of `make grade`
 SEED   ?= 2026
 FROM   ?= submissions
 TO     ?= grades.csv
@@ -16,9 +16,9 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.flatmin-ready
 CHAPTERS = $(wildcard book/[0-9]*.ipynb)
 
-# Tests and comparisons use one thread a process, two processes, and no seed but the book's own.
+# Tests and comparisons use two processes with one thread each, and the book's own seed.
 ONE := OMP_NUM_THREADS=1 FLATMIN_SEED=0
-QUIET := TQDM_DISABLE=1  # no progress bar reaches a stored output
+QUIET := TQDM_DISABLE=1  # no progress bars in stored outputs
 RENDER = $(BIN)/jupyter-book build -W --keep-going -n --quiet
 CHECKED := _build/check/_build/html
 
@@ -32,15 +32,15 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "setup: there is no $(PYTHON) here. Install Python 3.11 or newer, or name yours: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) tools/install.py $(VENV)
 
-book: $(READY)  ## execute what changed since the last time, on this machine, and render the book
+book: $(READY)  ## execute the chapters that changed, on this machine, and render the book
 	@$(BIN)/python tools/notebooks.py book
 
-pdf: book  ## the whole book as one PDF, by headless Chromium
+pdf: book  ## the whole book as one PDF, with headless Chromium
 	@$(BIN)/python tools/pdf.py
 
 STAGES := units notebooks book assignments
 test: $(READY)  ## everything but the browser
-	@for stage in $(STAGES); do $(MAKE) --no-print-directory test-$$stage || { echo "test: FAILED in the stage above; alone: make test-$$stage"; exit 1; }; done
+	@for stage in $(STAGES); do $(MAKE) --no-print-directory test-$$stage || { echo "test: FAILED in the stage above; to run it alone: make test-$$stage"; exit 1; }; done
 	@echo "test: everything passed (unit tests and doctests; $(words $(CHAPTERS)) notebooks re-executed and compared with their stored outputs; book rendered without a warning; a chapter run as in Colab; $(words $(wildcard assignments/[0-9]*.md)) assignments graded by Otter)"
 
 test-fast: test-units  ## unit tests and doctests, under 3 minutes
@@ -54,7 +54,7 @@ test-notebooks: $(READY)
 	@echo "test: every notebook, re-executed and compared with what it stores"
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout 600 --junitxml=_build/reports/notebooks.xml $(CHAPTERS)
 
-# The committed notebooks, as Colab and GitHub show them; test-notebooks holds their outputs true.
+# The committed notebooks, as Colab and GitHub show them; test-notebooks checks their outputs.
 test-book: $(READY)
 	@echo "test: the book from the committed notebooks, warnings are errors"
 	$(RENDER) book --path-output _build/check
@@ -76,8 +76,8 @@ notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (on
 claims: $(READY)  ## authors: do all claims hold for five other seeds?
 	$(BIN)/python tools/claims.py $(N)
 
-# timm without what it depends on: only its mixup is measured, which needs nothing
-bench: $(READY)  ## authors: measure our parts beside their peers, on an idle machine; writes benchmarks/README.md
+# timm without its dependencies: only its mixup is measured, which needs none
+bench: $(READY)  ## authors: compare the package with its peers, on an idle machine; writes benchmarks/README.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps timm
 	$(ONE) $(QUIET) $(BIN)/python benchmarks/run_all.py --record

@@ -1,17 +1,17 @@
-"""What the benchmarks share: turns, the least a method needs, and records.
+"""What the benchmarks share: turns, floors and records.
 
-A benchmark compares *sides*, of which one is the *unit*.  They take turns in one process, in an
-order that rotates, so that a machine that slows down slows down all of them.  What counts is the
-ratio to the unit within a turn: its median over the turns, and its quartiles.
+A benchmark compares *sides*, one of which is the *unit*.  They take turns in one process, in
+rotating order, so that a machine that slows down slows down all of them.  The result is the ratio
+to the unit within a turn: its median and quartiles over the turns.
 
-The *floor* is what a method needs at least: its multiplications at the rate of a large matrix
+The *floor* is the least time that a method needs: its multiplications at the rate of a large matrix
 product, or its bytes at the rate at which tensors are copied, whichever takes longer.  Both rates
-are measured beside the turns, in the same process; whatever is not counted comes on top.
+are measured in the same process; anything that is not counted comes on top.
 
-A record, ``results/benchmark_TOPIC.json`` or, of a GPU, ``…_cuda.json``, holds ``setting`` and
-``parts``; each part holds rows, and a row a ``case``, the number of ``turns``, a ``floor`` (seconds
-and what makes it), and ``sides``: median ``seconds``, ``ratio``, its ``quartiles``, and what else is
-known (:data:`NOTES`).
+A record, ``results/benchmark_TOPIC.json`` or, on a GPU, ``…_cuda.json``, has a ``setting`` and
+``parts``.  A part has rows, and each row a ``case``, the number of ``turns``, a ``floor`` (seconds,
+and which of the two it is), and ``sides``: median ``seconds``, ``ratio``, its ``quartiles``, and
+optional :data:`NOTES`.
 """
 
 import argparse
@@ -36,23 +36,23 @@ import flatmin
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 TOPICS = ("stack", "sam", "m_sam", "stiffness", "spectrum", "mixup")
-NOTES = {  # what a side may know besides its time, and how a table says it
+NOTES = {  # optional entries of a side, and how a table shows them
     "products": "{} products",
-    "product_seconds": "one alone {}",
+    "product_seconds": "{} per product",
     "error": "error {:.0e}",
     "outer_nodes": "{:.0f} outer nodes",
     "expected": "{:.3g}× by arithmetic",
     "peak_mib": "{:.0f} MiB",
-    "copies": "makes {0[0]:.2f} copies of the weights at the first step, {0[1]:.2f} later",
+    "copies": "allocates {0[0]:.2f} copies of the weights at the first step, {0[1]:.2f} later",
 }
 
 
 def load() -> float:
-    """How many processes wanted to run, on average over the last minute."""
+    """The average number of runnable processes over the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
-LOAD = load()  # before anything here ran
+LOAD = load()  # before any benchmark has run
 
 
 def record_file(topic: str, device: str, folder: Path = RESULTS) -> Path:
@@ -63,7 +63,7 @@ def record_file(topic: str, device: str, folder: Path = RESULTS) -> Path:
 
 
 class Clock:
-    """Seconds that pass on a device; on a GPU between two events, once it has reached them."""
+    """A stopwatch in seconds; on a GPU, it measures the time between two CUDA events."""
 
     def __init__(self, device: str = "cpu"):
         self.cuda = device == "cuda"
@@ -107,25 +107,25 @@ def compare(times: dict[str, list[float]], unit: str) -> dict:
 
 def layers(model: nn.Module, x) -> list[tuple[int, int, int]]:
     """(positions T, inputs I, outputs O) of each linear layer and convolution, for one example."""
-    found = []
+    shapes = []
 
     def note(module, _, output):
         outputs, inputs = len(module.weight), module.weight[0].numel()
-        found.append((output[:1].numel() // outputs, inputs, outputs))
+        shapes.append((output[:1].numel() // outputs, inputs, outputs))
 
-    known = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    hooks = [m.register_forward_hook(note) for m in known]
+    counted = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [m.register_forward_hook(note) for m in counted]
     training = model.training
     with torch.no_grad():
         model.eval()(x[:1])
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return found
+    return shapes
 
 
 def gradient_multiplications(model: nn.Module, x) -> int:
-    """Of one example's gradient: TIO for a layer's output, for its weights, and for its input.
+    """Multiplications of one example's gradient: TIO each for a layer's output, weights and input.
 
     The first layer's input needs none.
     """
@@ -134,11 +134,11 @@ def gradient_multiplications(model: nn.Module, x) -> int:
 
 
 def product_multiplications(model: nn.Module, x) -> int:
-    r"""Of one example's Hessian times a vector, forward and backward pass being known.
+    r"""Multiplications of one example's Hessian-vector product, given forward and backward pass.
 
-    With V for the vector's part of a layer W, a and δ for what is known, a dot for what is not:
-    ȧ' = Va + Wȧ; δ̇ = Vᵀδ' + Wᵀδ̇'; and the product is δ̇'aᵀ + δ'ȧᵀ.  The first layer's ȧ is 0, and
-    its δ̇ nobody asks for.
+    Let V be the vector's part of a layer W, a and δ its known activations and gradients, and a dot
+    the derivative along the vector.  Then ȧ' = Va + Wȧ; δ̇ = Vᵀδ' + Wᵀδ̇'; and the product is
+    δ̇'aᵀ + δ'ȧᵀ.  The first layer's ȧ is 0, and its δ̇ is not needed.
     """
     each = [t * i * o for t, i, o in layers(model, x)]
     return 6 * sum(each) - 4 * each[0]
@@ -149,27 +149,32 @@ def size(model: nn.Module) -> int:
 
 
 def matmul_rate(device: str, repeats: int = 10) -> float:
-    """Multiplications a second of a large matrix product, at its best."""
+    """Multiplications per second of a large matrix product, the best of ``repeats``."""
     n = 8192 if device == "cuda" else 512
     a, b, clock = *torch.randn(2, n, n, device=device), Clock(device)
     return n**3 / min(clock.time(lambda: a @ b) for _ in range(repeats))
 
 
 def copy_rate(device: str, footprint: float, repeats: int = 10) -> float:
-    """Bytes a second, read and written, of a copy from one half of so much memory to the other."""
+    """Bytes per second, read and written, of a copy between halves of ``footprint`` bytes."""
     n = int(min(max(footprint, 2**20), 2**28)) // 8
     a, b, clock = *torch.zeros(2, n, device=device), Clock(device)
     return 8 * n / min(clock.time(lambda: b.copy_(a)) for _ in range(repeats))
 
 
 def floor(device: str, multiplications: float = 0, bytes: float = 0, footprint: float = 0) -> dict:
-    """Seconds needed at least; ``footprint``: in how much memory the bytes move."""
+    """The least seconds needed; ``footprint`` is the size of the memory in which the bytes move."""
     needs = {
         "arithmetic": multiplications / matmul_rate(device),
         "bytes": bytes / copy_rate(device, footprint or bytes),
     }
-    of = max(needs, key=needs.get)
-    return {"seconds": needs[of], "of": of, "multiplications": multiplications, "bytes": bytes}
+    limit = max(needs, key=needs.get)
+    return {
+        "seconds": needs[limit],
+        "of": limit,
+        "multiplications": multiplications,
+        "bytes": bytes,
+    }
 
 
 # ------------------------------------------------------------------------------------- one script
@@ -178,25 +183,25 @@ def floor(device: str, multiplications: float = 0, bytes: float = 0, footprint: 
 def warn_if_busy(when: str, load: float, own: int) -> None:
     if load > own + 0.5:
         print(
-            f"\nWARNING: this machine was busy {when} (load {load}). Turns share what slows them "
-            "down, so ratios suffer less than times; neither is an idle machine's.",
+            f"\nWARNING: this machine was busy {when} (load {load}). Other load distorts times "
+            "more than ratios; neither is what an idle machine would give.",
             flush=True,
         )
 
 
 class Benchmark:
-    """One script at work: its options, its turns, its tables and its record.
+    """The run of one script: its options, turns, tables and record.
 
     Parameters
     ----------
     topic : str
         Names the record.
     text : str
-        The script's docstring; its first line is what ``--help`` says.
+        The script's docstring; ``--help`` shows its first line.
     arguments : list of str, optional
         The command line.
     peers : sequence of str
-        Packages from PyPI whose versions belong to the setting.
+        Packages from PyPI whose versions are recorded in the setting.
     """
 
     def __init__(self, topic: str, text: str, arguments=None, peers=()):
@@ -206,10 +211,10 @@ class Benchmark:
             "--seconds",
             type=float,
             default=3.0,
-            help="of each comparison, if three turns take no longer",
+            help="time per comparison, unless three turns take longer",
         )
         parser.add_argument(
-            "--quick", action="store_true", help="small sizes, one turn: does it run?"
+            "--quick", action="store_true", help="small sizes and one turn, to test that it runs"
         )
         parser.add_argument(
             "--record",
@@ -217,7 +222,7 @@ class Benchmark:
             type=Path,
             metavar="FILE",
             const=RESULTS,
-            help="write the results, into results/ or this file",
+            help="write the results to results/ or to FILE",
         )
         chosen = parser.parse_args(arguments)
         if chosen.seconds <= 0:
@@ -239,22 +244,22 @@ class Benchmark:
     def turns(
         self, sides: dict, unit: str, *, times=None, least=None, seconds=None, warm_up=True
     ) -> dict:
-        """A row of sides that take turns, for so many seconds, and ``least`` turns anyway.
+        """A row of sides that take turns for ``seconds``, but at least ``least`` turns.
 
-        ``times(function)`` says how long a call took; default: the device's clock.  With
-        ``warm_up`` one call of each comes before, and is not counted.
+        ``times(function)`` returns how long a call took; default: the device's clock.  With
+        ``warm_up``, each side is called once before, which is not counted.
         """
         times = times or Clock(self.device).time
         least, seconds = least or self.least, self.seconds if seconds is None else seconds
-        found, order = {name: [] for name in sides}, list(sides.items())
+        measured, order = {name: [] for name in sides}, list(sides.items())
         end = time.perf_counter() + seconds
         for function in sides.values() if warm_up else ():
             times(function)
-        while len(found[unit]) < least or time.perf_counter() < end:
-            order = [*order[1:], order[0]]  # so that none always follows the same other
+        while len(measured[unit]) < least or time.perf_counter() < end:
+            order = [*order[1:], order[0]]  # so that no side always comes first
             for name, function in order:
-                found[name].append(times(function))
-        return compare(found, unit)
+                measured[name].append(times(function))
+        return compare(measured, unit)
 
     def floor(self, **needs) -> dict:
         return floor(self.device, **needs)
@@ -264,7 +269,7 @@ class Benchmark:
         return part
 
     def finish(self) -> None:
-        """To be called last: says how busy the machine is by now, and writes the record."""
+        """To be called last: records the machine's load and writes the record."""
         self.setting["load at the end"] = load()
         warn_if_busy("at the end", self.setting["load at the end"], self.setting["threads"])
         if self.file is None:
@@ -277,7 +282,7 @@ class Benchmark:
 
 
 class Part:
-    """A table of a record: its rows appear as they are measured."""
+    """A table of a record; its rows are printed as they are measured."""
 
     def __init__(self, name: str, title: str, unit: str):
         self.name, self.title, self.unit, self.rows = name, title, unit, []
@@ -288,32 +293,35 @@ class Part:
             print(f"\n{self.title}")
         print("  " + ", ".join(f"{name} {value}" for name, value in case.items()))
         for name, side in row["sides"].items():
-            text = ", ".join([of_unit(side), *notes(side)])
-            print(f"    {name:<22} {duration(side['seconds']):>8}  {text}")
+            text = ", ".join([ratio_text(side), *notes(side)])
+            print(f"    {name:<22} {seconds_text(side['seconds']):>8}  {text}")
         if floor:
-            print(f"    {'floor':<22} {duration(floor['seconds']):>8}  {floor['of']}", flush=True)
+            print(
+                f"    {'floor':<22} {seconds_text(floor['seconds']):>8}  {floor['of']}", flush=True
+            )
         return row
 
 
-# ------------------------------------------------------------------------------------- how it reads
+# ---------------------------------------------------------------------------------- numbers as text
 
 
-def duration(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Three digits, in s, ms or µs."""
     unit, factor = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     value = seconds * factor
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
-def of_unit(side: dict) -> str:
-    """A ratio with its quartiles, if there are any."""
+def ratio_text(side: dict) -> str:
+    """A ratio with its quartiles, if it has any."""
     ratio, places = side["ratio"], 2 if side["ratio"] < 10 else 1 if side["ratio"] < 100 else 0
     spread = "–".join(f"{q:.{places}f}" for q in side.get("quartiles", ()))
     return f"{ratio:.{places}f}×" + (f" [{spread}]" if spread else "")
 
 
 def notes(side: dict) -> list[str]:
-    say = lambda name: duration(side[name]) if name.endswith("seconds") else side[name]
-    return [text.format(say(name)) for name, text in NOTES.items() if side.get(name) is not None]
+    value = lambda name: seconds_text(side[name]) if name.endswith("seconds") else side[name]
+    return [text.format(value(name)) for name, text in NOTES.items() if side.get(name) is not None]
 
 
 # ------------------------------------------------------------------------------------ the setting
@@ -327,17 +335,17 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@functools.cache  # before a record is written, which makes the tree differ from it
-def commit() -> str:
+@functools.cache  # called before a record is written, which would make the tree dirty
+def git_describe() -> str:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=HERE,
             capture_output=True,
             text=True,
             check=True,
         )
-        return done.stdout.strip()
+        return result.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -350,18 +358,18 @@ def version(package: str) -> str | None:
 
 
 def setting(device: str, peers=()) -> dict:
-    found = {
+    entries = {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flatmin": flatmin.__version__,
-        "commit": commit(),
+        "commit": git_describe(),
     }
     for name in peers:
         if version(name):
-            found[name] = version(name)
+            entries[name] = version(name)
         else:
             print(f"{name} is not installed: not measured")
-    return found
+    return entries

@@ -1,12 +1,13 @@
-"""What do the shards of m-SAM cost, side by side and one after the other?
+"""What do the shards of m-SAM cost, side by side and in a loop?
 
     python benchmarks/m_sam.py [--device cuda] [--record]
 
-One m-SAM gradient of an MLP 40-100-100-10 and 128 examples, which fall into shards of m; each has
-a perturbation of its own.  ``flatmin.gradient.SAM`` computes them side by side (``vmap``), or with
-``chunk_size=1`` in a loop; *by hand* is what one writes without it: a loop over the shards in plain
-PyTorch, two backward passes each.  All three give the same gradient, for the same arithmetic
-whatever m is; with the number of shards grows that of the calls, or of the perturbed weights.
+One m-SAM gradient of an MLP 40-100-100-10 and 128 examples, in shards of m; each shard has its own
+perturbation.  ``flatmin.gradient.SAM`` computes the shards side by side (``vmap``), or in a loop
+with ``chunk_size=1``; *by hand* is what one would write without it: a loop over the shards in plain
+PyTorch, with two backward passes each.  All three compute the same gradient, with the same
+arithmetic for every m; what grows with the number of shards is the number of calls, or of perturbed
+weights.
 """
 
 from functools import partial
@@ -66,15 +67,18 @@ def main(arguments=None) -> None:
     title = "An m-SAM gradient, MLP 40-100-100-10, 128 examples"
     part = bench.part("shards", title, "side by side")
     module = MLP(40, 100, 100, 10)
-    each = gradient_multiplications(module, torch.zeros(1, 40))
+    per_example = gradient_multiplications(module, torch.zeros(1, 40))
     for shards in (1, 4) if bench.quick else SHARDS:
         row = bench.turns(sides(shards, bench.device), "side by side")
-        least = bench.floor(
-            multiplications=2 * EXAMPLES * each,
-            bytes=4 * 4 * size(module) * shards,  # a gradient, perturbed weights: written, and read
+        floor = bench.floor(
+            multiplications=2 * EXAMPLES * per_example,
+            bytes=4
+            * 4
+            * size(module)
+            * shards,  # gradient and perturbed weights, each written and read
             footprint=2 * 4 * size(module) * shards,
         )
-        part.add({"shards": shards, "m": EXAMPLES // shards}, row, least)
+        part.add({"shards": shards, "m": EXAMPLES // shards}, row, floor)
     bench.finish()
 
 

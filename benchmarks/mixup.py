@@ -2,20 +2,20 @@
 
     python benchmarks/mixup.py [--device cuda] [--record]
 
-*batch* mixes one batch of images and takes the loss of fixed logits on the result, with its
-gradient, as a step of training does before and after the network:
+*batch* mixes one batch of images and computes the loss of fixed logits on the result, with its
+gradient, as a training step does before and after the network:
 
 - *flatmin*: ``BatchTransform(Mixup())``, and cross-entropy on soft targets;
 - *idiom*: what the papers' code has, λ x + (1-λ) x[π], and two losses;
 - *timm*: its ``Mixup``, which works in place and mixes a batch with itself, read backwards; and
-  cross-entropy on soft targets.  Of that package only this module is loaded, which needs no other:
-  ``pip install --no-deps timm`` is enough; left out where it is not installed.
+  cross-entropy on soft targets.  Only this module of timm is loaded, which needs no other package:
+  ``pip install --no-deps timm`` is enough.  Skipped if it is not installed.
 
-*examples* draws one λ for each example, which the idiom writes with a column of them.
-*runs* trains on the stack with mixup in the batch place, beside a loop over runs with the idiom,
-and both without mixup: in the set-up of ``benchmarks/stack.py``, per step and run.
+*examples* draws one λ per example, for which the idiom needs a column of λ.
+*runs* compares the stack with mixup in the batch stage and a loop over runs with the idiom, and
+both without mixup: in the set-up of ``benchmarks/stack.py``, per step and run.
 
-The floor of a batch: it is read and written once.
+The floor of a batch: to read and write it once.
 """
 
 import importlib.util
@@ -57,8 +57,8 @@ def idiom(x, y, z, per_example=False):
             lam = column = np.random.beta(ALPHA, ALPHA)
         order = torch.randperm(len(x)).to(x.device)
         mixed = column * x + (1 - column) * x[order]
-        how = "none" if per_example else "mean"
-        own, others = (cross_entropy(z, labels, reduction=how) for labels in (y, y[order]))
+        reduction = "none" if per_example else "mean"
+        own, others = (cross_entropy(z, labels, reduction=reduction) for labels in (y, y[order]))
         return mixed, torch.autograd.grad((lam * own + (1 - lam) * others).mean(), z)
 
     return call
@@ -82,14 +82,14 @@ def timm_mixup():
 
 
 def mixed_loss(module, x, y):
-    """The idiom, in the loop over runs."""
+    """The idiom, as a loss for the loop over runs."""
     lam, order = np.random.beta(ALPHA, ALPHA), torch.randperm(len(x)).to(x.device)
     logits = module(lam * x + (1 - lam) * x[order])
     return lam * cross_entropy(logits, y) + (1 - lam) * cross_entropy(logits, y[order])
 
 
 def batches(bench, per_example: bool, sizes) -> None:
-    lam = "one λ an example" if per_example else "one λ"
+    lam = "one λ per example" if per_example else "one λ"
     name = "examples" if per_example else "batch"
     title = f"A batch of 3×32×32, {lam}: mixed, with loss and gradient"
     part = bench.part(name, title, "flatmin")
@@ -107,28 +107,28 @@ def batches(bench, per_example: bool, sizes) -> None:
 
 def training(bench, runs: int, data, steps: int) -> tuple[dict, dict]:
     model, few, device = lambda: MLP(*SIZES), min(runs, LOOPED), bench.device
-    stack = lambda **places: time_stack(model, data, runs, steps, BATCH, device, **places) / runs
+    stack = lambda **stages: time_stack(model, data, runs, steps, BATCH, device, **stages) / runs
     loop = lambda objective: time_loop(model, data, few, steps, BATCH, device, objective=objective)
-    a_step = {
+    calls = {
         "stack": lambda: stack(batch=Mixup(ALPHA)),
         "stack without": stack,
         "lean loop": lambda: loop(mixed_loss) / few,
         "loop without": lambda: loop(plain_loss) / few,
     }
-    row = bench.turns(a_step, "stack", times=lambda function: function() / steps)
-    least = bench.floor(
+    row = bench.turns(calls, "stack", times=lambda function: function() / steps)
+    floor = bench.floor(
         multiplications=BATCH * gradient_multiplications(model(), torch.zeros(1, SIZES[0])),
         bytes=8 * 4 * size(model()) + 2 * 4 * BATCH * SIZES[0],
         footprint=3 * 4 * size(model()) * runs,
     )
-    return row, least
+    return row, floor
 
 
 def main(arguments=None) -> None:
     bench = Benchmark("mixup", __doc__, arguments, peers=["timm"])
     for per_example in (False, True):
         batches(bench, per_example, BATCHES[:1] if bench.quick else BATCHES)
-    data, title = make_data().to(bench.device), "MLP 40-100-100-10, batch 100: a step and run"
+    data, title = make_data().to(bench.device), "MLP 40-100-100-10, batch 100: per step and run"
     part = bench.part("runs", title, "stack")
     for runs in (2,) if bench.quick else RUNS:
         part.add({"runs": runs}, *training(bench, runs, data, 3 if bench.quick else STEPS))

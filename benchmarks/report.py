@@ -7,7 +7,7 @@ import importlib
 import json
 from pathlib import Path
 
-from common import HERE, RESULTS, TOPICS, duration, notes, of_unit, record_file
+from common import HERE, RESULTS, TOPICS, notes, ratio_text, record_file, seconds_text
 
 TITLES = {
     "stack": "The stack",
@@ -19,9 +19,9 @@ TITLES = {
 }
 HEAD = """# Benchmarks
 
-`python benchmarks/report.py` writes this page from the records in `results/`. `make bench` measures everything anew, on the CPU with one thread and on a GPU where there is one, and writes the page. A single one: `python benchmarks/TOPIC.py [--device cuda] [--quick] [--record]`.
+`python benchmarks/report.py` writes this page from the records in `results/`. `make bench` runs all benchmarks, on the CPU with one thread and on a GPU if there is one, and writes the page. To run one of them: `python benchmarks/TOPIC.py [--device cuda] [--quick] [--record]`.
 
-In a table, the sides take turns in one process. The first of them has its median time; the others have their ratio to it, above 1 if they are slower: the median over the turns, and in brackets the quartiles. The **floor** is what the task takes at least, its multiplications at the rate of a large matrix product, or its bytes at the rate of a copy, both measured in the same process; in brackets, how many times as long the first side takes.
+The sides of a table take turns in one process. For the first side, the table gives the median time; for the others, the ratio to the first, above 1 if they are slower: the median over the turns, with the quartiles in brackets. The **floor** is the least time that the task can take: its multiplications at the rate of a large matrix product, or its bytes at the rate of a copy, both measured in the same process. The number in brackets says how many times as long the first side takes.
 """
 
 
@@ -37,15 +37,17 @@ def table(part: dict) -> list[str]:
         for name in sides:
             side = row["sides"].get(name)
             cells.append("–" if side is None else cell(side, name == unit))
-        least = row["floor"]
-        times = least and row["sides"][unit]["seconds"] / least["seconds"]
-        floor = f"{duration(least['seconds'])} ({least['of']}; {times:.3g}×)" if least else "–"
-        lines.append([*cells, floor, number(row["turns"])])
+        floor = row["floor"]
+        times = floor and row["sides"][unit]["seconds"] / floor["seconds"]
+        floor_text = (
+            f"{seconds_text(floor['seconds'])} ({floor['of']}; {times:.3g}×)" if floor else "–"
+        )
+        lines.append([*cells, floor_text, number(row["turns"])])
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def cell(side: dict, unit: bool) -> str:
-    text = duration(side["seconds"]) if unit else of_unit(side)
+    text = seconds_text(side["seconds"]) if unit else ratio_text(side)
     return "; ".join([text, *notes(side)])
 
 

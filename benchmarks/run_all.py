@@ -1,9 +1,9 @@
-"""Run all benchmarks, one after the other in one process, and write their page.
+"""Run all benchmarks in one process, and write their page.
 
     python benchmarks/run_all.py [--device cuda] [--quick] [--record]
 
-takes the options of a single one.  Without ``--device`` it is the CPU, and then the GPU where there
-is one; with ``--record`` it writes all records and benchmarks/README.md.
+The options are those of a single benchmark.  Without ``--device``, all run on the CPU, then on the
+GPU if there is one.  With ``--record``, all records and benchmarks/README.md are written.
 """
 
 import importlib
@@ -23,9 +23,9 @@ def main(arguments=None) -> None:
     for device in choices:
         for topic in TOPICS:
             print(f"\n{'=' * 30} {' '.join([topic, *device])}", flush=True)
-            begun = time.perf_counter()
+            topic_started = time.perf_counter()
             importlib.import_module(topic).main([*arguments, *device])
-            print(f"\n{topic}: {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"\n{topic}: {time.perf_counter() - topic_started:.0f} s", flush=True)
     if "--record" in arguments:
         report.main()
     print(f"\nall benchmarks: {time.perf_counter() - started:.0f} s")

@@ -2,15 +2,15 @@
 
     python benchmarks/sam.py [--device cuda] [--record]
 
-Two passes and one step of the base optimizer are the least that SAM can cost: that is 1.00.  Beside
-it stand ``flatmin.SAM``, the one of ``pytorch-optimizer`` (from PyPI; left out where it is not
-installed), and the textbook's: the algorithm written down as in most public implementations, with
-its ``first_step`` and ``second_step`` as loops over the parameters.
+Two passes and one step of the base optimizer are the least that SAM can cost; they are the unit.
+The other sides are ``flatmin.SAM``, the SAM of ``pytorch-optimizer`` (from PyPI; skipped if not
+installed), and a textbook SAM, written as in most public implementations: ``first_step`` and
+``second_step`` are loops over the parameters.
 
-*networks* has a ResNet, where the passes are everything, and a network of 122 small tensors, where
-they are not; and the memory that SAM makes beyond that of two passes, in copies of the weights.
-*parameters* is the growth with the width of a small network at a small batch, where SAM's own
-reading and writing of the weights weighs most.
+*networks* measures a ResNet, where the passes dominate, and a network of 122 small tensors, where
+they do not; and the memory that SAM allocates beyond two passes, in copies of the weights.
+*parameters* varies the width of a small network at a small batch, where SAM's own reads and writes
+of the weights matter most.
 """
 
 from common import Benchmark, gradient_multiplications, size  # isort: skip  (quiets progress bars)
@@ -26,7 +26,7 @@ WIDTHS = (32, 128, 512, 1024)
 
 
 class Textbook:
-    """SAM as most public implementations have it, with their choice of an adaptive form."""
+    """SAM as in most public implementations, with their adaptive form."""
 
     def __init__(self, base, rho, adaptive=False):
         self.base, self.rho, self.adaptive, self.old = base, rho, adaptive, {}
@@ -57,7 +57,7 @@ class Textbook:
 
 
 class TwoPasses:
-    """What SAM cannot do without."""
+    """The passes and the step that every SAM needs."""
 
     def __init__(self, base, rho):
         self.base = base
@@ -70,7 +70,7 @@ class TwoPasses:
 
 
 class PytorchOptimizer:
-    """The one of pytorch-optimizer; its step() leaves the first pass to the caller."""
+    """The SAM of pytorch-optimizer, whose step() leaves the first pass to the caller."""
 
     def __init__(self, base, rho):
         import pytorch_optimizer
@@ -109,7 +109,7 @@ class Loop:
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of new memory, of all tensors that are made under it."""
+    """Counts the bytes of new memory that operations allocate."""
 
     def __init__(self):
         super().__init__()
@@ -127,36 +127,36 @@ class Allocations(TorchDispatchMode):
 
 
 def copies(make, x, device="cpu") -> list[float]:
-    """Memory that the first and a later first_step() of ours make, in copies of the weights."""
+    """Memory that our first and second first_step() allocate, in copies of the weights."""
     loop = Loop(make, x, SAM, device)
-    found = []
+    allocated = []
     for _ in range(2):
         loss = sum((p**2).sum() for p in loop.module.parameters())
         loss.backward()
-        with Allocations() as made:
+        with Allocations() as new:
             loop.optimizer.first_step()
         loop.optimizer.restore()
-        found.append(made.bytes / (4 * size(loop.module)))
-    return found
+        allocated.append(new.bytes / (4 * size(loop.module)))
+    return allocated
 
 
 def compare(bench, make, x) -> tuple[dict, dict]:
-    """Seconds a step, and their floor.
+    """Seconds per step, and their floor.
 
-    Bytes: each pass reads the weights twice and writes a gradient; the way up reads weights and
-    gradient and writes weights, and keeps the old ones, which come back; and SGD with momentum
-    reads three and writes two.
+    Bytes: each pass reads the weights twice and writes a gradient; the ascent reads weights and
+    gradient and writes weights, and saves the old ones, which are restored; SGD with momentum
+    reads three tensors and writes two.
     """
     sides = SIDES | ({PEER: PytorchOptimizer} if PEER in bench.setting else {})
     loops = {name: Loop(make, x, side, bench.device) for name, side in sides.items()}
     row = bench.turns({name: loop.step for name, loop in loops.items()}, "two passes")
     module = loops["flatmin"].module
-    least = bench.floor(
+    floor = bench.floor(
         multiplications=2 * len(x) * gradient_multiplications(module, x.to(bench.device)),
         bytes=(2 * 3 + 3 + 2 + 2 + 5) * 4 * size(module),
         footprint=4 * 4 * size(module),
     )
-    return row, least
+    return row, floor
 
 
 def main(arguments=None) -> None:
@@ -169,9 +169,9 @@ def main(arguments=None) -> None:
         networks = {"3 layers of 64 units": (lambda: MLP(64, 64, 64, 10), (BATCH, 64))}
     part = bench.part("networks", "A step, batch 32", "two passes")
     for name, (make, shape) in networks.items():
-        row, least = compare(bench, make, torch.randn(*shape))
+        row, floor = compare(bench, make, torch.randn(*shape))
         row["sides"]["flatmin"]["copies"] = copies(make, torch.randn(*shape), bench.device)
-        part.add({"network": name, "parameters": size(make())}, row, least)
+        part.add({"network": name, "parameters": size(make())}, row, floor)
     part = bench.part("parameters", "A step, MLP 64-w-w-10, batch 32", "two passes")
     for width in WIDTHS[:1] if bench.quick else WIDTHS:
         make = lambda width=width: MLP(64, width, width, 10)

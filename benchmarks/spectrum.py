@@ -1,25 +1,26 @@
-"""How fast are λmax and the spectral density, at equal accuracy?
+"""How fast are λmax and the spectral density computed, at equal accuracy?
 
     python benchmarks/spectrum.py [--device cuda] [--record]
 
-Beside ``flatmin.measure.hessian`` stand PyHessian (power iteration for λmax, Lanczos with full
+``flatmin.measure.hessian`` is compared with PyHessian (power iteration for λmax, Lanczos with full
 reorthogonalization for the density) and curvlinops (SciPy's ARPACK on its Hessian for λmax, Lanczos
-without reorthogonalization for the density), both from PyPI and left out where not installed.  All
-get the same trained network, the same batch and the same precision.  Making the operator counts.
+without reorthogonalization for the density), both from PyPI and skipped if not installed.  All get
+the same trained network, batch and precision.  The time includes making the operator.
 
-- *lambda_max*: each side at the loosest of its tolerances that reaches a relative error of 1e-4, or
-  of 3e-6, from all of three starting vectors; the time is of all three.  The reference is a run of
-  ours in double precision, to 1e-8.
-- *density*: ten probes of 80 steps, two in each of five turns.  Equal accuracy is checked: the mean
-  eigenvalue that the quadratures give, which has a standard error, and how many nodes per probe lie
-  above half of the tenth largest eigenvalue, where there are ten or a few more (ghosts are extra).
-- *steps*: the density's growth with the number of Lanczos steps, for one probe.
+- *lambda_max*: each side at its loosest tolerance that reaches a relative error of 1e-4, or of
+  3e-6, from each of three starting vectors; the time is for all three.  The reference is flatmin's
+  result in double precision, to 1e-8.
+- *density*: ten probes of 80 steps, two in each of five turns.  Two numbers show that the accuracy
+  is equal: the mean eigenvalue of the quadratures, which has a standard error, and the nodes per
+  probe above half of the tenth largest eigenvalue, of which there should be ten or a few more
+  (ghosts are extra).
+- *steps*: the time of the density against the number of Lanczos steps, for one probe.
 - *stack*: λmax and density of 20 networks at once, against a loop over them.
 
-Nearly all of the time goes into Hessian-vector products, so that their number is recorded for each
-side, and *bare products* is a side of its own: as many as ours takes, by plain autograd on a graph
-that is there already, and nothing else.  Who has the same number of products can be faster by what
-lies between, and no more.  The floor is the multiplications of that many products.
+Nearly all of the time goes into Hessian-vector products, so their number is recorded for each side.
+The side *bare products* computes as many as flatmin takes, by plain autograd on an existing graph,
+and nothing else.  A side with the same number of products can save at most the difference to it.
+The floor counts the multiplications of that many products.
 """
 
 import copy
@@ -67,8 +68,8 @@ class Flatmin:
         return eigenvalues(self.operator, tol=tol, max_steps=1000, seed=seed).values.item()
 
     def density(self, steps, probes, seed):
-        found = spectral_density(self.operator, steps=steps, probes=probes, seed=seed)
-        return found.nodes.cpu().numpy(), found.weights.cpu().numpy()
+        density = spectral_density(self.operator, steps=steps, probes=probes, seed=seed)
+        return density.nodes.cpu().numpy(), density.weights.cpu().numpy()
 
 
 class PyHessian:
@@ -92,7 +93,7 @@ class PyHessian:
 
     def density(self, steps, probes, seed):
         torch.manual_seed(seed)
-        torch.eig, old = eig_of_before, torch.eig
+        torch.eig, old = removed_eig, torch.eig
         try:
             nodes, weights = self.hessian.density(iter=steps, n_v=probes)
         finally:
@@ -100,8 +101,8 @@ class PyHessian:
         return np.array(nodes), np.array(weights)
 
 
-def eig_of_before(matrix, eigenvectors):
-    """What PyHessian 0.1 calls, and PyTorch has no more: without this its density cannot run."""
+def removed_eig(matrix, eigenvectors):
+    """torch.eig, which PyTorch has removed and PyHessian 0.1 needs for its density."""
     values, vectors = torch.linalg.eig(matrix)
     return torch.view_as_real(values), vectors.real
 
@@ -126,7 +127,7 @@ class Curvlinops:
         from scipy.sparse.linalg import eigsh
 
         v0 = np.random.default_rng(seed).standard_normal(self.operator.shape[0])
-        found = eigsh(
+        values = eigsh(
             self.operator.to_scipy(),
             1,
             which="LA",
@@ -134,15 +135,15 @@ class Curvlinops:
             v0=v0.astype(np.float32),
             return_eigenvectors=False,
         )
-        return float(found[0])
+        return float(values[0])
 
     def density(self, steps, probes, seed):
         from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
         torch.manual_seed(seed)
-        found = [fast_lanczos(self.operator, steps) for _ in range(probes)]
-        weights = [vectors[0] ** 2 for _, vectors in found]
-        nodes, weights = torch.stack([values for values, _ in found]), torch.stack(weights)
+        pairs = [fast_lanczos(self.operator, steps) for _ in range(probes)]
+        weights = [vectors[0] ** 2 for _, vectors in pairs]
+        nodes, weights = torch.stack([values for values, _ in pairs]), torch.stack(weights)
         return nodes.cpu().numpy(), weights.cpu().numpy()
 
 
@@ -150,7 +151,7 @@ PEERS = {"pyhessian": PyHessian, "curvlinops-for-pytorch": Curvlinops}
 
 
 def bare_products(model, x, y, count: int):
-    """So many Hessian-vector products by plain autograd, and nothing else."""
+    """``count`` Hessian-vector products by plain autograd, and nothing else."""
     params = list(model.parameters())
     gradient = torch.autograd.grad(criterion(model(x), y), params, create_graph=True)
     v = [torch.randn_like(p) for p in params]
@@ -159,7 +160,7 @@ def bare_products(model, x, y, count: int):
 
 
 def trained(make, shape, n, device):
-    """The network after 300 steps of Adam on the digits, and a batch of their training part."""
+    """The network after 300 steps of Adam on the digits, and a batch of the training split."""
     torch.manual_seed(0)
     x, y = digits().split("train")
     x, model = x.view(-1, *shape), make()
@@ -173,7 +174,7 @@ def trained(make, shape, n, device):
 
 
 class Problem:
-    """A trained network with its batch, the sides, and what they have in common."""
+    """A trained network, its batch, and the sides that are compared on it."""
 
     def __init__(self, bench, name, make, shape, n):
         self.bench, self.name = bench, name
@@ -183,62 +184,62 @@ class Problem:
         }
 
     def compare(self, functions: dict, products: dict, **turns) -> tuple[dict, dict]:
-        """A row and its floor; ``functions`` of the sides, and how many products each takes."""
+        """A row and its floor, from the function of each side and its number of products."""
         count = products["flatmin"]
         bare = bare_products(self.model, self.x, self.y, count)
         row = self.bench.turns(functions | {"bare products": bare}, "flatmin", **turns)
-        for side, found in row["sides"].items():
-            found["products"] = products.get(side, count)
+        for name, side in row["sides"].items():
+            side["products"] = products.get(name, count)
         bare = row["sides"]["bare products"]
         bare["product_seconds"] = bare["seconds"] / count
-        each = product_multiplications(self.model, self.x)
-        return row, self.bench.floor(multiplications=count * len(self.x) * each)
+        per_example = product_multiplications(self.model, self.x)
+        return row, self.bench.floor(multiplications=count * len(self.x) * per_example)
 
     def largest(self, part) -> None:
-        """λmax: for each target the loosest tolerance that is good enough for all starts."""
+        """λmax, at the loosest tolerance that reaches each target from all starts."""
         double = hessian_operator(self.model, criterion, self.x, self.y, dtype=torch.float64)
         exact = eigenvalues(double, tol=1e-8, max_steps=1000).values.item()
 
         @functools.cache
         def run(side, tol):
             """The largest relative error, and the number of products."""
-            made = [(self.sides[side](self.model, self.x, self.y), seed) for seed in SEEDS]
-            errors = [abs(one.largest(tol, seed) / exact - 1) for one, seed in made]
-            return max(errors), sum(one.products for one, _ in made)
+            starts = [(self.sides[side](self.model, self.x, self.y), seed) for seed in SEEDS]
+            errors = [abs(peer.largest(tol, seed) / exact - 1) for peer, seed in starts]
+            return max(errors), sum(peer.products for peer, _ in starts)
 
         for target in TARGETS[:1] if self.bench.quick else TARGETS:
             chosen = {}
             for side in self.sides:
-                good = (tol for tol in TOLERANCES if run(side, tol)[0] <= target)
-                chosen[side] = next(good, TOLERANCES[-1])
+                accurate = (tol for tol in TOLERANCES if run(side, tol)[0] <= target)
+                chosen[side] = next(accurate, TOLERANCES[-1])
             functions = {
                 side: functools.partial(run.__wrapped__, side, tol) for side, tol in chosen.items()
             }
             products = {side: run(side, tol)[1] for side, tol in chosen.items()}
-            row, least = self.compare(functions, products)
+            row, floor = self.compare(functions, products)
             for side, tol in chosen.items():
                 row["sides"][side] |= {"tolerance": tol, "error": run(side, tol)[0]}
-            part.add({"network": self.name, "to": target}, row, least)
+            part.add({"network": self.name, "to": target}, row, floor)
 
     def density(self, part, steps=STEPS, probes=PROBES, turns=TURNS) -> None:
-        """The density, whose probes are spread over the turns."""
-        found, products = {side: [] for side in self.sides}, {}
+        """The density, with the probes spread over the turns."""
+        densities, products = {side: [] for side in self.sides}, {}
         top = min(10, self.x[0].numel())
         hessian = hessian_operator(self.model, criterion, self.x, self.y)
         outer = eigenvalues(hessian, top, tol=1e-3).values
 
         def call(side):
-            one = self.sides[side](self.model, self.x, self.y)
-            found[side].append(one.density(steps, probes, seed=len(found[side])))
-            products[side] = one.products
+            peer = self.sides[side](self.model, self.x, self.y)
+            densities[side].append(peer.density(steps, probes, seed=len(densities[side])))
+            products[side] = peer.products
 
         functions = {side: functools.partial(call, side) for side in self.sides}
-        row, least = self.compare(
+        row, floor = self.compare(
             functions, {"flatmin": steps * probes}, least=turns, seconds=0, warm_up=False
         )
         means = {}
-        for side, each in found.items():
-            nodes, weights = (np.concatenate(part) for part in zip(*each, strict=True))
+        for side, per_turn in densities.items():
+            nodes, weights = (np.concatenate(part) for part in zip(*per_turn, strict=True))
             mean = (nodes * weights).sum(1)
             means[side] = mean.mean(), mean.std(ddof=1) / math.sqrt(len(mean))
             row["sides"][side] |= {
@@ -251,7 +252,7 @@ class Problem:
             ours = means["flatmin"]
             if abs(mean - ours[0]) > 5 * math.hypot(error, ours[1]):
                 raise AssertionError(f"{side} and flatmin disagree: {row}")
-        part.add({"network": self.name, "probes a turn": probes}, row, least)
+        part.add({"network": self.name, "probes per turn": probes}, row, floor)
 
     def steps(self, part, steps: int) -> None:
         functions = {
@@ -263,7 +264,7 @@ class Problem:
 
 
 def stacks(bench, part, runs: int, sizes) -> None:
-    """λmax (30 steps) and the density (one probe of 40 steps) of so many networks."""
+    """λmax (30 steps) and the density (one probe of 40 steps) of ``runs`` networks."""
     data, device = digits(), bench.device
     make = lambda: MLP(64, 100, 100, 10)
     recipe = Recipe(optimizer=Adam(lr=1e-3))
@@ -271,7 +272,7 @@ def stacks(bench, part, runs: int, sizes) -> None:
     x, y = (part.to(device) for part in data.split("train"))
     x = x.flatten(1)
     modules = [networks.module(seed=seed).to(device) for seed in networks.coords["seed"]]
-    each = product_multiplications(modules[0], x)
+    per_example = product_multiplications(modules[0], x)
     kinds = {
         "λmax": (30, HessianEigenvalues, {}, lambda H: eigenvalues(H, tol=0, max_steps=30)),
         "density": (
@@ -281,26 +282,26 @@ def stacks(bench, part, runs: int, sizes) -> None:
             lambda H: spectral_density(H, steps=40, probes=1),
         ),
     }
-    for what, (steps, instrument, more, one) in kinds.items():
+    for what, (steps, instrument, options, single) in kinds.items():
         for n in sizes:
-            stacked = instrument(steps=steps, examples=n, **more)
+            stacked = instrument(steps=steps, examples=n, **options)
             functions = {
-                "stack": lambda at=stacked: networks.measure(at, data, "train"),
-                "loop": lambda n=n, one=one: [
-                    one(hessian_operator(module, criterion, x[:n], y[:n])) for module in modules
+                "stack": lambda stacked=stacked: networks.measure(stacked, data, "train"),
+                "loop": lambda n=n, single=single: [
+                    single(hessian_operator(module, criterion, x[:n], y[:n])) for module in modules
                 ],
             }
             row = bench.turns(functions, "stack")
-            least = bench.floor(multiplications=runs * steps * n * each)
-            part.add({"what": what, "examples": n}, row, least)
+            floor = bench.floor(multiplications=runs * steps * n * per_example)
+            part.add({"what": what, "examples": n}, row, floor)
 
 
 def main(arguments=None) -> None:
     bench = Benchmark("spectrum", __doc__, arguments, peers=PEERS)
-    warnings.filterwarnings("ignore", "after .* steps the errors")  # as many as asked for
+    warnings.filterwarnings("ignore", "after .* steps the errors")  # the number of steps is fixed
     warnings.filterwarnings("ignore", "Using backward")  # PyHessian's
     networks = QUICK if bench.quick else NETWORKS
-    problems = [Problem(bench, name, *how) for name, how in networks.items()]
+    problems = [Problem(bench, name, *network) for name, network in networks.items()]
     part = bench.part("lambda_max", "λmax to a relative error, from three starts", "flatmin")
     for problem in problems:
         problem.largest(part)

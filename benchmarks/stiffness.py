@@ -5,23 +5,24 @@
 Cosine stiffness of all pairs of N examples, four ways:
 
 - *identity*: ``flatmin.stiffness``, which never forms a gradient of a linear layer;
-- *vmap*: ``torch.func.vmap(grad)``, then one matrix product a parameter, as one writes it today;
+- *vmap*: ``torch.func.vmap(grad)``, then one matrix product per parameter, the usual way today;
 - *chunks*: the same, 256 examples at a time;
-- *loop*: one backward pass an example; the gradients are stacked and multiplied.
+- *loop*: one backward pass per example; the gradients are stacked and multiplied.
 
 For three networks on 28×28 images: the stiffness paper's MLP 784-500-300-100-10; LeNet-5 (with ReLU
 and max-pooling), a small CNN whose parameters are mostly in linear layers; and the paper's small
 CNN of 16, 32 and 32 channels, whose parameters are nearly all in convolutions of large maps.
 
-*examples* is the growth with N, from some N on for the identity alone, as the others take too long;
-*parameters* that of the identity with the width of the hidden layers (1 as published).  Of the
-largest N that all do, the most memory is recorded that each holds above what it began with: on a
-CPU by one call in a process of its own.
+*examples* varies N, beyond some N for the identity alone, as the other ways take too long;
+*parameters* varies the width of the hidden layers (1 as published) for the identity.  For the
+largest N of all ways, the peak memory of each above its start is recorded: on a CPU, by one call in
+a process of its own.
 
-The floor is the multiplications that the identity needs at least (:func:`multiplications`), and "by
-arithmetic" how many times as many a way takes.  Pooling, reading and writing come on top.  Where T
-positions of a convolution make T² (I + O) > IO, its gradients are formed: then symmetry saves half
-of their product, nothing more, so that for the last network no ratio can exceed 2 by arithmetic.
+The floor counts the least multiplications of the identity (:func:`multiplications`), and "by
+arithmetic" is the ratio of another way's multiplications to it.  Pooling, reads and writes come on
+top.  Where a convolution has so many positions T that T² (I + O) > IO, its gradients are formed:
+then symmetry saves half of their product and nothing else, so that for the last network no ratio by
+arithmetic can exceed 2.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ SCALES = (0.5, 1, 2)
 
 
 def lenet(scale: float = 1) -> nn.Module:
-    """LeNet-5 of today, 61,706 parameters (LeCun et al. 1998, Proc. IEEE 86)."""
+    """LeNet-5 in its modern form, 61,706 parameters (LeCun et al. 1998, Proc. IEEE 86)."""
     a, b, c, d = (round(scale * channels) for channels in (6, 16, 120, 84))
     convolutions = [
         nn.Conv2d(1, a, 5, padding=2),
@@ -91,8 +92,10 @@ def by_chunks(model, x, y):
 
 def by_loop(model, x, y):
     rows = []
-    for one, label in zip(x.split(1), y.split(1), strict=True):
-        gradient = torch.autograd.grad(criterion(model(one), label).sum(), list(model.parameters()))
+    for example, label in zip(x.split(1), y.split(1), strict=True):
+        gradient = torch.autograd.grad(
+            criterion(model(example), label).sum(), list(model.parameters())
+        )
         rows.append(torch.cat([g.flatten() for g in gradient]))
     rows = torch.stack(rows)
     return cosine(rows @ rows.T)
@@ -102,21 +105,21 @@ WAYS = {"identity": identity, "vmap": by_vmap, "chunks": by_chunks, "loop": by_l
 
 
 def multiplications(model, x, n: int) -> dict[str, float]:
-    """Of the identity, and of products of gradients, for n examples.
+    """Multiplications of the identity, and of products of gradients, for n examples.
 
-    A layer with T positions, I inputs, and O outputs at each takes TIO for its output, TIO for the
-    δ before it (the first needs none), and TIO for a gradient, if that is formed.  A pair takes IO,
-    or by the identity min(T² (I + O), IO), for half of the pairs, as the matrix is symmetric.
+    A layer with T positions, each with I inputs and O outputs, takes TIO for its output, TIO for
+    the δ before it (the first needs none), and TIO for a gradient, if that is formed.  A pair takes
+    IO; by the identity, min(T² (I + O), IO) for half of the pairs, as the matrix is symmetric.
     """
-    found = layers(model, x)
-    through = [t * i * o for t, i, o in found]
-    formed = [t * t * (i + o) > i * o for t, i, o in found]
+    shapes = layers(model, x)
+    through = [t * i * o for t, i, o in shapes]
+    formed = [t * t * (i + o) > i * o for t, i, o in shapes]
     both = 2 * sum(through) - through[0]
     identity = both + sum(m for m, form in zip(through, formed, strict=True) if form)
-    pair = sum(min(t * t * (i + o), i * o) for t, i, o in found)
+    pair = sum(min(t * t * (i + o), i * o) for t, i, o in shapes)
     return {
         "identity": n * identity + n * n * pair / 2,
-        "gradients": n * (both + sum(through)) + n * n * sum(i * o for _, i, o in found),
+        "gradients": n * (both + sum(through)) + n * n * sum(i * o for _, i, o in shapes),
     }
 
 
@@ -128,18 +131,18 @@ def problem(name: str, scale: float, n: int, device: str):
 
 
 def compare(bench, name: str, scale: float, n: int, ways) -> tuple[dict, dict, dict]:
-    """A row; the ways are checked to agree."""
+    """A row; raises an error if the ways disagree."""
     model, x, y = problem(name, scale, n, bench.device)
-    found, sides = {}, {}
+    results, sides = {}, {}
     for way in ways:
 
         def call(way=way):
-            found[way] = WAYS[way](model, x, y)
+            results[way] = WAYS[way](model, x, y)
 
         sides[way] = call
     row = bench.turns(sides, "identity")
     for way in ways[1:]:
-        torch.testing.assert_close(found[way], found["identity"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(results[way], results["identity"], rtol=1e-3, atol=1e-4)
     needs = multiplications(model, x, n)
     for way in ways[1:]:
         row["sides"][way]["expected"] = needs["gradients"] / needs["identity"]
@@ -148,9 +151,9 @@ def compare(bench, name: str, scale: float, n: int, ways) -> tuple[dict, dict, d
 
 
 def peak(way: str, name: str, n: int, device: str) -> float:
-    """MiB of a way above the start, in this process, which did nothing like it before."""
+    """Peak MiB of a way above the start, in a process that has not run it before."""
     model, x, y = problem(name, 1, n, device)
-    WAYS[way](model, x[:4], y[:4])  # load what there is to load
+    WAYS[way](model, x[:4], y[:4])  # load kernels and libraries
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -162,11 +165,11 @@ def peak(way: str, name: str, n: int, device: str) -> float:
 
 
 def most_memory() -> float:
-    """The most MiB that this process has had so far."""
+    """The peak memory of this process so far, in MiB."""
     with contextlib.suppress(OSError):  # on Linux ru_maxrss starts with the parent's
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**10
-    import resource  # Windows has none
+    import resource  # not on Windows
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -176,8 +179,8 @@ def memory(way: str, name: str, n: int, device: str) -> float:
     if device == "cuda":
         return peak(way, name, n, device)
     command = [sys.executable, __file__, "--peak", way, name, str(n), device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout)
 
 
 def main(arguments=None) -> None:
@@ -185,19 +188,19 @@ def main(arguments=None) -> None:
     cases = {"lenet": ((20,), (40,))} if bench.quick else CASES
     scales = (0.5,) if bench.quick else SCALES
     part = bench.part("examples", "All pairs of N examples", "identity")
-    for name, (everyone, alone) in cases.items():
-        for n in everyone + alone:
-            ways = list(WAYS) if n in everyone else ["identity"]
-            case, row, least = compare(bench, name, 1, n, ways)
-            if n == everyone[-1]:  # the largest that all of them do
+    for name, (for_all, for_identity) in cases.items():
+        for n in for_all + for_identity:
+            ways = list(WAYS) if n in for_all else ["identity"]
+            case, row, floor = compare(bench, name, 1, n, ways)
+            if n == for_all[-1]:
                 for way, side in list(row["sides"].items())[: 1 if bench.quick else None]:
                     side["peak_mib"] = memory(way, name, n, bench.device)
-            part.add(case, row, least)
+            part.add(case, row, floor)
     part = bench.part("parameters", "The identity, 500 examples, hidden layers scaled", "identity")
     for name, scale in ((name, scale) for name in cases for scale in scales):
-        case, row, least = compare(bench, name, scale, 20 if bench.quick else 500, ["identity"])
+        case, row, floor = compare(bench, name, scale, 20 if bench.quick else 500, ["identity"])
         case = {"network": name, "width": scale, "parameters": size(MODELS[name][0](scale))}
-        part.add(case, row, least)
+        part.add(case, row, floor)
     bench.finish()
 
 

@@ -1,10 +1,9 @@
-"""What all tests share: one thread a process, reproducible Hypothesis runs in CI, and the GPU mark."""
+"""What all tests share: one thread per process, reproducible Hypothesis runs, the GPU mark."""
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: the tests run several processes
+# before torch is imported, because the tests run in several processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

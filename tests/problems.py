@@ -1,4 +1,4 @@
-"""What several test files pose or compare with: problems, an odd operation, SAM's step by its formula."""
+"""What several test files share: problems, an unusual operation, SAM's formula."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ def random(*shape, seed=0):
 
 
 def problem(make=lambda: MLP(5, 8, 3), shape=(5,), n=23, seed=0):
-    """A model in float64, n inputs, and their classes, three of them."""
+    """A model in float64, n inputs, and their classes (three)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().double()
@@ -37,7 +37,7 @@ def rescaled(model):
 
 
 class Cube(torch.autograd.Function):
-    """An operation of the old style, which torch.func refuses; twice differentiable."""
+    """An operation in the old style, which torch.func refuses; twice differentiable."""
 
     @staticmethod
     def forward(ctx, x):
@@ -60,7 +60,7 @@ def flatten(tensors):
 
 
 def norm(v, p):
-    """‖v‖_p, as its definition says, of numbers made at most 1."""
+    """‖v‖_p by its definition, after scaling the numbers to at most 1."""
     largest = v.abs().max()
     if largest == 0 or p == INF:
         return largest
@@ -82,7 +82,7 @@ def climb(g, rho, p, t=1.0):
 
 
 def batch_objective(net, x, y, loss=lambda losses: losses.mean()):
-    """As the stack makes it: with the raw loss, the batch's size, and rows."""
+    """An objective like the stack's: with the raw loss, the batch's size, and rows."""
 
     def losses(params, buffers, rows):
         buffers = {name: b.clone() for name, b in buffers.items()}

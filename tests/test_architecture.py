@@ -1,4 +1,4 @@
-"""Arrows go one way: whoever knows the pipeline knows who may import whom."""
+"""Imports go one way, along the pipeline."""
 
 import ast
 import importlib
@@ -29,12 +29,12 @@ ALLOWED = {
 
 
 def folder(name):
-    """The folder, or the file at the top, that a module belongs to."""
+    """The folder, or the top-level file, that a module belongs to."""
     return name.split(".")[0]
 
 
 def imports(name):
-    """(module, imported name) for each import of the package from itself, in functions too."""
+    """(module, imported name) for each import within the package, also in functions."""
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -53,14 +53,14 @@ def imports(name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FILES if folder(name) != "book"))
-def test_arrows_go_one_way(name):
+def test_imports_go_one_way(name):
     inside = {folder(name)} if name.endswith(".__init__") else set()
     assert {folder(module) for module, _ in imports(name)} - ALLOWED[folder(name)] - inside == set()
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_nobody_takes_a_neighbours_private_names(name):
-    assert [(module, taken) for module, taken in imports(name) if taken and taken[0] == "_"] == []
+def test_no_module_imports_private_names(name):
+    assert [(module, used) for module, used in imports(name) if used and used[0] == "_"] == []
 
 
 PACKAGES = [
@@ -70,14 +70,14 @@ PACKAGES = [
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_no_module_shadows_what_a_user_wants(name):
+def test_no_module_shadows_a_public_name(name):
     package = importlib.import_module(name)
     modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert modules & {*package.__all__} == set()
-    assert all(hasattr(package, wanted) for wanted in package.__all__)
+    assert all(hasattr(package, public) for public in package.__all__)
 
 
-def test_the_first_editions_names_of_two_packages_go_on_working():
+def test_the_first_editions_names_of_two_packages_still_work():
     from flatmin import check, experiments
 
     assert check.flooded is importlib.import_module("flatmin.book.check").flooded

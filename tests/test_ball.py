@@ -54,7 +54,7 @@ def test_equally_large_coordinates_share_at_p_1():
 
 
 @pytest.mark.parametrize("p", NORMS)
-def test_gradients_count_as_one_vector_and_are_left_as_they_were(p):
+def test_gradients_count_as_one_vector_and_are_not_changed(p):
     g = torch.randn(24, generator=torch.Generator().manual_seed(0)).double()
     pieces = [g[:4].view(2, 2), g[4:4], g[4:5].view(()), g[5:].view(19, 1)]
     before = [x.clone() for x in pieces]
@@ -67,7 +67,7 @@ def test_gradients_count_as_one_vector_and_are_left_as_they_were(p):
 
 
 @pytest.mark.parametrize("p", NORMS)
-def test_zero_gradient_is_not_moved_and_a_broken_one_is_seen(p):
+def test_a_zero_gradient_gives_no_perturbation_and_a_broken_one_is_detected(p):
     zero = dual_norm_perturbation([torch.zeros(3), torch.zeros(2, 2)], 0.1, p)
     assert all(torch.equal(x, torch.zeros_like(x)) for x in zero)
     for bad in (INF, -INF, math.nan):
@@ -110,7 +110,7 @@ def test_half_precision_sums_many_coordinates():
     assert epsilon.float().norm().item() == pytest.approx(1000, rel=1e-3)
 
 
-def test_every_run_of_a_stack_has_a_radius_and_a_norm_of_its_own():
+def test_every_run_of_a_stack_has_its_own_radius_and_norm():
     g = {"a": torch.randn(7, 3).double(), "b": torch.randn(7, 2, 2).double()}
     rho, p = torch.linspace(0, 1, 7).double(), torch.tensor(NORMS).double()
     stacked = vmap(lambda a, b, rho, p: tuple(dual_norm_perturbation([a, b], rho, p)))
@@ -123,7 +123,7 @@ def test_every_run_of_a_stack_has_a_radius_and_a_norm_of_its_own():
 
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_foreach_is_the_same_kernel(p, scaled):
+def test_foreach_equals_the_kernel(p, scaled):
     g = [torch.randn(3, 4), torch.randn(()), torch.empty(0), torch.randn(5)]
     scales = [torch.rand(x.shape) + 0.1 for x in g] if scaled else None
     slow, fast = (perturbation(g, 0.3, p, scales, foreach=foreach) for foreach in (False, True))

@@ -1,4 +1,4 @@
-"""benchmarks/: each script runs, compares what is the same, and is told as its record has it."""
+"""benchmarks/: each script runs, compares equal computations, and reports what it records."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ NAMES = (*TOPICS, "common", "report", "run_all")
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
-    """Scripts import each other by name, as they do when one of them is run."""
+    """Scripts import each other by name, as when one of them is run."""
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
@@ -39,7 +39,7 @@ def script(name):
 
 
 def check(record, printed):
-    """What every record must have, and what it must have told."""
+    """The required entries of every record, and what must have been printed."""
     for name in ("device", "threads", "python", "torch", "flatmin", "commit", "load"):
         assert f"{name} {record['setting'][name]}" in printed
     for part in record["parts"].values():
@@ -60,7 +60,7 @@ def test_a_benchmark_runs_and_records(topic, tmp_path, capsys):
     script(topic).main(["--quick", "--record", str(file)])
     record, printed = json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
     check(record, printed)
-    page = script("report").page(file.parent)  # and the page can tell it
+    page = script("report").page(file.parent)
     assert page.count("Not recorded yet.") == len(TOPICS) - 1
     assert f"`{file.name}`: device {record['setting']['device']}" in page
     for part in record["parts"].values():
@@ -79,8 +79,8 @@ def test_a_benchmark_runs_on_a_gpu(topic, tmp_path, capsys):
         assert "graphs" in record["parts"]["runs"]["rows"][0]["sides"]
 
 
-def test_the_page_is_what_the_records_give():
-    """``python benchmarks/report.py`` writes it."""
+def test_the_page_is_made_from_the_records():
+    """``python benchmarks/report.py`` writes the page."""
     assert (FOLDER / "README.md").read_text(encoding="utf-8") == script("report").page()
 
 
@@ -116,11 +116,11 @@ def test_bad_options_are_named(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- the frame
+# ---------------------------------------------------------------------------------- common.py
 
 
-def test_ratios_are_of_a_turn():
-    """A machine that is ten times slower in every other turn changes no ratio."""
+def test_ratios_are_taken_within_a_turn():
+    """Ratios do not change if the machine is ten times slower in every other turn."""
     slow = [1.0, 10.0, 1.0, 10.0, 1.0]
     row = script("common").compare({"ours": slow, "theirs": [3 * s for s in slow]}, "ours")
     assert row["turns"] == 5
@@ -141,9 +141,9 @@ def test_turns_rotate(monkeypatch):
     assert "".join(called) == "bca"
 
 
-def test_a_busy_machine_is_told(monkeypatch, capsys):
+def test_a_busy_machine_is_reported(monkeypatch, capsys):
     common = script("common")
-    for before, after, told in (
+    for before, after, warning in (
         (0.1, 1.1, ""),
         (2.0, 1.1, "when this began"),
         (0.1, 3.0, "at the end"),
@@ -154,12 +154,12 @@ def test_a_busy_machine_is_told(monkeypatch, capsys):
         bench = common.Benchmark("stack", "", [])
         bench.finish()
         printed = capsys.readouterr().out
-        assert ("WARNING" in printed) is bool(told) and told in printed
+        assert ("WARNING" in printed) is bool(warning) and warning in printed
         assert bench.setting["load"] == before and bench.setting["load at the end"] == after
 
 
 def test_multiplications_are_counted():
-    """Against the flops that PyTorch counts, of what a floor is made of."""
+    """The multiplications of a floor, against the flops that PyTorch counts."""
     from torch.utils.flop_counter import FlopCounterMode
 
     common = script("common")
@@ -171,8 +171,8 @@ def test_multiplications_are_counted():
 
     def counted(function):
         with FlopCounterMode(display=False) as counter:
-            found = function()
-        return counter.get_total_flops() / 2 / len(x), found
+            result = function()
+        return counter.get_total_flops() / 2 / len(x), result
 
     loss = lambda: nn.functional.cross_entropy(model(x), y)
     forward_backward, _ = counted(lambda: torch.autograd.grad(loss(), params))
@@ -185,9 +185,9 @@ def test_multiplications_are_counted():
     assert product >= common.product_multiplications(model, x) > 0.8 * product
 
 
-def test_durations_and_ratios_are_legible():
+def test_times_and_ratios_are_legible():
     common = script("common")
-    assert [common.duration(s) for s in (12.34, 0.5, 0.00213, 1234.5, 3e-6)] == [
+    assert [common.seconds_text(s) for s in (12.34, 0.5, 0.00213, 1234.5, 3e-6)] == [
         "12.3 s",
         "500 ms",
         "2.13 ms",
@@ -195,11 +195,11 @@ def test_durations_and_ratios_are_legible():
         "3 µs",
     ]
     side = {"ratio": 2.345, "quartiles": [2.1, 14.0], "error": 3e-6, "products": 12}
-    assert common.of_unit(side) == "2.35× [2.10–14.00]"
+    assert common.ratio_text(side) == "2.35× [2.10–14.00]"
     assert common.notes(side) == ["12 products", "error 3e-06"]
 
 
-# ------------------------------------------------------------------- the sides do the same, or nearly
+# ---------------------------------------------------------------------------------- the sides agree
 
 
 def ended(module):
@@ -237,30 +237,30 @@ def test_graphs_train_the_same(monkeypatch):
         torch.testing.assert_close(ended(one), ended(other), rtol=1e-4, atol=1e-5)
 
 
-def test_all_sams_step_the_same():
+def test_all_sams_make_the_same_steps():
     """With the same rho, on the same batch."""
     benchmark = script("sam")
     sides = {name: side for name, side in benchmark.SIDES.items() if name != "two passes"}
     if script("common").version(benchmark.PEER):
         sides["peer"] = benchmark.PytorchOptimizer
-    found = {}
+    weights = {}
     for name, side in sides.items():
         torch.manual_seed(1)
         loop = benchmark.Loop(lambda: MLP(6, 8, 10), torch.ones(5, 6), side, "cpu")
         for _ in range(3):
             loop.step()
-        found[name] = ended(loop.module)
-    for name in found:
-        torch.testing.assert_close(found[name], found["flatmin"], rtol=1e-5, atol=1e-6)
+        weights[name] = ended(loop.module)
+    for name in weights:
+        torch.testing.assert_close(weights[name], weights["flatmin"], rtol=1e-5, atol=1e-6)
     plain = benchmark.Loop(lambda: MLP(6, 8, 10), torch.ones(5, 6), benchmark.TwoPasses, "cpu")
     for _ in range(3):
         plain.step()
-    last = list(found["flatmin"])[-1]
-    assert not torch.equal(ended(plain.module)[last], found["flatmin"][last])  # it is not no SAM
+    last = list(weights["flatmin"])[-1]
+    assert not torch.equal(ended(plain.module)[last], weights["flatmin"][last])  # rho matters
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_all_m_sams_have_one_gradient(shards):
+def test_all_m_sams_have_the_same_gradient(shards):
     sides = script("m_sam").sides(shards)
     expected = sides.pop("by hand")()
     for side in sides.values():
@@ -270,7 +270,7 @@ def test_all_m_sams_have_one_gradient(shards):
 
 @pytest.mark.parametrize("per_example", [False, True])
 def test_all_mixups_mix(monkeypatch, per_example):
-    """At λ = 1/4: a quarter of the example, three of a partner's, in targets as in inputs."""
+    """At λ = 1/4: a quarter of the example and three of its partner, in inputs and targets."""
     benchmark = script("mixup")
     sides = {"flatmin": benchmark.flatmin, "idiom": benchmark.idiom}
     if script("common").version("timm"):
@@ -288,11 +288,11 @@ def test_all_mixups_mix(monkeypatch, per_example):
         order = partners.log2().div(2).round().long()
         target = 0.25 * torch.eye(10)[y] + 0.75 * torch.eye(10)[order]
         torch.testing.assert_close(gradient, (0.1 - target) / 6)
-    assert x.tolist() == [4.0**k for k in range(6)]  # timm got a copy
+    assert x.tolist() == [4.0**k for k in range(6)]  # timm works on a copy
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet", "cnn"])
-def test_all_ways_to_stiffness_agree(name):
+def test_all_ways_of_computing_stiffness_agree(name):
     benchmark = script("stiffness")
     problem = benchmark.problem(name, 0.25, 6, "cpu")
     expected = benchmark.identity(*problem)
@@ -302,7 +302,7 @@ def test_all_ways_to_stiffness_agree(name):
     assert 0 < needs["identity"] < needs["gradients"]
 
 
-def test_memory_is_that_of_the_way_however_large_this_process_is():
+def test_memory_does_not_include_this_process():
     ballast = torch.ones(2**27)  # 512 MiB
     assert 1 < script("stiffness").memory("loop", "lenet", 50, "cpu") < 400
     del ballast

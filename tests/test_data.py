@@ -1,4 +1,4 @@
-"""Data: its splits, its devices, and what does not fit together."""
+"""Data: splits, devices, and parts that do not fit together."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ batch_norms = pytest.mark.parametrize("batch_norm", [False, True], ids=["plain",
 
 
 def masks(p, layers, passes, shape=(100, 200)):
-    """What is kept: [layers, passes, *shape], for layers made one after another."""
+    """Which units are kept, [layers, passes, *shape], for layers made one after another."""
     torch.manual_seed(0)
     x = torch.ones(shape)
     return torch.stack(
@@ -26,7 +26,7 @@ def masks(p, layers, passes, shape=(100, 200)):
 
 
 def hashed(key, counter, position):
-    """The dropout hash in Python's unbounded whole numbers, cut to 64 and 32 bits by hand."""
+    """The dropout hash in Python's unbounded integers, cut to 64 and 32 bits by hand."""
     word = (key + counter * 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
@@ -40,15 +40,15 @@ def hashed(key, counter, position):
 
 @pytest.mark.parametrize("key", [0, 1, 2**40 + 12345, 2**62 - 1])
 @pytest.mark.parametrize("counter", [0, 1, 10**9])
-def test_the_dropout_hash_is_frozen(key, counter):
-    """So that a run resumed with another version drops what it would have dropped."""
+def test_the_dropout_hash_does_not_change(key, counter):
+    """So that a run resumed with another version drops the same units."""
     found = _random_bits(torch.tensor(key), torch.tensor(counter), 50).tolist()
     assert found == [hashed(key, counter, position) for position in range(50)]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 def test_dropout_keeps_independently_with_probability_one_minus_p(p):
-    """Bounds of five standard errors of independent draws; the key is fixed, so is the result."""
+    """Within five standard errors of independent draws; the key and so the result is fixed."""
     kept = masks(p, layers=4, passes=25).double()
     z = (kept - (1 - p)) / (p * (1 - p)) ** 0.5  # mean 0 and variance 1, if independent
     n = kept[0, 0].numel()
@@ -72,7 +72,7 @@ def test_dropout_keeps_independently_with_probability_one_minus_p(p):
 
 
 def test_dropout_with_neighbouring_keys_and_counters_is_independent():
-    """Keys and counters that differ in few bits: what a weak hash would confuse."""
+    """Keys and counters that differ in few bits, which a weak hash would correlate."""
     kept = []
     for key in (0, 1, 2, 3, 4, 2**32, 2**61):
         layer = Dropout(0.5)
@@ -102,7 +102,7 @@ def test_dropout_is_the_identity_in_eval_mode_and_at_zero():
     assert Dropout(0.0)(x) is x
 
 
-def test_dropout_goes_on_where_a_saved_layer_stopped():
+def test_dropout_continues_where_a_saved_layer_stopped():
     torch.manual_seed(0)
     layer, other, x = Dropout(0.5), Dropout(0.5), torch.ones(200)
     before = [layer(x) for _ in range(3)]
@@ -161,7 +161,7 @@ def test_stacked_dropout_is_each_single_one():
 
 
 @batch_norms
-def test_dropout_in_an_mlp_changes_neither_weights_nor_the_rest(batch_norm):
+def test_dropout_in_an_mlp_does_not_change_the_initial_weights_and_buffers(batch_norm):
     make = lambda **more: (torch.manual_seed(4), MLP(6, 5, 4, 3, batch_norm=batch_norm, **more))[1]
     plain, zero, dropping = make(), make(dropout=0.0), make(dropout=0.3)
     assert plain.state_dict().keys() == zero.state_dict().keys()

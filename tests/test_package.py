@@ -1,4 +1,4 @@
-"""What a user of the package gets: few dependencies, a quick import, types, and a README that runs."""
+"""What users get: few dependencies, a quick import, types, and a README that runs."""
 
 import inspect
 import re
@@ -23,7 +23,7 @@ project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = {Requirement(line).name for line in project["dependencies"]}
 EXTRAS = ["IPython", "matplotlib", "matplotlib_inline", "mnist1d", "pooch", "requests", "sklearn"]
 
-# As where nothing but flatmin's own dependencies is installed.
+# Simulates an environment with nothing but flatmin's required dependencies.
 ONLY_CORE = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -39,10 +39,10 @@ sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.m
 
 
 def python(code, **options):
-    """Run code in a process of its own; what it printed."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run code in a new process and return what it printed."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_importing_flatmin_imports_little_but_torch():
@@ -86,7 +86,7 @@ def test_methods_and_fit_need_no_extra():
     assert "4.0" in python(ONLY_CORE + textwrap.dedent(code))
 
 
-def test_what_needs_an_extra_says_which():
+def test_a_missing_extra_is_named():
     needs = {
         "flatmin.book.mnist1d()": ("mnist1d()", "mnist1d", "data"),
         "flatmin.book.digits()": ("digits()", "sklearn", "data"),
@@ -101,7 +101,7 @@ def test_what_needs_an_extra_says_which():
     ]
 
 
-def test_a_download_without_the_extra_says_which(monkeypatch, tmp_path):
+def test_a_download_names_the_missing_extra(monkeypatch, tmp_path):
     monkeypatch.delenv("FLATMIN_DATA", raising=False)
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'flatmin\[data\]'"):
@@ -113,8 +113,8 @@ def test_a_download_without_the_extra_says_which(monkeypatch, tmp_path):
 
 def blocks():
     """The README's Python, with fewer steps."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [re.sub(r"\bsteps=3000\b", "steps=30", block) for block in found]
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [re.sub(r"\bsteps=3000\b", "steps=30", block) for block in snippets]
 
 
 def test_the_line_for_a_loop_of_your_own_runs():
@@ -140,9 +140,9 @@ def test_the_study_runs(capsys):
     assert capsys.readouterr().out.count("<xarray.") == 2
 
 
-def test_what_the_readme_names_is_there():
+def test_what_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
-    also = re.search(r"Also there.*", text)[0]
+    also = re.search(r"Also included.*", text)[0]
     names = [name for name in re.findall(r"`([\w.]+)`", also)]
     assert len(names) > 5
     for name in names:
@@ -158,8 +158,8 @@ def test_what_the_readme_names_is_there():
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     [path] = folder.glob("flatmin-*.whl")
     return path
 
@@ -173,7 +173,7 @@ def test_the_wheel_has_types_records_and_the_licence(wheel):
 
 
 def test_the_wheel_is_small(wheel):
-    """Whoever wants flood gets the records of the book, too."""
+    """Even with the records of the book."""
     sizes = {info.filename: info.file_size for info in zipfile.ZipFile(wheel).infolist()}
     assert sum(n for name, n in sizes.items() if name.startswith("flatmin/book/results/")) < 2e6
     assert sum(sizes.values()) < 3e6
@@ -193,7 +193,7 @@ def test_the_wheel_runs_from_another_folder(wheel, tmp_path):
     assert python(textwrap.dedent(code), cwd=tmp_path).split() == ["True", project["version"]]
 
 
-def test_the_wheel_asks_for_the_core_alone(wheel):
+def test_the_wheel_requires_only_the_core(wheel):
     file = zipfile.ZipFile(wheel)
     [path] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
     lines = re.findall(r"^Requires-Dist: (.*)$", file.read(path).decode(), re.M)
@@ -264,7 +264,7 @@ flood(torch.zeros(3), "high")  # error: arg-type
 
 
 def test_types_pass_the_strict_checker_here_and_in_a_users_program(tmp_path):
-    """mypy --strict, and what it says of wrong calls; torch's own types differ by version."""
+    """mypy --strict, and its errors for wrong calls; torch's own types differ by version."""
     pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     for name in ("mypy", "torch", "numpy", "xarray"):
         if version(name).split("+")[0] != pins[name]:
@@ -286,7 +286,7 @@ def test_types_pass_the_strict_checker_here_and_in_a_users_program(tmp_path):
     assert {(int(number), kind) for _, number, _, kind in errors} == wanted, done.stdout
 
 
-def test_everything_that_is_exported_is_declared():
+def test_all_lists_every_public_name():
     """A strict checker lets users import only what __all__ names."""
     public = {
         name
@@ -296,7 +296,7 @@ def test_everything_that_is_exported_is_declared():
     assert sorted(public) == sorted(flatmin.__all__)
 
 
-def test_everything_that_is_exported_is_annotated():
+def test_everything_public_is_annotated():
     """Parameters and results of all public functions, and of the methods of all public classes."""
     missing = []
     for name in flatmin.__all__:

@@ -1,4 +1,4 @@
-"""The stack: every run of it is the run that a plain PyTorch loop makes."""
+"""The stack: each of its runs equals that of a plain PyTorch loop."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ from flatmin.stack import epoch_order, initial_module, stream
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    """Neither the environment nor another test's diverged runs matter here."""
+    """Remove the influence of the environment and of other tests' claims."""
     for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(claims, "_texts", {})
 
 
 def make_data(seed=0, train=23, validation=9, test=17, features=5):
-    """Three overlapping classes; 23 examples, so that the last of the batches of 10 has 3."""
+    """Three overlapping classes; with 23 examples, the last batch of 10 has only 3."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(3, features, generator=torch.Generator().manual_seed(99))
     parts = {}
@@ -55,7 +55,7 @@ DROPOUT = lambda: nn.Sequential(
 
 
 class Times(nn.Module):
-    """A learned number, whose shape is []."""
+    """A learned number, of shape []."""
 
     def __init__(self):
         super().__init__()
@@ -84,14 +84,14 @@ def plain_loop(
     cosine=False,
     evaluate_at=(),
     dtype=torch.float64,
-    vicinity=None,
+    transform=None,
 ):
-    """One run, as anyone would write it: the results at each evaluation, and the module."""
+    """One run in plain PyTorch: the results at each evaluation, and the module."""
     module = initial_module(model, seed).to(dtype)
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(module.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     x, y = data.x_train.to(dtype), data.y_train
-    show = BatchTransform(vicinity, 3, seed) if vicinity else lambda x, y, *other: (x, y)
+    apply = BatchTransform(transform, 3, seed) if transform else lambda x, y, *other: (x, y)
     records, t, epoch, rows, others = [], 0, 0, [], []
 
     def evaluate():
@@ -118,8 +118,8 @@ def plain_loop(
                 others = epoch_order(seed, epoch, len(x), "second order").split(batch_size)
             epoch, others = epoch + 1, list(others)
         batch, other = rows.pop(0), others.pop(0)
-        second = (x[other], y[other]) if getattr(vicinity, "second_stream", False) else ()
-        inputs, targets = show(x[batch], y[batch], *second)
+        second = (x[other], y[other]) if getattr(transform, "second_stream", False) else ()
+        inputs, targets = apply(x[batch], y[batch], *second)
         optimizer.zero_grad()
         loss(cross_entropy(module(inputs), targets, reduction="none")).backward()
         optimizer.step()
@@ -144,7 +144,7 @@ def assert_same_run(dataset, networks, records, module, tolerance, **run):
 
 sgd = lambda lr, **more: lambda p: torch.optim.SGD(p, lr=lr, **more)
 EXPERIMENTS = {
-    # name: fit's arguments, a grid, and what the plain loop gets for a value of the grid
+    # name: fit's arguments, a grid, and the plain loop's arguments for a value of the grid
     "plain": (
         {"recipe": Recipe()},
         {"lr": [0.05, 0.2]}, lambda v: {"optimizer": sgd(v)},
@@ -184,57 +184,58 @@ EXPERIMENTS = {
     ),
     "mixup": (
         {"recipe": Recipe(batch=Mixup())},
-        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v)},
+        {"alpha": [0.2, 1.0]}, lambda v: {"transform": Mixup(v)},
     ),
     "mixup at one alpha": (
         {"recipe": Recipe(batch=Mixup(0.3), optimizer=SGD(0.1, **COSINE))},
         {"lr": [0.05, 0.2]},
-        lambda v: {"vicinity": Mixup(0.3), "cosine": True,
+        lambda v: {"transform": Mixup(0.3), "cosine": True,
                    "optimizer": sgd(v, momentum=0.9, weight_decay=0.05)},
     ),
     "mixup of three examples": (
         {"recipe": Recipe(batch=Mixup(k=3, per_example=True))},
-        {"alpha": [0.0, 1.0]}, lambda v: {"vicinity": Mixup(v, k=3, per_example=True)},
+        {"alpha": [0.0, 1.0]}, lambda v: {"transform": Mixup(v, k=3, per_example=True)},
     ),
     "mixup of different classes, flooded": (
         {"recipe": Recipe(Flooding(0.9), batch=Mixup(partners="different"))},
         {"alpha": [0.2, 1.0]},
-        lambda v: {"vicinity": Mixup(v, partners="different"), "loss": lambda l: flood(l.mean(), 0.9)},
+        lambda v: {"transform": Mixup(v, partners="different"),
+                   "loss": lambda l: flood(l.mean(), 0.9)},
     ),
     "mixup within a class, from a second stream": (
         {"recipe": Recipe(batch=Mixup(partners="same", second_stream=True))},
         {"alpha": [0.2, 1.0]},
-        lambda v: {"vicinity": Mixup(v, partners="same", second_stream=True)},
+        lambda v: {"transform": Mixup(v, partners="same", second_stream=True)},
     ),
     "mixup, full batch": (
         {"recipe": Recipe(batch=Mixup()), "batch_size": None},
-        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v), "batch_size": None},
+        {"alpha": [0.2, 1.0]}, lambda v: {"transform": Mixup(v), "batch_size": None},
     ),
     "mixup with batch norm and dropout": (
         {"model": (both := lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3), nn.Linear(3, 3))),
          "recipe": Recipe(batch=Mixup(second_stream=True))},
-        {"alpha": [0.2, 1.0]}, lambda v: {"vicinity": Mixup(v, second_stream=True), "model": both},
+        {"alpha": [0.2, 1.0]}, lambda v: {"transform": Mixup(v, second_stream=True), "model": both},
     ),
     "a scalar parameter": (
         {"model": SCALAR}, {"lr": [0.1, 0.2]}, lambda v: {"model": SCALAR, "optimizer": sgd(v)},
     ),
     "noise": (
         {"recipe": Recipe(batch=Gaussian())},
-        {"sigma": [0.1, 1.0]}, lambda v: {"vicinity": Gaussian(v)},
+        {"sigma": [0.1, 1.0]}, lambda v: {"transform": Gaussian(v)},
     ),
     "label smoothing": (
         {"recipe": Recipe(batch=LabelSmoothing()), "batch_size": None},
-        {"smoothing": [0.0, 0.5]}, lambda v: {"vicinity": LabelSmoothing(v), "batch_size": None},
+        {"smoothing": [0.0, 0.5]}, lambda v: {"transform": LabelSmoothing(v), "batch_size": None},
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_runs_equal_a_plain_loop(name, one_a_seed):
+def test_runs_equal_a_plain_loop(name, per_seed):
     arguments, grid, plain = EXPERIMENTS[name]
     seeds, evaluate_at, steps = [3, 8, 11], [0, 1, 5, 8], 8
-    data = [make_data(seed) for seed in seeds] if one_a_seed else DATA
+    data = [make_data(seed) for seed in seeds] if per_seed else DATA
     dataset, networks = fit(
         **{"model": MLP, "data": data, "steps": steps, "batch_size": 10} | arguments,
         grid=grid,
@@ -248,7 +249,7 @@ def test_runs_equal_a_plain_loop(name, one_a_seed):
             records, module = plain_loop(
                 **{
                     "model": MLP,
-                    "data": data[k] if one_a_seed else data,
+                    "data": data[k] if per_seed else data,
                     "seed": seed,
                     "steps": steps,
                     "batch_size": 10,
@@ -257,7 +258,7 @@ def test_runs_equal_a_plain_loop(name, one_a_seed):
                 | plain(next(iter(run.values()), None))
             )
             assert_same_run(dataset, networks, records, module, 1e-10, seed=seed, **run)
-    if grid:  # the grid did something
+    if grid:  # the grid has an effect
         last = dataset.train_loss.isel(step=-1)
         assert (
             abs(last.isel({next(iter(grid)): 0}) - last.isel({next(iter(grid)): 1})) > 1e-6
@@ -309,7 +310,7 @@ def test_a_network_itself_is_where_every_run_starts():
 
 
 class Odd(nn.Module):
-    """A frozen layer, tied weights, and a buffer that no state_dict has."""
+    """A frozen layer, tied weights, and a buffer that is not in the state_dict."""
 
     def __init__(self):
         super().__init__()
@@ -322,7 +323,7 @@ class Odd(nn.Module):
         return self.head(self.outer(self.inner(x).tanh()) * self.scale)
 
 
-def test_frozen_and_tied_weights_and_passing_buffers():
+def test_frozen_and_tied_weights_and_non_persistent_buffers():
     dataset, networks = fit(
         Odd, DATA, steps=5, batch_size=10, seeds=[0, 1], evaluate_at=1, networks="last", **ON_CPU
     )
@@ -335,7 +336,7 @@ def test_frozen_and_tied_weights_and_passing_buffers():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
-@pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
 @pytest.mark.parametrize(
     "model, recipe, grid",
     [
@@ -344,8 +345,8 @@ def test_frozen_and_tied_weights_and_passing_buffers():
     ],
     ids=["batch norm", "dropout and mixup"],
 )
-def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, one_a_seed):
-    data = [make_data(seed) for seed in (5, 6)] if one_a_seed else DATA
+def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, per_seed):
+    data = [make_data(seed) for seed in (5, 6)] if per_seed else DATA
     recipe = dataclasses.replace(recipe, optimizer=SGD(momentum=0.5))
     whole, chunked = (
         fit(
@@ -386,7 +387,7 @@ def test_the_evaluation_batch_size_does_not_matter():
     xr.testing.assert_allclose(a, b, rtol=1e-12)
 
 
-# --------------------------------------------------------------------------- the batch place
+# --------------------------------------------------------------------------- the batch stage
 
 
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM, DROPOUT], ids=["MLP", "batch norm", "dropout"])
@@ -402,12 +403,12 @@ def test_mixup_at_alpha_zero_is_bitwise_erm(model, batch_size, dtype):
         "dtype": dtype,
     }
     erm = fit(model, DATA, Recipe(), grid={"lr": [0.1, 0.3]}, **arguments)
-    for place in (Dirac(), Mixup(0.0), Mixup(0.0, k=3, partners="same", second_stream=True)):
-        other = fit(model, DATA, Recipe(batch=place), grid={"lr": [0.1, 0.3]}, **arguments)
+    for stage in (Dirac(), Mixup(0.0), Mixup(0.0, k=3, partners="same", second_stream=True)):
+        other = fit(model, DATA, Recipe(batch=stage), grid={"lr": [0.1, 0.3]}, **arguments)
         assert_bitwise_equal(erm, other)
 
 
-def test_the_run_with_alpha_zero_is_bitwise_erm_beside_others():
+def test_a_run_with_alpha_zero_is_bitwise_erm_in_a_stack_with_others():
     arguments = {"steps": 7, "batch_size": 10, "seeds": 3, "device": "cpu", "networks": "last"}
     erm, erm_networks = fit(MLP, DATA, Recipe(), grid={"flood_level": [0.0, 0.5]}, **arguments)
     mixed, networks = fit(MLP, DATA, Recipe(batch=Mixup()), grid={"alpha": [0.0, 1.0]}, **arguments)
@@ -419,7 +420,7 @@ def test_the_run_with_alpha_zero_is_bitwise_erm_beside_others():
         assert torch.equal(w[:3], erm_networks.params[name][:3])
 
 
-def test_runs_share_their_draws_unless_they_differ_in_the_batch_place():
+def test_runs_share_their_draws_unless_they_differ_in_the_batch_stage():
     first = lambda grid: fit(
         MLP,
         DATA,
@@ -431,15 +432,15 @@ def test_runs_share_their_draws_unless_they_differ_in_the_batch_place():
         networks="last",
         **ON_CPU,
     )[1].params["0.weight"]
-    a = first({"momentum": [0.0, 0.9]})  # acts from the second step on
+    a = first({"momentum": [0.0, 0.9]})  # has an effect from the second step on
     assert torch.equal(a[:2], a[2:])
     b = first({"alpha": [1.0, 0.2]})
     torch.testing.assert_close(b[:2], a[:2])
     assert (b[:2] != b[2:]).any()
 
 
-def test_training_loss_is_that_of_the_examples_themselves():
-    """Not of the mixed ones: at α = 1 that would be about half a nat for a perfect network."""
+def test_training_loss_is_that_of_the_original_examples():
+    """Of the mixed ones, it would be about half a nat at α = 1, even for a perfect network."""
     runs, networks = fit(
         MLP,
         DATA,
@@ -505,7 +506,7 @@ def test_runs_of_one_seed_are_paired():
         evaluate_at=6,
         **ON_CPU,
     )
-    first = runs.train_loss.sel(step=[0, 1])  # momentum acts from the second step on
+    first = runs.train_loss.sel(step=[0, 1])  # momentum has an effect from the second step on
     assert (first == first.isel(momentum=0, flood_level=0)).all()
     np.testing.assert_allclose(  # a level that is never reached: the same run, so the same batches
         runs.train_loss.sel(flood_level=0.0), runs.train_loss.sel(flood_level=1e-9), rtol=1e-12
@@ -513,7 +514,7 @@ def test_runs_of_one_seed_are_paired():
     assert (
         runs.train_loss.sel(step=6, momentum=0.0) != runs.train_loss.sel(step=6, momentum=0.9)
     ).all()
-    assert len(np.unique(runs.train_loss.sel(step=0))) == 3  # and seeds differ
+    assert len(np.unique(runs.train_loss.sel(step=0))) == 3  # the seeds differ
 
 
 @given(st.integers(0, 2**40), st.integers(0, 1000), st.integers(1, 50))
@@ -542,7 +543,7 @@ def test_the_global_random_state_is_left_alone(monkeypatch):
         assert torch.equal(torch.get_rng_state(), before)
         torch.default_generator.manual_seed(7)
     assert (np.random.get_state()[1] == before_numpy).all()
-    torch.rand(5)  # nor does the global state matter
+    torch.rand(5)  # the global state does not matter either
     results.append(fit(MLP, DATA, steps=2, batch_size=10, seeds=2, **ON_CPU).train_loss)
     assert results[0].equals(results[1])
     assert results[0].equals(results[2])
@@ -552,7 +553,7 @@ def test_the_global_random_state_is_left_alone(monkeypatch):
 
 
 class Interrupts:
-    """A schedule that is a cosine, and Ctrl-C at its n-th call."""
+    """A cosine schedule that raises KeyboardInterrupt at its n-th call."""
 
     def __init__(self, at):
         self.left = at
@@ -608,7 +609,7 @@ def test_interrupted_anywhere_and_resumed_is_bitwise_the_same(model, networks, e
         rest = Interrupts(10**6)
         resumed = experiment(rest, path, model=model, networks=networks, every=every)
         assert_bitwise_equal(whole, resumed)
-        saved = step // 8 * 8 + step % 8 // every * every  # what had been done was not done again
+        saved = step // 8 * 8 + step % 8 // every * every  # finished steps are not repeated
         assert 10**6 - rest.left == 16 - saved
 
 
@@ -630,7 +631,7 @@ def test_dropout_and_mixup_resume_bitwise(every, tmp_path):
 
 @given(st.lists(st.integers(0, 5), max_size=4))
 @settings(max_examples=8)
-def test_interrupted_again_and_again(tmp_path_factory, interruptions):
+def test_interrupted_several_times(tmp_path_factory, interruptions):
     path = tmp_path_factory.mktemp("checkpoint") / "new folder" / "c.pt"
     for calls in interruptions:
         try:
@@ -750,7 +751,7 @@ def test_seeds_in_another_form_are_the_same_experiment(tmp_path):
         (8, 4, 8),
         (11, 1, 16),
         (16, 1, 0),
-        (11, 4, 6),  # the two runs that remain are one chunk, as before: it goes on at step 2
+        (11, 4, 6),  # the remaining two runs are one chunk, as before: it continues at step 2
     ],
 )
 def test_another_chunk_size_keeps_the_chunks_that_are_finished(step, chunk_size, left, tmp_path):
@@ -764,9 +765,9 @@ def test_another_chunk_size_keeps_the_chunks_that_are_finished(step, chunk_size,
 
 
 @pytest.mark.parametrize("every", [2, 100])
-def test_progress_can_stop_it_and_no_step_is_done_twice(every, tmp_path):
+def test_progress_can_stop_a_run_and_no_step_is_done_twice(every, tmp_path):
     whole, counted, steps = experiment(Interrupts(10**6)), [], 0
-    for stop in (0, 1, 6, 8, 9, 13):  # after so many steps, of 8 + 8
+    for stop in (0, 1, 6, 8, 9, 13):  # after this many of 8 + 8 steps
         calls = Interrupts(10**6)
         with pytest.raises(KeyboardInterrupt):
             experiment(
@@ -781,7 +782,7 @@ def test_progress_can_stop_it_and_no_step_is_done_twice(every, tmp_path):
     resumed = experiment(rest, tmp_path / "c.pt", every=every, progress=counted.append)
     assert_bitwise_equal(whole, resumed)
     assert steps + 10**6 - rest.left == 16
-    assert sum(counted) == 4 * 8 * 10  # runs, steps and examples, with those of before
+    assert sum(counted) == 4 * 8 * 10  # runs × steps × examples, including those done before
 
 
 def test_checkpoint_of_half_precision(tmp_path):
@@ -803,7 +804,7 @@ def test_checkpoint_of_half_precision(tmp_path):
 
 # ---------------------------------------------------------------------------------- divergence
 
-# full batch on a linear network with a squared loss: a learning rate far beyond stability
+# a linear network with a squared loss, and learning rates far beyond stability
 squares = lambda logits, y: ((logits - (y[:, None] == torch.arange(3)).float()) ** 2).sum(1)
 LINEAR = lambda: nn.Linear(5, 3)
 
@@ -823,7 +824,7 @@ def diverging(lr, **more):
     )
 
 
-def test_a_diverging_run_is_named_and_leaves_the_others_alone():
+def test_a_diverging_run_is_named_and_does_not_affect_the_others():
     with pytest.warns(UserWarning, match="not finite") as record:
         runs, networks = diverging([0.01, 1e6], networks="last")
     assert record[0].filename == __file__  # the warning points at the caller
@@ -841,10 +842,10 @@ def test_a_diverging_run_is_named_and_leaves_the_others_alone():
     for seed in (0, 1):
         step = runs.diverged_at.sel(lr=1e6, seed=seed).item()
         assert f"lr=1000000.0, seed={seed} at step {step}" in str(record[0].message)
-        # the plain loop says the same
-        module, t, found = initial_module(LINEAR, seed), 0, None
+        # the plain loop diverges at the same step
+        module, t, diverged = initial_module(LINEAR, seed), 0, None
         optimizer = torch.optim.SGD(module.parameters(), lr=1e6)
-        while found is None:
+        while diverged is None:
             epoch, position = divmod(t, 3)
             rows = epoch_order(seed, epoch, 23).split(10)[position]
             loss = squares(module(DATA.x_train[rows]), DATA.y_train[rows]).mean()
@@ -852,9 +853,9 @@ def test_a_diverging_run_is_named_and_leaves_the_others_alone():
             loss.backward()
             optimizer.step()
             t += 1
-            sound = all(w.isfinite().all() for w in module.parameters())
-            found = None if loss.isfinite() and sound else t
-        assert step == found
+            finite = all(w.isfinite().all() for w in module.parameters())
+            diverged = None if loss.isfinite() and finite else t
+        assert step == diverged
         for name in ("train_loss", "train_error", "test_loss", "test_error", "validation_error"):
             values = runs[name].sel(lr=1e6, seed=seed)
             assert values.sel(step=slice(step, None)).isnull().all()
@@ -900,7 +901,7 @@ def test_selected_networks_are_those_asked_for():
 
 
 def test_the_last_step_may_diverge():
-    """The loss of the last step is finite, the weights after it are not: no result from them."""
+    """If the loss of the last step is finite but not the weights after it, there is no result."""
     for steps in (1, 2):
         schedule = lambda done, n=steps: 1e38 if done > (n - 1.5) / n else 1e-9
         with pytest.warns(UserWarning, match=f"seed=0 at step {steps}"):
@@ -920,7 +921,7 @@ def test_the_last_step_may_diverge():
 
 
 class BrokenOutsideTraining(nn.Linear):
-    """What batch norm's running statistics do when they overflow."""
+    """Behaves like batch norm whose running statistics have overflowed."""
 
     def forward(self, x):
         return super().forward(x) * (1.0 if self.training else torch.nan)
@@ -949,17 +950,17 @@ def test_large_seeds_are_named_in_full():
 # ------------------------------------------------------------------------------------ networks
 
 
-@pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
-def test_networks_are_those_of_the_results(model, one_a_seed):
-    data = [make_data(5), make_data(6)] if one_a_seed else DATA
+def test_networks_are_those_of_the_results(model, per_seed):
+    data = [make_data(5), make_data(6)] if per_seed else DATA
     grid = {"lr": [0.3, 1.0], "flood_level": [0.0, 0.5]}
     arguments = {"steps": 12, "batch_size": 10, "grid": grid, "seeds": [7, 9], "evaluate_at": 12}
     runs, last = fit(model, data, networks="last", **arguments, **ON_CPU)
     runs_again, best = fit(model, data, networks="best", **arguments, **ON_CPU)
     xr.testing.assert_equal(runs, runs_again)
     chosen = best_step(runs)
-    assert (chosen.step < 12).any()  # else "best" is "last"
+    assert (chosen.step < 12).any()  # otherwise "best" would be "last"
 
     def error(network, params, x, y):
         return (network(params, x).argmax(-1) != y).double().mean()
@@ -977,7 +978,7 @@ def test_networks_are_those_of_the_results(model, one_a_seed):
                     run = {"lr": lr, "flood_level": level, "seed": seed}
                     module = networks.module(**run)
                     assert not module.training
-                    d = data[k] if one_a_seed else data
+                    d = data[k] if per_seed else data
                     wrong = (module(d.x_test.double()).argmax(1) != d.y_test).double().mean()
                     assert wrong.item() == pytest.approx(results.test_error.sel(run).item())
 
@@ -996,7 +997,7 @@ def test_best_by_another_variable_or_an_instrument():
     )
 
 
-def test_measure_returns_what_the_instrument_does():
+def test_measure_returns_what_the_instrument_returns():
     _, networks = fit(MLP, DATA, steps=1, seeds=[4, 6], batch_size=10, networks="last", **ON_CPU)
     logits = networks.measure(lambda f, p, x, y: f(p, x), DATA)
     assert logits.dims == ("seed", "dim_0", "dim_1")
@@ -1006,7 +1007,7 @@ def test_measure_returns_what_the_instrument_does():
         np.testing.assert_allclose(logits.sel(seed=seed), expected, rtol=1e-12)
     with pytest.raises(ValueError, match="name must be one of .* got 'tets'"):
         networks.measure(lambda f, p, x, y: f(p, x), DATA, "tets")
-    with pytest.raises(ValueError, match="data must be one Data, or one a seed: got 3 for 2 seeds"):
+    with pytest.raises(ValueError, match="or one per seed: got 3 for 2 seeds"):
         networks.measure(lambda f, p, x, y: f(p, x), [DATA] * 3)
 
 
@@ -1026,7 +1027,9 @@ def test_module_takes_the_coordinates_of_one_run():
         for lr in (1e-10, 0.1)
         for seed in (100000, 100001)
     ]
-    for k, weight in enumerate(weights):  # seeds that differ by 1e-5 of their size, and lr ≈ 0
+    for k, weight in enumerate(
+        weights
+    ):  # for seeds with a relative difference of 1e-5, and for lr ≈ 0
         assert torch.equal(weight, networks.params["0.weight"][k])
     with pytest.raises(ValueError, match="seed must be one of .*100001.*, got 100002"):
         networks.module(lr=0.1, seed=100002)
@@ -1125,7 +1128,7 @@ def test_labels(tmp_path):
     assert runs.momentum.values.tolist() == [0.0, 0.5]
     assert runs.seed.values.tolist() == [0, 1, 2]
     assert runs.step.values.tolist() == [0, 2, 5, 7]  # evenly, rounded to whole steps
-    np.testing.assert_allclose(runs.epoch, runs.step / 3)  # three batches an epoch
+    np.testing.assert_allclose(runs.epoch, runs.step / 3)  # three batches per epoch
     assert runs.attrs["data"] == "blobs"
     assert runs.attrs["steps"] == 7
     assert runs.attrs["batch_size"] == 10
@@ -1144,7 +1147,7 @@ def test_labels(tmp_path):
             assert loaded.attrs[name] == value
 
 
-def test_first_seed_moves_the_seeds(monkeypatch):
+def test_first_seed_shifts_the_seeds(monkeypatch):
     monkeypatch.setenv("FLATMIN_SEED", "2")
     runs = fit(MLP, DATA, steps=1, batch_size=10, seeds=2, **ON_CPU)
     assert runs.seed.values.tolist() == [2000, 2001]
@@ -1167,14 +1170,14 @@ def test_splits():
 # ---------------------------------------------------------------------------------- instruments
 
 
-@pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
-def test_an_instrument_with_gradients(model, one_a_seed):
+def test_an_instrument_with_gradients(model, per_seed):
     def gradient_norm(network, params, x, y):
         gradient = torch.func.grad(lambda p: cross_entropy(network(p, x), y))(params)
         return sum((g**2).sum() for g in gradient.values()).sqrt()
 
-    data = [make_data(1), make_data(2)] if one_a_seed else DATA
+    data = [make_data(1), make_data(2)] if per_seed else DATA
     runs, networks = fit(
         model,
         data,
@@ -1187,14 +1190,14 @@ def test_an_instrument_with_gradients(model, one_a_seed):
         **ON_CPU,
     )
     for seed in (0, 1):
-        d = data[seed] if one_a_seed else data
+        d = data[seed] if per_seed else data
         module = networks.module(seed=seed)
         cross_entropy(module(d.x_train.double()), d.y_train).backward()
         norm = torch.stack([w.grad.norm() for w in module.parameters()]).norm().item()
         assert runs.gradient_norm.sel(seed=seed, step=4).item() == pytest.approx(norm, rel=1e-10)
 
 
-def test_an_instrument_returns_one_number_under_a_name_of_its_own():
+def test_an_instrument_returns_one_number_under_its_own_name():
     with pytest.raises(
         ValueError, match=r"instruments must return one number, but 'all' .* \(23, 3\)"
     ):
@@ -1209,12 +1212,12 @@ def test_an_instrument_returns_one_number_under_a_name_of_its_own():
         )
 
 
-# ------------------------------------------------------------------------------- other places
+# ------------------------------------------------------------------------------- other stages
 
 
 @dataclasses.dataclass(frozen=True)
 class Twice:
-    """A gradient place with a number of its own: the gradient, scaled."""
+    """A gradient stage with a hyperparameter: the gradient, scaled."""
 
     scale: float = 2.0
 
@@ -1223,7 +1226,7 @@ class Twice:
         return {name: self.scale * g for name, g in gradient.items()}, loss, buffers
 
 
-def test_every_place_takes_part_in_the_grid():
+def test_the_grid_reaches_every_stage():
     arguments = {"steps": 5, "batch_size": 10, "seeds": 2, **ON_CPU}
     scaled = fit(
         MLP,
@@ -1238,9 +1241,9 @@ def test_every_place_takes_part_in_the_grid():
 
 
 def sam_loop(seed, rho, shards, level):
-    """Eight steps of SAM by hand: each shard climbs its raw loss, then its flooded one is descended.
+    """Eight steps of SAM by hand: each shard ascends its raw loss, then descends its flooded one.
 
-    ``shards``: the sizes of the parts of a batch.
+    ``shards`` are the sizes of the parts of a batch.
     """
     module = initial_module(MLP, seed).double()
     params = list(module.parameters())
@@ -1269,7 +1272,7 @@ def sam_loop(seed, rho, shards, level):
 
 @pytest.mark.parametrize("m, chunk_size", [(None, None), (4, None), (4, 1), (1, None)])
 @pytest.mark.parametrize("level", [0.0, 0.9, 3.0])
-def test_sam_of_shards_with_flooding_equals_a_loop_by_hand(m, chunk_size, level):
+def test_sam_with_shards_and_flooding_equals_a_loop_by_hand(m, chunk_size, level):
     recipe = Recipe(Flooding(level), SAM(m=m, chunk_size=chunk_size), SGD(lr=0.3))
     _, networks = fit(
         MLP,
@@ -1284,9 +1287,9 @@ def test_sam_of_shards_with_flooding_equals_a_loop_by_hand(m, chunk_size, level)
         **ON_CPU,
     )
     for run in [{"rho": rho, "seed": seed} for rho in (0.1, 0.4) for seed in (3, 8)]:
-        found = networks.module(**run).state_dict()
+        actual = networks.module(**run).state_dict()
         expected = sam_loop(**run, shards=m or 10, level=level)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def gradient_by_parts(objective, params, buffers):
@@ -1301,7 +1304,7 @@ def gradient_by_parts(objective, params, buffers):
     return total, loss, buffers
 
 
-def test_the_objective_carries_the_raw_loss_by_rows_and_the_size_of_the_batch():
+def test_the_objective_has_the_raw_loss_of_rows_and_the_size_of_the_batch():
     arguments = {"steps": 7, "batch_size": 10, "seeds": 2, "networks": "last", **ON_CPU}
     _, parts = fit(MLP, DATA, Recipe(Flooding(5.0), gradient_by_parts), **arguments)
     _, plain = fit(MLP, DATA, Recipe(), **arguments)
@@ -1344,7 +1347,7 @@ def test_hyperparameters():
     assert mixed.with_values({"alpha": 2}).batch == Mixup(2, k=3)
 
 
-def test_whole_numbers_by_declaration_set_shapes():
+def test_fields_declared_as_integers_set_shapes():
     declared = {
         "a": int,
         "b": "int",
@@ -1356,8 +1359,8 @@ def test_whole_numbers_by_declaration_set_shapes():
     }
     numbers = {"x": float, "y": "float | None", "z": "Annotated[int, 'printed']", "q": int | float}
     fields = [(name, of, dataclasses.field(default=1)) for name, of in (declared | numbers).items()]
-    place = dataclasses.make_dataclass("Place", fields, frozen=True)()
-    assert Recipe(loss=torch.mean, gradient=place, optimizer=None).hyperparameters() == {
+    stage = dataclasses.make_dataclass("Stage", fields, frozen=True)()
+    assert Recipe(loss=torch.mean, gradient=stage, optimizer=None).hyperparameters() == {
         name: ("gradient", 1) for name in numbers
     }
     assert {"m", "chunk_size"}.isdisjoint(Recipe(gradient=SAM(m=2, chunk_size=1)).hyperparameters())
@@ -1368,11 +1371,11 @@ class Eps(Twice):
     eps: float = 0.5
 
 
-def test_a_name_in_two_places_is_an_error_once_it_is_asked_for():
+def test_a_name_in_two_stages_is_an_error_if_it_is_used():
     recipe = Recipe(gradient=Eps(), optimizer=Adam())
     assert "eps" not in recipe.hyperparameters()
     fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"scale": [1.0]}, device="cpu")
-    with pytest.raises(ValueError, match="'eps' is one of gradient and optimizer"):
+    with pytest.raises(ValueError, match="'eps' is in gradient and optimizer"):
         fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"eps": [0.1]}, device="cpu")
 
 
@@ -1380,7 +1383,7 @@ def test_a_name_in_two_places_is_an_error_once_it_is_asked_for():
 
 
 class Synchronizations(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
+    """Counts the operations that make the host wait for the device."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique")
 
@@ -1413,7 +1416,7 @@ def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
     model = lambda: nn.Sequential(BATCH_NORM(), Dropout(0.3))
 
     def waits(steps, recipe):
-        with Synchronizations() as found:
+        with Synchronizations() as waiting:
             fit(
                 model,
                 DATA,
@@ -1426,10 +1429,10 @@ def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
                 grid={"lr": [0.01, 0.1]},
                 expect_divergence=True,
             )
-        return found.count
+        return waiting.count
 
     assert waits(13, recipe) == waits(1, recipe)
-    # the count sees a step that does wait
+    # a step that waits is counted
     waiting = lambda done: torch.tensor(1 - done).item()
     spoilt = dataclasses.replace(
         recipe, optimizer=dataclasses.replace(recipe.optimizer, schedule=waiting)
@@ -1475,7 +1478,7 @@ def test_cpu_and_cuda_agree(model, batch, tmp_path):
 )
 def test_cuda_steps_do_not_synchronize(batch):
     class Strict:
-        """A schedule, called in every step: from the second on, a synchronization raises."""
+        """A schedule that makes synchronizations raise from the second step on."""
 
         def __call__(self, done):
             torch.cuda.set_sync_debug_mode("error" if 0 < done < 0.9 else "default")
@@ -1522,8 +1525,8 @@ BAD = {
     "seeds twice": ({"seeds": [1, 2, 1]}, r"seeds must be .*all different, got \[1, 2, 1\]"),
     "no seeds": ({"seeds": []}, r"seeds must be .*at least one.*got \[\]"),
     "fraction of a seed": ({"seeds": [0.5]}, r"seeds must be whole numbers.*got \[0.5\]"),
-    "few data": ({"data": [DATA]}, r"data must be one Data, or one a seed: got 1 for 2 seeds"),
-    "no data": ({"data": []}, r"data must be one Data, or one a seed: got 0 for 2 seeds"),
+    "few data": ({"data": [DATA]}, r"data must be one Data, or one per seed: got 1 for 2 seeds"),
+    "no data": ({"data": []}, r"data must be one Data, or one per seed: got 0 for 2 seeds"),
     "shapes": (
         {"data": [DATA, make_data(train=22)]},
         r"data of all seeds must have one shape.*22.*23",
@@ -1581,7 +1584,7 @@ def test_bad_input_is_named(case):
 
 def test_data_of_another_type_is_named():
     for data in (DATA.x_train, (DATA.x_train, DATA.y_train), 3):
-        with pytest.raises(TypeError, match="data must be one Data, or a sequence of one a seed"):
+        with pytest.raises(TypeError, match="data must be one Data, or a sequence of one per seed"):
             fit(MLP, data, steps=1, seeds=2)
 
 
@@ -1590,12 +1593,12 @@ def test_labels_and_outputs_that_disagree():
         fit(lambda: nn.Linear(5, 2), DATA, steps=1, batch_size=10, seeds=2, device="cpu")
 
 
-def test_dropout_that_is_off_is_no_random_layer():
+def test_dropout_with_p_zero_is_not_a_random_layer():
     model = lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.0))
     fit(model, DATA, steps=1, batch_size=10, seeds=1, device="cpu")
 
 
-def test_numbers_of_numpy_and_torch_are_numbers():
+def test_numbers_from_numpy_and_torch_are_accepted():
     runs = fit(
         MLP,
         DATA,
@@ -1634,7 +1637,7 @@ def test_one_progress_bar_counts_every_step(monkeypatch, tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         experiment(Interrupts(13), tmp_path / "c.pt")
     experiment(Interrupts(10**6), tmp_path / "c.pt")  # from step 12 of 16
-    experiment(Interrupts(0), tmp_path / "c.pt")  # has been finished
+    experiment(Interrupts(0), tmp_path / "c.pt")  # is already finished
     # 8 steps of 4 runs, two at once
     assert [(bar.done, bar.total) for bar in bars] == [(26, 32), (32, 32), (32, 32)]
     assert capfd.readouterr().out == ""

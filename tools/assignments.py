@@ -1,13 +1,13 @@
-"""The assignments: from one master to what students and instructors get, and from submissions to grades.
+"""Build the assignments from their masters, and grade submissions.
 
     python tools/assignments.py build [NAME ...]                masters -> _build/assignments/{student,solution,autograder}
     python tools/assignments.py grade NAME FOLDER [-o FILE]     a folder of submitted notebooks -> a CSV
 
-A master is assignments/NN_name.md.  A code cell tagged `points-4` is a question worth 4 points: it
-defines one function, whose name is the question's and that of its check in flatmin.check, and the
-solution stands between `# BEGIN SOLUTION` and `# END SOLUTION`.  The rest is made here: the exercise
-with `raise NotImplementedError`, the cell that calls the check, and the autograder's two tests, a
-public one with the student's inputs and a hidden one with others, for half of the points each.
+A master is assignments/NN_name.md.  A code cell tagged `points-4` is a question worth 4 points.  It
+defines one function, named like the question and its check in flatmin.book.check, and its solution
+is between `# BEGIN SOLUTION` and `# END SOLUTION`.  This script makes the rest: the exercise with
+`raise NotImplementedError`, the cell that calls the check, and the autograder's two tests, a public
+one with the student's inputs and a hidden one with others, worth half of the points each.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from notebooks import LANGUAGE, ROOT, bootstrap, source
 
 MASTERS = ROOT / "assignments"
 BUILD = ROOT / "_build" / "assignments"
-HIDDEN_SEED = 2026  # of the hidden tests; a course takes its own: make assignments SEED=...
-LIMIT = 600  # seconds for one submission
+HIDDEN_SEED = 2026  # of the hidden tests; a course sets its own: make assignments SEED=...
+TIME_LIMIT = 600  # seconds per submission
 SOLUTION = re.compile(r"^([ ]*)# BEGIN SOLUTION\n.*?# END SOLUTION$", re.S | re.M)
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -45,11 +45,12 @@ METADATA = {
 
 
 def masters(names=()):
-    found = sorted(MASTERS.glob("[0-9]*.md"))
-    chosen = [path for path in found if not names or path.stem.startswith(tuple(names))]
+    available = sorted(MASTERS.glob("[0-9]*.md"))
+    chosen = [path for path in available if not names or path.stem.startswith(tuple(names))]
     if names and not chosen:
         sys.exit(
-            f"no assignment is called {' or '.join(names)}; there are {', '.join(p.stem for p in found)}"
+            f"no assignment is called {' or '.join(names)}; "
+            f"there are {', '.join(path.stem for path in available)}"
         )
     return chosen
 
@@ -60,22 +61,22 @@ def read(path):
 
 
 def points(cell):
-    """What a cell is worth; 0 if it is no question."""
+    """The points of a question's cell; 0 for other cells."""
     tags = [tag for tag in cell.metadata.get("tags", ()) if tag.startswith("points-")]
     return int(tags[0].removeprefix("points-")) if tags else 0
 
 
 def name_of(cell):
-    """The question's name: that of the function with the solution in it."""
+    """A question's name: that of the function that contains the solution."""
     tree = ast.parse(cell.source)
     lines = cell.source.splitlines()
-    [found] = [
+    [name] = [
         node.name
         for node in tree.body
         if isinstance(node, ast.FunctionDef)
         and any("# BEGIN SOLUTION" in line for line in lines[node.lineno - 1 : node.end_lineno])
     ]
-    return found
+    return name
 
 
 def questions(cells):
@@ -84,17 +85,17 @@ def questions(cells):
 
 
 def exercise(source):
-    """The source of a question as students get it."""
+    """A question's source as students get it."""
     return SOLUTION.sub(r"\1raise NotImplementedError", source)
 
 
 def solution(source):
-    """The source of a question as the solution shows it: without the marks."""
+    """A question's source with its solution, without the marks."""
     return re.sub(r"^[ ]*# (BEGIN|END) SOLUTION\n?", "", source, flags=re.M)
 
 
 def assemble(path, answer):
-    """A notebook of a master: each question's cell becomes what `answer(cell)` gives, then its check."""
+    """A notebook from a master: a question becomes `answer(cell)` and a call of its check."""
     cells = []
     for cell in read(path):
         if cell.cell_type == "markdown":
@@ -108,23 +109,23 @@ def assemble(path, answer):
     return numbered(new_notebook(cells=cells, metadata=METADATA))
 
 
-def plain(path, source):
-    """The same, with each question's source as `source(text)` makes it."""
-    return assemble(path, lambda cell: [new_code_cell(source(cell.source))])
+def plain(path, convert):
+    """A notebook from a master, with each question's source replaced by `convert(source)`."""
+    return assemble(path, lambda cell: [new_code_cell(convert(cell.source))])
 
 
 def wrong(path):
     """{question__mistake: (question, what the check must say, source)} of assignments/wrong/."""
     text = (path.parent / "wrong" / f"{path.stem}.py").read_text()
-    found = {}
+    answers = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
-            asked = node.name.partition("__")[0]
+            question = node.name.partition("__")[0]
             source = ast.get_source_segment(text, node).replace(
-                f"def {node.name}(", f"def {asked}(", 1
+                f"def {node.name}(", f"def {question}(", 1
             )
-            found[node.name] = asked, ast.get_docstring(node), source
-    return found
+            answers[node.name] = question, ast.get_docstring(node), source
+    return answers
 
 
 def numbered(nb):
@@ -137,7 +138,7 @@ def numbered(nb):
 
 
 def otter_master(path, hidden_seed):
-    """The master in the form that `otter assign` reads: raw cells mark what is what."""
+    """The master in the format of `otter assign`, where raw cells mark each part."""
     config = {
         "init_cell": False,
         "export_cell": False,
@@ -179,7 +180,7 @@ def otter_master(path, hidden_seed):
 
 
 def prompted(source):
-    """Otter's marks for: replace the solution by `raise NotImplementedError`."""
+    """A question's source with the marks by which Otter inserts `raise NotImplementedError`."""
 
     def marked(match):
         block, indent = match[0].replace("# BEGIN SOLUTION", "# BEGIN SOLUTION NO PROMPT"), match[1]
@@ -200,7 +201,7 @@ def otter_test(name, worth, seed):
 
 
 def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
-    """Write student notebook, solution and autograder; prove that the first holds no solution."""
+    """Write student notebook, solution and autograder; check that the first has no solution."""
     from otter.assign import main as assign
 
     from flatmin.book import check
@@ -227,12 +228,12 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
     for folder, nb in written.items():
         nbformat.validate(nb)
         nbformat.write(nb, out / folder / f"{path.stem}.ipynb")
-    if found := leaks(out / "student" / f"{path.stem}.ipynb", path, hidden_seed):
-        raise AssertionError(f"{path.stem}: the student notebook holds {found}")
+    if leaked := leaks(out / "student" / f"{path.stem}.ipynb", path, hidden_seed):
+        raise AssertionError(f"{path.stem}: the student notebook contains {leaked}")
 
 
 def clean(nb):
-    """Without metadata and outputs: Otter runs its tests at the end then."""
+    """A copy without metadata and outputs; without them, Otter runs all its tests at the end."""
     kept = [
         new_code_cell(cell.source) if cell.cell_type == "code" else new_markdown_cell(cell.source)
         for cell in nb.cells
@@ -241,7 +242,7 @@ def clean(nb):
 
 
 def leaks(student, master, hidden_seed):
-    """What of the solution, or of the hidden tests, stands anywhere in a student notebook."""
+    """The parts of the solution or of the hidden tests that a student notebook contains."""
     nb, text = nbformat.read(student, as_version=4), Path(student).read_text()
     sources = [cell.source for cell in read(master)]
     common = {line.strip() for source in sources for line in exercise(source).splitlines()}
@@ -251,46 +252,47 @@ def leaks(student, master, hidden_seed):
         for block in SOLUTION.finditer(source)
         for line in block[0].splitlines()
     } - common
-    found = [line for line in secret if len(line) > 8 and json.dumps(line)[1:-1] in text]
-    found += [
+    leaked = [line for line in secret if len(line) > 8 and json.dumps(line)[1:-1] in text]
+    leaked += [
         word
         for word in ("BEGIN", "SOLUTION", "PROMPT", "verify", f"seed={hidden_seed}", "env.get")
         if word in text
     ]
-    found += ["outputs" for cell in nb.cells if cell.get("outputs") or cell.get("execution_count")]
-    found += ["cell metadata" for cell in nb.cells if cell.metadata or cell.get("attachments")]
-    found += ["notebook metadata"] if nb.metadata != METADATA else []
-    asked = sum(
+    leaked += ["outputs" for cell in nb.cells if cell.get("outputs") or cell.get("execution_count")]
+    leaked += ["cell metadata" for cell in nb.cells if cell.metadata or cell.get("attachments")]
+    leaked += ["notebook metadata"] if nb.metadata != METADATA else []
+    exercises = sum(
         cell.source.count("raise NotImplementedError")
         for cell in nb.cells
         if cell.cell_type == "code"
     )
-    return found + (
-        ["a question without its exercise"] if asked != len(questions(read(master))) else []
+    return leaked + (
+        ["a question without its exercise"] if exercises != len(questions(read(master))) else []
     )
 
 
 # --------------------------------------------------------------------------------------- grading
 
-ONE = """
+GRADE_ONE = """
 import json, sys
 from otter.api import grade_submission
 graded = grade_submission(sys.argv[1], sys.argv[2], quiet=True)
 if graded.has_catastrophic_failure():
     raise graded.catastrophic_error
-found = {name: [[case.test_case.points, case.passed, case.message or ""] for case in test.test_case_results]
-         for name, test in graded.results.items()}
-open(sys.argv[3], "w").write(json.dumps(found))
+results = {name: [[case.test_case.points, case.passed, case.message or ""]
+                  for case in test.test_case_results]
+           for name, test in graded.results.items()}
+open(sys.argv[3], "w").write(json.dumps(results))
 """
 
 
-def grade_one(submission, archive, limit=LIMIT):
-    """{question: (points, [messages])} and a note; in a process of its own, which cannot hang us."""
+def grade_one(submission, archive, limit=TIME_LIMIT):
+    """{question: (points, [messages])} and a note, from a separate process with a time limit."""
     with tempfile.TemporaryDirectory() as work:
         result = Path(work) / "result.json"
         copy = shutil.copy(submission, Path(work) / "submission.ipynb")
         process = subprocess.Popen(
-            [sys.executable, "-c", ONE, str(copy), str(Path(archive).resolve()), str(result)],
+            [sys.executable, "-c", GRADE_ONE, str(copy), str(Path(archive).resolve()), str(result)],
             cwd=work,
             env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
@@ -306,13 +308,13 @@ def grade_one(submission, archive, limit=LIMIT):
             return {}, f"not graded: stopped after {limit} seconds"
         if not result.exists():
             return {}, "not graded: " + (errors.strip().splitlines() or ["no result"])[-1]
-        found = json.loads(result.read_text())
+        results = json.loads(result.read_text())
     return {
         name: (
             sum(worth for worth, passed, _ in cases if passed),
             [message for _, passed, message in cases if not passed],
         )
-        for name, cases in found.items()
+        for name, cases in results.items()
     }, ""
 
 
@@ -322,7 +324,7 @@ def reports(message):
 
 
 def grade(path, folder, out, archive=None, jobs=1):
-    """Grade all notebooks in a folder into a CSV: one row a submission, one column a question."""
+    """Grade the notebooks in a folder into a CSV: a row per submission, a column per question."""
     archive = archive or BUILD / "autograder" / f"{path.stem}.zip"
     if not archive.exists():
         sys.exit(f"{archive} is missing: make assignments")
@@ -334,10 +336,10 @@ def grade(path, folder, out, archive=None, jobs=1):
         sys.exit(f"no notebook in {folder}")
     rows = []
     with ThreadPoolExecutor(jobs) as pool:
-        for submission, (found, note) in zip(
+        for submission, (results, note) in zip(
             submissions, pool.map(lambda s: grade_one(s, archive), submissions)
         ):
-            earned = {name: found[name][0] if name in found else 0 for name in worth}
+            earned = {name: results[name][0] if name in results else 0 for name in worth}
             total = sum(earned.values())
             rows.append(
                 {
@@ -348,13 +350,13 @@ def grade(path, folder, out, archive=None, jobs=1):
                     "note": note,
                 }
             )
-            said = {reports(message) for _, messages in found.values() for message in messages}
+            remarks = {reports(message) for _, messages in results.values() for message in messages}
             feedback = Path(out).with_suffix("") / submission.relative_to(folder).with_suffix(
                 ".txt"
             )
             feedback.parent.mkdir(parents=True, exist_ok=True)
             feedback.write_text(
-                "\n\n".join([f"{total:g} of {sum(worth.values())} points", *sorted(said)]) + "\n"
+                "\n\n".join([f"{total:g} of {sum(worth.values())} points", *sorted(remarks)]) + "\n"
             )
             print(
                 f"  {rows[-1]['submission']}: {total:g} of {sum(worth.values())}  {note}",
@@ -372,23 +374,23 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("build")
-    one.add_argument(
+    command = commands.add_parser("build")
+    command.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help="an assignment, or how its name starts; default: all",
+        help="an assignment, or the start of its name; default: all",
     )
-    one.add_argument("--seed", type=int, default=HIDDEN_SEED, help="of the hidden tests")
-    one = commands.add_parser("grade")
-    one.add_argument("name", metavar="NAME")
-    one.add_argument("folder", type=Path, metavar="FOLDER")
-    one.add_argument("-o", "--out", type=Path, default=Path("grades.csv"))
-    one.add_argument("-j", "--jobs", type=int, default=1, help="how many submissions at once")
+    command.add_argument("--seed", type=int, default=HIDDEN_SEED, help="seed of the hidden tests")
+    command = commands.add_parser("grade")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("folder", type=Path, metavar="FOLDER")
+    command.add_argument("-o", "--out", type=Path, default=Path("grades.csv"))
+    command.add_argument("-j", "--jobs", type=int, default=1, help="submissions to grade at once")
     arguments = parser.parse_args()
     if arguments.command == "build":
         if arguments.seed < 1:
-            parser.error("--seed must be a whole number >= 1: 0 is that of the checks students see")
+            parser.error("--seed must be a whole number >= 1; the checks that students see use 0")
         for path in masters(arguments.names):
             build(path, hidden_seed=arguments.seed)
             worth = questions(read(path))
@@ -399,7 +401,7 @@ def main():
     else:
         [path] = masters([arguments.name])
         grade(path, arguments.folder, arguments.out, jobs=arguments.jobs)
-        print(f"grades: {arguments.out}; what the checks said: {arguments.out.with_suffix('')}/")
+        print(f"grades: {arguments.out}; messages of the checks: {arguments.out.with_suffix('')}/")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Do all claims hold for other seeds? Executes the chapters with FLATMIN_SEED=1..5 and prints claim × seed.
+"""Do all claims hold for other seeds? Executes the chapters with FLATMIN_SEED=1..5.
 
 python tools/claims.py [NAME ...]
 """
@@ -11,19 +11,19 @@ from tempfile import TemporaryDirectory
 from notebooks import BOOK, chapters, execute_all, read_text, sync
 
 sys.path.insert(0, str(BOOK / "_ext"))
-from flatmin_book import claims_in  # noqa: E402  (the directive that lists them reads them the same way)
+from flatmin_book import claims_in  # noqa: E402  (as the book lists them)
 
 SEEDS = range(1, 6)
 MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 def holds(log):
-    """{claim: whether it held each time} from the lines that `flatmin.book.claim` wrote."""
-    found = {}
+    """{claim: whether it always held} from the lines that `flatmin.book.claim` wrote."""
+    held = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         entry = json.loads(line)
-        found[entry["id"]] = found.get(entry["id"], True) and entry["holds"]
-    return found
+        held[entry["id"]] = held.get(entry["id"], True) and entry["holds"]
+    return held
 
 
 def main(names):
@@ -54,9 +54,8 @@ def main(names):
         ids = [name for name, _ in claims_in(path.with_suffix(".ipynb"))]
         print(f"\n{path.stem:<50} seed {'  '.join(map(str, SEEDS))}")
         for name in ids:
-            row = [
-                verdicts[path.stem, seed].get(name) for seed in SEEDS
-            ]  # None: the chapter never got there
+            # None: the chapter never reached the claim
+            row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]
             print(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
             good, total = good + sum(held is True for held in row), total + len(row)
     print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")

@@ -1,10 +1,10 @@
-"""Run chapters as Colab does: each alone in an empty folder, flatmin not there, installed by the first cell.
+"""Run chapters as Colab does: each alone, in an empty folder, and its first cell installs flatmin.
 
     python tools/colab.py [NAME ...]                     with this environment's packages, without a network
     python tools/colab.py --python python3.12 [NAME ...] with Colab's versions, from the package index
 
-Only what Colab ships can be imported before the first cell has run; the package is a wheel of this tree.
-Fails if a notebook does, or if installing flatmin replaces something that was there.
+Before the first cell has run, only what Colab ships can be imported; it then installs a wheel of
+this tree.  Fails if a notebook fails, or if installing flatmin replaces an installed package.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from notebooks import CRASHES, ROOT, chapters
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# What of Colab's packages matters here, in the versions that it had at the end of 2025; torch is the index's newest.
+# Colab's packages that matter here, in its versions of the end of 2025; torch is the newest one.
 COLAB = {
     "torch": "",
     "numpy": "2.0.2",
@@ -47,28 +47,28 @@ COLAB = {
 
 
 def closure(*requirements):
-    """The installed distributions that these need, themselves included."""
-    found, todo = {}, [Requirement(line) for line in requirements]
+    """The distributions of some requirements and of all that they need, as far as installed."""
+    distributions, todo = {}, [Requirement(line) for line in requirements]
     while todo:
         requirement = todo.pop()
         key = canonicalize_name(requirement.name), frozenset(requirement.extras)
-        if key in found:
+        if key in distributions:
             continue
         try:
-            found[key] = distribution(requirement.name)
+            distributions[key] = distribution(requirement.name)
         except PackageNotFoundError:
-            continue  # an optional one
-        for line in found[key].requires or ():
+            continue  # an optional dependency
+        for line in distributions[key].requires or ():
             needed = Requirement(line)
             if not needed.marker or any(
                 needed.marker.evaluate({"extra": extra}) for extra in (*requirement.extras, "")
             ):
                 todo.append(needed)
-    return {name: dist for (name, _), dist in found.items()}
+    return {name: dist for (name, _), dist in distributions.items()}
 
 
 def share(dists, folder):
-    """Links to installed packages, and to nothing else of their environment."""
+    """Make a folder of links to installed packages, and to nothing else of their environment."""
     folder.mkdir(parents=True)
     for dist in dists:
         for name in {
@@ -79,7 +79,7 @@ def share(dists, folder):
 
 
 def repack(dist, folder):
-    """An installed package as a wheel again."""
+    """Turn an installed package back into a wheel."""
     with zipfile.ZipFile(
         folder / f"{dist.name.replace('-', '_')}-{dist.version}-py3-none-any.whl", "w"
     ) as wheel:
@@ -93,7 +93,7 @@ def repack(dist, folder):
 
 
 class Colab:
-    """Makes environments in ``folder``: packages that are there, an interpreter, and wheels to install."""
+    """Environments like Colab's, in ``folder``: packages, an interpreter, and wheels to install."""
 
     def __init__(self, folder, python=None):
         self.folder, self.wheels, self.python = folder, folder / "wheels", python
@@ -122,11 +122,11 @@ class Colab:
         if python:
             self.packages = self.download(python)
         else:
-            there = closure(*COLAB)
+            preinstalled = closure(*COLAB)
             self.packages = folder / "packages"
-            share(there.values(), self.packages)
+            share(preinstalled.values(), self.packages)
             for name, dist in closure("flatmin[all]").items():
-                if name not in there and name != "flatmin":
+                if name not in preinstalled and name != "flatmin":
                     repack(dist, self.wheels)
             offline = {
                 "PIP_CONFIG_FILE": os.devnull,
@@ -141,7 +141,7 @@ class Colab:
         }
 
     def download(self, python):
-        """Colab's versions in an environment of their own, kept for the next time."""
+        """The packages in Colab's versions, in an environment that is kept for the next run."""
         home = ROOT / "_build" / "colab" / Path(python).name
         wanted = [f"{name}=={version}" if version else name for name, version in COLAB.items()]
         if not (home / "ready").exists() or (home / "ready").read_text() != str(wanted):
@@ -159,22 +159,22 @@ class Colab:
         )
 
     def interpreter(self, name):
-        """A fresh environment on top of the packages: pip may add to it, and cannot change them."""
+        """A new environment on top of the packages, which pip can extend but not change."""
         home = self.folder / name / "environment"
         if self.python:
             subprocess.run([self.python, "-m", "venv", "--without-pip", home], check=True)
         else:
             venv.create(home)
         python = interpreter(home)
-        ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        print_site = "import sysconfig; print(sysconfig.get_path('purelib'))"
         site = subprocess.run(
-            [python, "-c", ask], check=True, capture_output=True, text=True
+            [python, "-c", print_site], check=True, capture_output=True, text=True
         ).stdout.strip()
         (Path(site) / "colab.pth").write_text(f"{self.packages}\n")
         return python
 
     def installed(self, python):
-        """{package: version}, as pip sees them."""
+        """{package: version}, as pip lists them."""
         command = [python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
         out = subprocess.run(
             command, check=True, capture_output=True, text=True, env=self.environment
@@ -196,8 +196,8 @@ class Colab:
             kernel_name="colab",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(kernel.parent)]),
         )
-        alone = self.folder / path.stem / "content"
-        alone.mkdir()
+        content = self.folder / path.stem / "content"
+        content.mkdir()
         notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
@@ -207,11 +207,10 @@ class Colab:
             km=manager,
             timeout=1800,
             record_timing=False,
-            resources={"metadata": {"path": alone}},
+            resources={"metadata": {"path": content}},
         )
-        client.execute(
-            env=self.environment, cleanup_kc=True
-        )  # else a kernel that was handed to it lives on, with its gigabyte
+        # without cleanup_kc, a kernel of a given manager lives on and keeps its gigabyte
+        client.execute(env=self.environment, cleanup_kc=True)
         after = self.installed(python)
         replaced = {
             name: (version, after.get(name))
@@ -235,10 +234,10 @@ def main():
     )
     parser.add_argument(
         "--python",
-        help="an interpreter, for which Colab's versions are downloaded; default: this environment",
+        help="the interpreter to download Colab's versions for; default: use this environment",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a chapter, or how its name starts; default: all"
+        "names", nargs="*", metavar="NAME", help="a chapter, or the start of its name; default: all"
     )
     arguments = parser.parse_args()
     paths, failed = chapters(arguments.names), []

@@ -1,9 +1,10 @@
-"""Set up the environment of the book and the tests: what `make` calls when it is missing.
+"""Set up the environment of the book and the tests; `make` calls this when it is missing.
 
-    python3 tools/install.py [FOLDER]      makes the virtual environment FOLDER (.venv), or completes one that is there
+    python3 tools/install.py [FOLDER]      makes or completes the virtual environment FOLDER (.venv)
 
-Versions are those of constraints.txt. A torch that is already in an environment of your own (one for your GPU, say) stays.
-Written for Python 3.6 too, so that an old one can say that it is old.
+Versions are those of constraints.txt.  In an environment of your own, an installed torch (one for
+your GPU, say) is kept.  The syntax is that of Python 3.6, so that an old Python can run this and
+report that it is too old.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ def stop(text):
 
 
 def digest():
-    """Of what decides what is installed."""
+    """A hash of the files that decide what is installed."""
     return hashlib.sha256(b"".join(open(path, "rb").read() for path in FILES)).hexdigest()
 
 
@@ -31,15 +32,15 @@ def read(path):
     return open(path).read() if os.path.exists(path) else ""
 
 
-def ask(python, code):
+def output_of(python, code):
     """What ``code`` prints in another Python, or "" if it raises."""
-    done = subprocess.run(
+    result = subprocess.run(
         [python, "-c", code],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         universal_newlines=True,
     )  # noqa: UP021
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def make(home):
@@ -47,26 +48,26 @@ def make(home):
     if sys.version_info < (3, 11):  # noqa: UP036
         stop(
             f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version_info[0]}.{sys.version_info[1]}. "
-            "Name another one: make PYTHON=python3.12 ..., or python3.12 tools/install.py"
+            "Use another one: make PYTHON=python3.12 ..., or python3.12 tools/install.py"
         )
     if subprocess.call([sys.executable, "-m", "venv", home]) != 0:
         shutil.rmtree(home, ignore_errors=True)
         stop(
-            "no virtual environment could be made, see above. On Debian and Ubuntu: "
+            "a virtual environment could not be made, see above. On Debian and Ubuntu: "
             f"sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         )
 
 
 def constraints(home, python, own):
-    """The pins, without torch's where somebody else's torch is to stay."""
+    """The file of pins; unless the environment is our own, an installed torch keeps its version."""
     torch = (
         ""
         if own
-        else ask(python, "from importlib.metadata import version; print(version('torch'))")
+        else output_of(python, "from importlib.metadata import version; print(version('torch'))")
     )
     if not torch:
         return FILES[1]
-    print(f"setup: torch {torch} is there and stays")
+    print(f"setup: torch {torch} is installed and is kept")
     path = os.path.join(home, "flatmin-constraints.txt")
     pins = re.sub(r"^torch==.*$", "torch==" + torch, read(FILES[1]), flags=re.M)
     with open(path, "w") as file:
@@ -75,7 +76,7 @@ def constraints(home, python, own):
 
 
 def install(python, pins):
-    """pip, with a line for each large download. True if it did it all."""
+    """Run pip and print a line for each large download.  True if it succeeded."""
     command = [
         python,
         "-m",
@@ -98,28 +99,30 @@ def main(home):
     scripts = "Scripts" if os.name == "nt" else "bin"
     python = os.path.join(home, scripts, "python.exe" if os.name == "nt" else "python")
     ready, mark = os.path.join(home, ".flatmin-ready"), os.path.join(home, ".made-by-flatmin")
-    if read(ready) == digest():  # only touched since: nothing to do, and no network needed
+    if read(ready) == digest():  # the files were only touched: nothing to do, no network needed
         os.utime(ready)
         return
     if not os.path.exists(python):
         make(home)
         open(mark, "w").close()
-    elif not ask(python, "import sys; print(1 if sys.version_info >= (3, 11) else 1 / 0)"):
+    elif not output_of(python, "import sys; print(1 if sys.version_info >= (3, 11) else 1 / 0)"):
         stop(
-            f"Python 3.11 or newer is needed, and {python} is older. Remove {home}, and name another: make PYTHON=python3.12 ..."
+            f"Python 3.11 or newer is needed, and {python} is older. "
+            f"Remove {home}, and use another one: make PYTHON=python3.12 ..."
         )
-    if not ask(python, "import pip; print(pip)"):
+    if not output_of(python, "import pip; print(pip)"):
         stop(
             f"there is no pip in {home}: run {python} -m ensurepip, or remove the folder and try again"
         )
     print(
-        f"setup: installing flatmin and its tools into {home}, once. Without a torch there it takes some minutes, and up to 6 GB on Linux",
+        f"setup: installing flatmin and its tools into {home}, once. "
+        "If torch is not installed yet, it takes some minutes, and up to 6 GB on Linux",
         flush=True,
     )
     if not install(python, constraints(home, python, os.path.exists(mark))):
         stop(
             f"pip could not install everything, see above; {shutil.disk_usage(home).free / 1e9:.0f} GB are free on this disk. This step "
-            "needs a network (later ones need none); what was downloaded is kept, so the same command goes on from there"
+            "needs a network (later ones need none); downloads are kept: run the same command again"
         )
     with open(ready, "w") as file:
         file.write(digest())

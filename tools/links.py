@@ -1,7 +1,7 @@
-"""Carry the repository's address from _config.yml, and the version to install, to every file that names them, and renew the bootstrap cells.
+"""Copy the repository's address from _config.yml and the version to install into all files.
 
-python tools/links.py            rewrite
-python tools/links.py --check    only name the files that would change
+python tools/links.py            rewrite, and update the bootstrap cells
+python tools/links.py --check    only list the files that would change
 """
 
 import re
@@ -23,7 +23,7 @@ def slug(url):
 
 
 def recorded():
-    """The address that the files were last given: pyproject.toml remembers it."""
+    """The address that the files now have, according to pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 
 
@@ -52,17 +52,18 @@ def files():
 
 
 def rewritten():
-    """{path: new text} of the files that do not say what they should."""
+    """{path: new text} of the files that are out of date."""
     old, new, halves = slug(recorded()), slug(repository()["url"]), set(chapters())
     changed = {}
     for path in files():
         text = path.read_text()
-        fresh = text.replace(old, new)
-        fresh = fresh if path.name == "CHANGELOG.md" else INSTALLED.sub(source(), fresh)
+        updated = text.replace(old, new)
+        if path.name != "CHANGELOG.md":
+            updated = INSTALLED.sub(source(), updated)
         if path in halves:
-            fresh = BOOTSTRAP.sub(lambda cell: cell[1] + bootstrap() + cell[2], fresh, count=1)
-        if fresh != text:
-            changed[path] = fresh
+            updated = BOOTSTRAP.sub(lambda cell: cell[1] + bootstrap() + cell[2], updated, count=1)
+        if updated != text:
+            changed[path] = updated
     return changed
 
 

@@ -1,4 +1,4 @@
-"""A new chapter that runs and passes every test, to be filled: the text half, its notebook, and its places in the book.
+"""Write the skeleton of a chapter, which runs and passes every test, and enter it in the book.
 
 python tools/new_chapter.py NAME [--title "Its title"]      book/09_NAME.md, .ipynb, _toc.yml, index.md, README.md
 """
@@ -23,9 +23,9 @@ ROW = "| {number} | [{title}]({folder}/{stem}.ipynb): what it shows | [open in C
 COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{folder}/{stem}.ipynb"
 
 
-def after(text, last, new):
-    """`text` with `new` after the last match of a pattern."""
-    *_, match = re.finditer(last, text, re.S | re.M)
+def after(text, pattern, new):
+    """`text` with `new` inserted after the last match of a pattern."""
+    *_, match = re.finditer(pattern, text, re.S | re.M)
     return text[: match.end()] + new + text[match.end() :]
 
 
@@ -36,27 +36,27 @@ def pages(name, title):
             f"NAME must be lower-case letters, digits and _, starting with a letter, got {name!r}"
         )
     if any(path.stem[3:] == name for path in chapters()):
-        sys.exit(f"NAME must be new, but there is a chapter {name!r} already")
+        sys.exit(f"NAME must be new, but there already is a chapter {name!r}")
     number = 1 + max(int(path.stem[:2]) for path in chapters())
     stem, last = f"{number:02d}_{name}", chapters()[-1].stem
-    where = repository()
-    words = {
+    repo = repository()
+    fields = {
         "number": number,
         "title": title or name.replace("_", " ").capitalize(),
         "stem": stem,
-        "folder": where["path_to_book"],
-        "branch": where["branch"],
-        "slug": "/".join(where["url"].rstrip("/").split("/")[-2:]),
+        "folder": repo["path_to_book"],
+        "branch": repo["branch"],
+        "slug": "/".join(repo["url"].rstrip("/").split("/")[-2:]),
     }
-    words["colab"] = COLAB.format(**words)
+    fields["colab"] = COLAB.format(**fields)
     text = TEMPLATE.read_text()
-    for mark, word in {
+    for placeholder, value in {
         "BOOTSTRAP": bootstrap(),
         "NUMBER": str(number),
-        "TITLE": words["title"],
+        "TITLE": fields["title"],
         "SLUG": name.replace("_", "-"),
     }.items():
-        text = text.replace(mark, word)
+        text = text.replace(placeholder, value)
     toc, index, readme = (
         notebooks.BOOK / "_toc.yml",
         notebooks.BOOK / "index.md",
@@ -68,15 +68,15 @@ def pages(name, title):
         index: after(
             index.read_text(),
             rf"^:::\{{grid-item-card\}}[^\n]*\n:link: {last}\n.*?^:::\n",
-            "\n" + CARD.format(**words),
+            "\n" + CARD.format(**fields),
         ),
-        readme: after(readme.read_text(), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**words)),
+        readme: after(readme.read_text(), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**fields)),
     }
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", help="as in 09_NAME, e.g. weight_averaging")
+    parser.add_argument("name", help="as in 09_NAME, for example weight_averaging")
     parser.add_argument("--title", default="", help="default: the name in words")
     chosen = parser.parse_args(arguments)
     new = pages(chosen.name, chosen.title)

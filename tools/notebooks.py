@@ -1,4 +1,4 @@
-"""The chapters: a notebook with outputs and its text half, which is the one to edit.
+"""Sync, execute and check the chapters: pairs of a text half, to be edited, and a notebook.
 
 python tools/notebooks.py sync  [NAME ...]   text half -> notebook, keeping the outputs of unchanged cells
 python tools/notebooks.py run   [NAME ...]   sync, then execute in place: what gets committed
@@ -42,13 +42,13 @@ def repository():
 
 
 def source(version=None):
-    """Where pip finds this version of the package: a release at its tag, a development version on the branch.
+    """Where pip finds a version of the package: a release's tag, or the branch.
 
-    So a copy of a notebook, kept in Colab, goes on getting the package that it was written for.
+    A copy of a notebook in Colab thus keeps installing the package that it was written for.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    release, about = Version(version or project["version"]), repository()
-    return f"git+{about['url']}@{about['branch'] if release.is_prerelease else f'v{release}'}"
+    release, repo = Version(version or project["version"]), repository()
+    return f"git+{repo['url']}@{repo['branch'] if release.is_prerelease else f'v{release}'}"
 
 
 def bootstrap():
@@ -58,21 +58,22 @@ def bootstrap():
 
 def chapters(names=()):
     """The paths of the text halves, all or those whose file name starts with one of `names`."""
-    found = sorted(BOOK.glob("[0-9]*.md"))
+    available = sorted(BOOK.glob("[0-9]*.md"))
     chosen = [
         path
-        for path in found
+        for path in available
         if not names or path.stem.startswith(tuple(Path(n).stem for n in names))
     ]
     if names and not chosen:
         sys.exit(
-            f"no chapter is called {' or '.join(names)}; there are {', '.join(path.stem for path in found)}"
+            f"no chapter is called {' or '.join(names)}; "
+            f"there are {', '.join(path.stem for path in available)}"
         )
     return chosen
 
 
 def read_text(path):
-    """A text half as a notebook: only the metadata that both halves keep, cell ids made from the content."""
+    """A text half as a notebook, with the metadata that both halves keep and hashes as cell ids."""
     notebook = jupytext.read(path, fmt="md:myst")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     notebook.metadata = nbformat.from_dict(
@@ -94,7 +95,7 @@ def read_text(path):
 
 
 def keep_outputs(notebook, executed):
-    """Give each code cell of `notebook` the output that a cell of the same source has in `executed`."""
+    """Copy outputs from `executed` to the code cells of `notebook` with the same source."""
     stored = defaultdict(list)
     for cell in executed.cells:
         if cell.cell_type == "code":
@@ -116,7 +117,7 @@ def sync(path):
 
 
 def write(notebook, path):
-    """Write a valid notebook, and only if it differs, so that an unchanged page is not built again."""
+    """Validate a notebook and write it if it differs, so that unchanged pages are not rebuilt."""
     nbformat.validate(notebook)
     text = nbformat.writes(notebook) + "\n"
     if not path.exists() or path.read_text() != text:
@@ -125,7 +126,7 @@ def write(notebook, path):
 
 
 def execute(notebook, threads=1, **environment):
-    """Execute in an empty folder, since in Colab there is no checkout either. One thread: the same sums everywhere."""
+    """Execute in an empty folder, as in Colab.  With one thread, sums are the same everywhere."""
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1", **environment}
     with TemporaryDirectory() as empty:
         NotebookClient(
@@ -142,22 +143,22 @@ def execute(notebook, threads=1, **environment):
 
 
 def execute_all(jobs):
-    """Execute the (name, notebook, keywords) of `jobs`, several at once. Returns {name: error}."""
+    """Execute `jobs`, a list of (name, notebook, keywords), in parallel.  Returns {name: error}."""
     done = itertools.count(1)
 
-    def one(job):
+    def run_job(job):
         name, notebook, keywords = job
-        start, outcome = time.monotonic(), None
+        start, error = time.monotonic(), None
         try:
             execute(notebook, **keywords)
-        except CRASHES as error:
-            outcome = error
-        said = f"FAILED\n{outcome}" if outcome else f"executed in {time.monotonic() - start:.0f} s"
-        print(f"  [{next(done)}/{len(jobs)}] {name}: {said}", flush=True)
-        return name, outcome
+        except CRASHES as crash:
+            error = crash
+        status = f"FAILED\n{error}" if error else f"executed in {time.monotonic() - start:.0f} s"
+        print(f"  [{next(done)}/{len(jobs)}] {name}: {status}", flush=True)
+        return name, error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {name: error for name, error in pool.map(one, jobs) if error}
+        return {name: error for name, error in pool.map(run_job, jobs) if error}
 
 
 def run(paths):
@@ -171,27 +172,27 @@ def run(paths):
 
 
 def differences(path):
-    """What differs between a text half and its notebook, in words."""
+    """The differences between a text half and its notebook, in words."""
     target = path.with_suffix(".ipynb")
     if not target.exists():
         return [f"{target.name} is missing"]
     text, notebook = read_text(path), nbformat.read(target, as_version=4)
     if len(text.cells) != len(notebook.cells):
         return [f"{len(text.cells)} cells in {path.name}, {len(notebook.cells)} in {target.name}"]
-    found = (
+    differing = (
         []
         if text.metadata == notebook.metadata
-        else [f"{path.stem}: the notebook's metadata is not the usual"]
+        else [f"{path.stem}: the notebook's metadata is not the standard one"]
     )
     for i, (ours, theirs) in enumerate(zip(text.cells, notebook.cells, strict=True)):
         for key in ("cell_type", "source", "metadata"):
             if ours[key] != theirs[key]:
-                found.append(f"{path.stem}, cell {i}: {key} differs")
-    return found
+                differing.append(f"{path.stem}, cell {i}: {key} differs")
+    return differing
 
 
 def inputs():
-    """A digest of what chapters compute with, beside their own cells."""
+    """A digest of what the chapters' outputs depend on, apart from their own cells."""
     digest = hashlib.sha256(
         f"{sys.version} {version('torch')} {os.environ.get('FLATMIN_SEED')}".encode()
     )
@@ -203,7 +204,7 @@ def inputs():
 
 
 def book(build=ROOT / "_build"):
-    """A copy of the book whose outputs were made here. The tree stays as it is."""
+    """Copy the book to _build/source, and execute its changed chapters there."""
     source, executed = build / "source", build / "executed"
     executed.mkdir(parents=True, exist_ok=True)
     (source / "book").mkdir(parents=True, exist_ok=True)
@@ -224,10 +225,10 @@ def book(build=ROOT / "_build"):
 
     notebooks, common, stale = {}, inputs(), []
     for path in chapters():
-        notebook, record = read_text(path), executed / f"{path.stem}.ipynb"
+        notebook, cached = read_text(path), executed / f"{path.stem}.ipynb"
         cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
         key = hashlib.sha256(json.dumps([common, cells]).encode()).hexdigest()
-        old = nbformat.read(record, as_version=4) if record.exists() else None
+        old = nbformat.read(cached, as_version=4) if cached.exists() else None
         if old is not None and old.metadata.get("made_from") == key:
             keep_outputs(notebook, old)
         else:
@@ -249,7 +250,7 @@ def book(build=ROOT / "_build"):
 
 
 def render(build=ROOT / "_build"):
-    """_build/source as web pages, in _build/html: only those that changed. Returns the exit status."""
+    """Render the changed pages of _build/source to _build/html.  Returns the exit status."""
     print("book: rendering (a minute and a half at first, then seconds)", flush=True)
     command = [
         sys.executable,
@@ -261,23 +262,23 @@ def render(build=ROOT / "_build"):
         "-n",
         "--quiet",
     ]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, build / "source" / "book", "--path-output", build.parent],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        print(done.stdout + done.stderr, flush=True)
-        shutil.rmtree(build / ".doctrees", ignore_errors=True)  # so that the next time warns again
-    return done.returncode
+    if result.returncode:
+        print(result.stdout + result.stderr, flush=True)
+        shutil.rmtree(build / ".doctrees", ignore_errors=True)  # so that the next run warns again
+    return result.returncode
 
 
 def make_book():
-    """Execute, render, and say in one line what came out."""
+    """Execute, render, and print the result in one line."""
     start = time.monotonic()
     if failed := book():
-        print(f"book: NOT rendered, for these failed, see above: {', '.join(failed)}")
+        print(f"book: NOT rendered, because these chapters failed (see above): {', '.join(failed)}")
         return failed
     status, page = render(), ROOT / "_build" / "html" / "index.html"
     took = f"{time.monotonic() - start:.0f} s"
@@ -295,7 +296,7 @@ def main():
     )
     parser.add_argument("command", choices=["sync", "run", "check", "book"])
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="a chapter, or how its name starts"
+        "names", nargs="*", metavar="NAME", help="a chapter, or the start of its name"
     )
     arguments = parser.parse_args()
     paths = chapters(arguments.names)
@@ -308,9 +309,9 @@ def main():
         case "book":
             return make_book()
         case "check":
-            found = [line for path in paths for line in differences(path)]
-            print("\n".join(found) or f"{len(paths)} chapters, both halves equal")
-            return found
+            differing = [line for path in paths for line in differences(path)]
+            print("\n".join(differing) or f"{len(paths)} chapters, both halves equal")
+            return differing
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The whole book as one PDF, from its rendered pages, by headless Chromium: no network, no LaTeX.
+"""Print the whole book as one PDF from its rendered pages, with headless Chromium.
 
     python tools/pdf.py [-o FILE] [FOLDER OF THE RENDERED BOOK]
 
-The articles of all pages are put one after the other into one page, with a cover and a table of contents; links from
-chapter to chapter become links within the PDF, explorable figures show their static picture, solutions are unfolded, and
-the code that the book folds away (what draws a figure) is left out.
+This needs no network and no LaTeX.  The articles of all pages are joined into one page with a cover
+and a table of contents.  Links between chapters become links within the PDF, explorable figures
+show their static picture, solutions are unfolded, and code that the book folds is left out.
 """
 
 import argparse
@@ -26,10 +26,10 @@ FLAGS = [
     "--disable-component-update",
     "--no-first-run",
 ]
-SCALE, WIDTH = 0.78, 174  # of what is printed; millimetres between the margins
+SCALE, WIDTH = 0.78, 174  # of the print; in millimetres, between the margins
 TYPESET = """() => window.MathJax?.startup?.promise?.then(
     () => document.querySelectorAll('mjx-container').length >= document.querySelectorAll('.math').length)"""
-# What is too wide for the paper is made smaller: formulas by their font, tables too.
+# Reduces the font of formulas and tables that are too wide for the paper.
 FIT = """() => {
     for (const formula of document.querySelectorAll('div.math > mjx-container')) {
         const box = formula.parentElement, size = parseFloat(formula.style.fontSize) || 100;
@@ -58,7 +58,7 @@ def parts():
 
 
 def article(folder, name, names):
-    """The text of a page: its anchors carry the page's name, its links lead into the PDF or to the web."""
+    """The article of a page, with its name in all anchors, and links into the PDF or to the web."""
     [text] = re.findall(
         r'<article class="bd-article">(.*?)</article>', (folder / f"{name}.html").read_text(), re.S
     )
@@ -89,7 +89,7 @@ def article(folder, name, names):
 
 
 def heading(text, level):
-    """[(anchor, title)] of the sections of a level in an article."""
+    """[(anchor, title)] of an article's sections at a level."""
     pattern = (
         rf'<section[^>]* id="([^"]*)"[^>]*>(?:\s*<span[^>]*></span>)*\s*<h{level}>(.*?)</h{level}>'
     )
@@ -104,7 +104,7 @@ def line(anchor, title, kind):
 
 
 def book(folder):
-    """One page of HTML with everything; the table of contents does not know its numbers yet."""
+    """The whole book as one page of HTML; the table of contents has no page numbers yet."""
     index = (folder / "index.html").read_text()
     names = ["index"] + [name for _, group in parts() for name in group]
     articles = {name: article(folder, name, names) for name in names}
@@ -146,15 +146,15 @@ def numbers(path):
     from pypdf import PdfReader
 
     reader = PdfReader(path)
-    found = {
+    pages = {
         name: reader.get_destination_page_number(target)
         for name, target in reader.named_destinations.items()
     }
-    return {name.removeprefix("/"): page + 1 for name, page in found.items() if page is not None}
+    return {name.removeprefix("/"): page + 1 for name, page in pages.items() if page is not None}
 
 
 def make(browser, folder, target):
-    """Print twice: the first PDF tells on which page everything stands."""
+    """Print twice: the first PDF gives the page numbers for the table of contents."""
     page = browser.new_page(
         viewport={"width": round(WIDTH / 25.4 * 96 / SCALE), "height": 1100}, color_scheme="light"
     )
@@ -193,10 +193,11 @@ def main(arguments):
     if not executable:
         sys.exit("pdf: no Chromium on this machine (Debian: apt-get install chromium)")
     if not (options.folder / "index.html").exists():
-        sys.exit(f"pdf: no rendered book in {options.folder}: make book")
+        sys.exit(f"pdf: no rendered book in {options.folder}; run: make book")
     if shutil.which("fc-list") and not subprocess.check_output(["fc-list", ":lang=zh"]):
         print(
-            "pdf: no Chinese font here, so the glossary shows boxes (Debian: apt-get install fonts-noto-cjk)",
+            "pdf: no Chinese font here, so the glossary will show boxes "
+            "(Debian: apt-get install fonts-noto-cjk)",
             file=sys.stderr,
         )
     from playwright.sync_api import sync_playwright

@@ -1,8 +1,10 @@
-"""The book's own directives, role and cross-references, all made from what the chapters and the package hold.
+"""The book's own directives, role and cross-references, made from the chapters and the package.
 
-`{claims-list}` lists every claim that a chapter asserts, `{papers-list}` every row of the tables *The paper beside us*,
-`{records-list}` every experiment, `{benchmarks-list}` every recorded benchmark; `` {colab}`02_flooding` `` links a chapter to Colab.  Each chapter ends with
-links to what it imports from the package, and each entry of the API reference names the chapters that do.
+`{claims-list}` lists every claim that a chapter asserts, `{papers-list}` every row of the tables
+*The paper beside us*, `{records-list}` every experiment, `{benchmarks-list}` every recorded
+benchmark; `` {colab}`02_flooding` `` links a chapter to Colab.  Each chapter ends with links to
+what it imports from the package, and each entry of the API reference names the chapters that import
+it.
 """
 
 import ast
@@ -40,22 +42,22 @@ def code_in(path):
 
 def claims_in(path):
     """The (id, text) of each `claim("id", "text", ...)` in a notebook's code cells, in order."""
-    found = []
+    claims = []
     for node in (node for tree in code_in(path) for node in ast.walk(tree)):
         if isinstance(node, ast.Call) and "claim" in (
             getattr(node.func, "id", ""),
             getattr(node.func, "attr", ""),
         ):
-            words = [getattr(argument, "value", None) for argument in node.args[:2]]
-            if len(words) < 2 or not all(isinstance(word, str) for word in words):
+            values = [getattr(argument, "value", None) for argument in node.args[:2]]
+            if len(values) < 2 or not all(isinstance(value, str) for value in values):
                 raise ValueError(
                     f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}"
                 )
-            found.append(tuple(words))
-    return found
+            claims.append(tuple(values))
+    return claims
 
 
-# The packages, under whose names the API reference lists what private modules hold.
+# The packages under whose names the API reference lists the contents of private modules.
 PACKAGES = ("batch", "gradient", "optimizer", "pipeline", "stack", "book")
 
 
@@ -70,18 +72,18 @@ def public_name(thing):
 
 def names_in(path):
     """The package's public functions and classes that a notebook imports, by full name, in order."""
-    found = []
+    imported = []
     for node in (node for tree in code_in(path) for node in ast.walk(tree)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatmin":
             names = [alias.name for alias in node.names]
             module = __import__(node.module, fromlist=names)  # submodules, too
             things = [getattr(module, name) for name in names]
-            found += [public_name(thing) for thing in things if hasattr(thing, "__qualname__")]
-    return list(dict.fromkeys(found))
+            imported += [public_name(thing) for thing in things if hasattr(thing, "__qualname__")]
+    return list(dict.fromkeys(imported))
 
 
 def papers_in(path):
-    """The rows of a notebook's tables with a verdict: {finding, theirs, ours, our setting, verdict}."""
+    """The rows of a notebook's tables with a verdict: {finding, theirs, ours, setting, verdict}."""
     rows = []
     for output in (output for cell in cells_in(path, "code") for output in cell["outputs"]):
         lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
@@ -97,7 +99,7 @@ def papers_in(path):
 
 
 def records_of(name):
-    """The records of an experiment, of whatever size."""
+    """(size, record) for each recorded size of an experiment."""
     for size in experiments.experiment(name).SETTINGS:
         try:
             yield size, experiments.record(name, size)
@@ -112,12 +114,12 @@ def benchmarks_in(folder):
 
 
 def first_paragraph(thing):
-    """Of a docstring, in one line."""
+    """The first paragraph of a docstring, on one line."""
     return " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
 
 
 def command(name, size):
-    """The one line that makes a record."""
+    """The command that makes a record."""
     return f"python -m flatmin.book.experiments {name}" + (
         "" if size == experiments.default_size(name) else f" --size {size}"
     )
@@ -129,8 +131,8 @@ def chapters(env):
     return {name: path for name, path in paths.items() if path.endswith(".ipynb")}
 
 
-def said(attributes, key):
-    """An entry of a record in words, a commit in twelve digits."""
+def attribute_text(attributes, key):
+    """An attribute of a record as text, with a commit shortened to twelve digits."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", f"{key} {attributes[key]}")
 
 
@@ -154,7 +156,7 @@ class Table(SphinxDirective):
         return nodes.row("", *[nodes.entry("", entry) for entry in entries])
 
     def depend_on_records(self):
-        """The page is made again once there is another record, or one says something else."""
+        """Rebuild the page when a record is added or changed."""
         for folder in filter(Path.exists, experiments.FOLDERS):
             for path in (Path(__file__), folder, *folder.glob("*.nc.xz"), *folder.glob("*.json")):
                 self.env.note_dependency(str(path))
@@ -173,14 +175,14 @@ class ClaimsList(Table):
         for chapter, path in self.notebooks():
             for name, text in claims_in(path):
                 if name in owner:
-                    raise self.error(f"the claim {name!r} stands in {owner[name]} and in {chapter}")
+                    raise self.error(f"the claim {name!r} is in {owner[name]} and in {chapter}")
                 owner[name] = chapter
                 rows.append((f"{{doc}}`{chapter}`", f"`{name}`", text))
         return self.table((20, 25, 55), ("Chapter", "Claim", "What is asserted"), rows, "claims")
 
 
 class PapersList(Table):
-    """A table of what all papers found, beside what the chapters find."""
+    """A table of the papers' findings, with those of the chapters."""
 
     def run(self):
         rows = []
@@ -194,7 +196,7 @@ class PapersList(Table):
 
 
 class RecordsList(Table):
-    """A section an experiment: what it repeats, its commands and their time, and its records with their figures."""
+    """A section per experiment: its source, commands and their time, records and figures."""
 
     def run(self):
         self.depend_on_records()
@@ -206,19 +208,21 @@ class RecordsList(Table):
             section += nodes.title("", name)
             self.state.document.note_implicit_target(section)
             section += self.text(f"{first_paragraph(module)} It repeats: {module.SOURCE}.")
-            known = dict(records_of(name))
+            recorded = dict(records_of(name))
             section += self.table(
                 (15, 55, 30),
                 ("Size", "Command", "Record"),
                 [
-                    (size, f"`{command(name, size)}`", self.state_of(name, size, known))
+                    (size, f"`{command(name, size)}`", self.state_of(name, size, recorded))
                     for size in module.SETTINGS
                     if size != "tiny"
                 ],
                 "records",
             )
-            for size, record in known.items():
-                section += self.text(", ".join(said(record.attrs, key) for key in PROVENANCE) + ".")
+            for size, record in recorded.items():
+                section += self.text(
+                    ", ".join(attribute_text(record.attrs, key) for key in PROVENANCE) + "."
+                )
                 section += self.figure(name, size, record)
             sections.append(section)
         return sections
@@ -226,9 +230,9 @@ class RecordsList(Table):
     def text(self, words):
         return nodes.paragraph("", "", *self.state.inline_text(words, self.lineno)[0])
 
-    def state_of(self, name, size, known):
-        if size in known:
-            attrs = known[size].attrs
+    def state_of(self, name, size, recorded):
+        if size in recorded:
+            attrs = recorded[size].attrs
             seeds = len(json.loads(attrs["seeds"]))
             changed = attrs["size"].partition(", ")[2]
             return (
@@ -238,11 +242,13 @@ class RecordsList(Table):
         estimate = experiments.plan(name, size).seconds()
         if estimate is None:
             return "not yet recorded"
-        seconds, by = estimate
-        return f"not yet recorded; about {duration(seconds)} at the rate of {by.attrs['size']}"
+        seconds, measured = estimate
+        return (
+            f"not yet recorded; about {duration(seconds)} at the rate of {measured.attrs['size']}"
+        )
 
     def figure(self, name, size, record):
-        """The figure as the experiment's module draws it, with its docstring as caption."""
+        """The figure that the experiment's module draws, with its docstring as caption."""
         import matplotlib
 
         path = Path(self.env.app.doctreedir) / "records" / f"{name}-{size}.svg"
@@ -270,7 +276,9 @@ class BenchmarksList(Table):
         rows = []
         for folder in experiments.FOLDERS:
             for name, setting in benchmarks_in(folder):
-                where = ", ".join(said(setting, key) for key in PROVENANCE if key in setting)
+                where = ", ".join(
+                    attribute_text(setting, key) for key in PROVENANCE if key in setting
+                )
                 rest = ", ".join(
                     f"{key} {value}" for key, value in setting.items() if key not in PROVENANCE
                 )
@@ -279,7 +287,7 @@ class BenchmarksList(Table):
 
 
 class Colab(SphinxRole):
-    """A link that opens a chapter in Colab; the repository stands in _config.yml."""
+    """A link that opens a chapter in Colab; _config.yml names the repository."""
 
     def run(self):
         options = self.config.html_theme_options
@@ -295,7 +303,7 @@ class Colab(SphinxRole):
 
 
 def link_chapter_to_package(app, doctree):
-    """At the end of a chapter: what it imports from the package, linked to the API reference."""
+    """Append to a chapter what it imports from the package, linked to the API reference."""
     env = app.env
     path = chapters(env).get(env.docname)
     if path is None or "api" not in env.found_docs or not (names := names_in(path)):
@@ -321,7 +329,7 @@ def link_chapter_to_package(app, doctree):
 
 
 def link_package_to_chapters(app, what, name, thing, options, lines):
-    """In the API reference: the chapters that use a function or class."""
+    """Add to the API reference the chapters that use a function or class."""
     users = [chapter for chapter, path in chapters(app.env).items() if name in names_in(path)]
     if users:
         lines += [
@@ -332,7 +340,7 @@ def link_package_to_chapters(app, what, name, thing, options, lines):
 
 
 def resolve_public_name(app, env, node, content):
-    """`fit` or `flatmin.fit` in a docstring is what the API reference knows as `flatmin.stack.fit`."""
+    """Resolve `fit` or `flatmin.fit` in a docstring to `flatmin.stack.fit` of the API reference."""
     name = node.get("reftarget", "").removeprefix("flatmin.")
     thing = functools.reduce(
         lambda thing, part: getattr(thing, part, None), name.split("."), flatmin

@@ -1,10 +1,11 @@
-"""Serve MathJax from the book itself and drop thebe, so that no page asks another host for anything."""
+"""Serve MathJax from the book itself and drop thebe, so that pages need no other host."""
 
 import shutil
 from importlib.metadata import files
 from pathlib import Path
 
-BUNDLE = "tex-chtml-full.js"  # the full one: with a smaller one a single \boldsymbol breaks all math of a page
+# The full bundle: with a smaller one, a single \boldsymbol breaks all math of a page.
+BUNDLE = "tex-chtml-full.js"
 FONTS = "output/chtml/fonts/woff-v2"
 
 

@@ -5,9 +5,9 @@ A training step is a pipeline, and the folders are its stages::
     batch ──▶ model ──▶ loss ──▶ gradient ──▶ optimizer
 
 :mod:`flatmin.batch`, :mod:`flatmin.loss`, :mod:`flatmin.gradient` and :mod:`flatmin.optimizer` hold
-what can sit in a stage, :mod:`flatmin.measure` what looks at the result, :mod:`flatmin.loops` the same
-methods for a training loop of your own.  :mod:`flatmin.book` is what the book's chapters share.  At
-the top is what most people need.
+what can fill a stage, :mod:`flatmin.measure` the instruments, and :mod:`flatmin.loops` the same
+methods for a training loop of your own.  :mod:`flatmin.book` holds what the book's chapters share.
+The top level exports what most people need.
 """
 
 from . import batch, gradient, layers, loops, loss, measure, optimizer  # noqa: F401

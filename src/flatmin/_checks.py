@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, the value and what is allowed."""
+"""Argument checks whose errors name the argument, the value and what is allowed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -50,9 +50,9 @@ def number(
 def hyperparameter(
     name: str, value: Any, least: float, most: float = math.inf, **how: bool
 ) -> None:
-    """As :func:`number`, where a stack may hand over a tensor of one value per run.
+    """As :func:`number`, but a stack may pass a tensor with one value per run.
 
-    Tensors are not inspected: that would wait for the device, and fails under ``vmap``.
+    Tensors are not inspected: that would wait for the device and fail under ``vmap``.
     """
     if not isinstance(value, Tensor):
         number(name, value, least, most, **how)
@@ -60,7 +60,7 @@ def hyperparameter(
 
 @contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:
-    """Around imports of packages that only ``extra`` brings: without them, say how to get them."""
+    """Context for imports that need ``extra``: if a package is missing, say how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:

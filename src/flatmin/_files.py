@@ -1,4 +1,4 @@
-"""Files that are replaced whole, never half."""
+"""Files that are replaced as a whole, or not at all."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to, which replaces ``path`` at the end: a kill leaves what was there."""
+    """A temporary file that replaces ``path`` at the end; if interrupted, ``path`` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

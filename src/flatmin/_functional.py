@@ -1,4 +1,4 @@
-"""A module as a function of its weights, and its mean loss: what all instruments look at."""
+"""A module as a function of its weights, and its mean loss: the basis of all instruments."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ Network = Callable[[Params, Tensor], Any]
 
 
 class MeanLoss:
-    """L(w): the mean over all examples, a batch at a time, each with its own weight."""
+    """L(w): the mean over all examples, computed batch by batch."""
 
     def __init__(self, network: Network, loss: Loss, x: Tensor, y: Tensor, batch_size: int) -> None:
         self.network, self.loss, self.n = network, loss, len(x)
@@ -25,14 +25,15 @@ class MeanLoss:
         self.batches = list(zip(x.split(size), y.split(size), strict=True))
 
     def of(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """The share of one batch; shares add up to the mean."""
+        """The contribution of one batch; the sum over all batches is the mean."""
         losses = self.loss(self.network(params, x), y)
         if not isinstance(losses, Tensor):
             raise TypeError(f"loss must return a tensor, got {type(losses).__name__}")
         return losses.mean() * (len(x) / self.n)
 
     def __call__(self, params: Params) -> Tensor:
-        return sum(self.of(params, x, y) for x, y in self.batches)  # type: ignore[return-value]  # never empty
+        parts = (self.of(params, x, y) for x, y in self.batches)  # at least one
+        return sum(parts)  # type: ignore[return-value]
 
 
 def as_function(
@@ -42,8 +43,8 @@ def as_function(
     check_examples("", x, y)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64, got {dtype!r}")
-    own = lambda t: t.clone() if t.is_inference() else t  # autograd refuses tensors of that mode
-    cast = lambda t: own(t.to(dtype) if dtype and t.is_floating_point() else t)
+    trackable = lambda t: t.clone() if t.is_inference() else t  # autograd needs normal tensors
+    cast = lambda t: trackable(t.to(dtype) if dtype and t.is_floating_point() else t)
     copy = lambda named: {name: cast(t.detach().clone()) for name, t in named}
     params = copy((name, p) for name, p in model.named_parameters() if p.requires_grad)
     if not params:
@@ -56,14 +57,14 @@ def as_function(
 
 @contextmanager
 def inspecting(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, for a while."""
+    """Context for instruments: evaluation mode, no inference mode, plain attention."""
     with evaluation(model), torch.inference_mode(False), plain_attention():
         yield
 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention by the kernel that vmap and second derivatives know."""
+    """Context: attention by the kernel that supports vmap and second derivatives."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -74,7 +75,7 @@ def plain_attention() -> Iterator[None]:
 
 
 def map_rows(function: Callable[[Tensor], Tensor], rows: Tensor, chunk_size: int) -> Tensor:
-    """``function`` of every row, ``chunk_size`` of them side by side."""
+    """``function`` of every row, ``chunk_size`` rows at a time."""
     if whole("chunk_size", chunk_size) == 1 or len(rows) == 1:
         return torch.stack([function(row) for row in rows])
     return vmap(function, chunk_size=chunk_size)(rows)
@@ -82,7 +83,7 @@ def map_rows(function: Callable[[Tensor], Tensor], rows: Tensor, chunk_size: int
 
 @contextmanager
 def evaluation(model: Any) -> Iterator[None]:
-    """A module in evaluation mode, and every part of it in its own mode again afterwards."""
+    """Context: evaluation mode; afterwards every submodule is back in its own mode."""
     is_module = isinstance(model, nn.Module)  # a plain function has no modes
     modes = [(module, module.training) for module in model.modules()] if is_module else []
     try:

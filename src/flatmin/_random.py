@@ -1,6 +1,6 @@
-"""Random streams: every draw is a pure function of (seed, what for, index), made on the CPU.
+"""Random streams: every draw is a pure function of (seed, purpose, index), made on the CPU.
 
-So a CPU and a GPU run see the same batches, and a resumed run needs no generator's state.
+So a CPU and a GPU run see the same batches, and a resumed run needs no generator state.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from ._tree import Params
 
 
 def stream(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator of its own for each seed, purpose and index."""
+    """A separate generator for each seed, purpose and index."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def numpy_stream(seed: int, purpose: str, index: int = 0) -> np.random.Generator:
-    """As :func:`stream`, by NumPy: ``vmap`` refuses PyTorch's generators, even explicit ones."""
+    """As :func:`stream`, for NumPy: ``vmap`` refuses PyTorch's generators, even explicit ones."""
     return np.random.default_rng(stream(seed, purpose, index).initial_seed())
 
 
@@ -32,10 +32,10 @@ def normals(params: Params, seed: int, purpose: str, index: int = 0) -> Params:
 
 
 def data_stream(seed: int, purpose: str) -> torch.Generator:
-    """As :func:`stream`, for what data sets draw, which keeps the hash that they began with.
+    """As :func:`stream`, for data sets, which keep the hash that they have always used.
 
-    Were all seeded with ``seed`` itself, inputs, splits, flips and the initial weights of a
-    network would be made from the same random bits.
+    If everything were seeded with ``seed`` itself, inputs, splits, label flips and initial weights
+    would be made from the same random bits.
     """
     entropy = (whole("seed", seed, 0), *purpose.encode())
     mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
@@ -45,8 +45,8 @@ def data_stream(seed: int, purpose: str) -> torch.Generator:
 def first_seed() -> int:
     """The seed that a notebook's experiments start from.
 
-    0, unless the environment variable ``FLATMIN_SEED`` moves it: base seed k starts at 1000 k,
-    so that different base seeds share no run.
+    0 by default.  The environment variable ``FLATMIN_SEED`` sets a base seed k, and the first seed
+    is then 1000 k, so that different base seeds share no run.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Learning rates over the course of training."""
+"""Learning-rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def lr_factor(schedule: str | Callable[[float], float], done: float) -> float:
-    """What a schedule multiplies the learning rate by when a fraction ``done`` of training is over.
+    """The factor on the learning rate after a fraction ``done`` of training.
 
     Examples
     --------
@@ -22,7 +22,7 @@ def lr_factor(schedule: str | Callable[[float], float], done: float) -> float:
 
 
 def check_schedule(schedule: Any) -> None:
-    """An error for what is neither the name of a schedule nor a function."""
+    """Raise an error unless ``schedule`` is the name of a schedule or a function."""
     if not callable(schedule) and schedule not in list(SCHEDULES):
         raise ValueError(
             f"schedule must be one of {sorted(SCHEDULES)} or a function of the fraction of "

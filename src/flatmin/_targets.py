@@ -1,4 +1,4 @@
-"""Losses of single examples, and the targets that they take: labels or probabilities."""
+"""Per-example losses, and their targets: labels or probabilities."""
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ def soft_targets(
     smoothing: float | Tensor = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Targets as probabilities, smoothed if wanted: :math:`(1-s)\,e_y + s/K`.
+    r"""Targets as probabilities, optionally smoothed: :math:`(1-s)\,e_y + s/K`.
 
     Parameters
     ----------
     y : Tensor
-        Labels, whole numbers [n] in 0 … K−1, or probabilities [n, K].  A label outside, such as
-        PyTorch's ``ignore_index`` −100, gives a row of zeros before smoothing.
+        Labels, whole numbers [n] in 0 … K−1, or probabilities [n, K].  A label out of range, such
+        as PyTorch's ``ignore_index`` −100, gives a row of zeros before smoothing.
     num_classes : int
         K.
     smoothing : float or Tensor
@@ -66,6 +66,6 @@ def floating(name: str, v: Tensor) -> Tensor:
     if not v.is_floating_point():
         raise TypeError(
             f"{name} must be floating point, got {v.dtype}: convert images first (x.float() / "
-            "255), and mix the embeddings of tokens"
+            "255); for tokens, mix the embeddings"
         )
     return v

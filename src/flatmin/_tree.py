@@ -1,4 +1,4 @@
-"""Weights as dictionaries of tensors, and what is computed with them."""
+"""Weights as dictionaries of tensors, and arithmetic with them."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def plus(w: Params, v: Params, a: float | Tensor | None = None) -> Params:
 
 
 def norm(v: Params) -> Tensor:
-    """The length of all of v together."""
+    """The norm of v as one vector."""
     return torch.stack([torch.linalg.vector_norm(x) for x in v.values()]).norm()
 
 
@@ -24,13 +24,13 @@ def flatten(params: Params) -> Tensor:
 
 
 def unflatten(v: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
-    """The way back."""
+    """The inverse of :func:`flatten`."""
     parts = v.split([shape.numel() for shape in shapes.values()])
     return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items())}
 
 
 def fused_plus(y: Tensor, a: float | Tensor, x: Tensor) -> Tensor:
-    """y + a x in one pass over memory, which is what bounds a stack's speed."""
+    """y + a x in one pass over memory, which limits the speed of a stack."""
     return torch.addcmul(y, x, a) if isinstance(a, Tensor) else torch.add(y, x, alpha=a)
 
 

@@ -14,12 +14,12 @@ __all__ = ["Data"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """A classification data set, split into training, validation and test part.
+    """A classification data set, split into training, validation and test parts.
 
     Parameters
     ----------
     name : str
-        The set's name.
+        Name of the data set.
     num_classes : int
         Number of classes K.
     x_train, x_validation, x_test : Tensor, shape [n, ...], floating point

@@ -1,4 +1,4 @@
-"""Layers whose randomness a stack of networks can share out: it is a function of their buffers."""
+"""Random layers that can be stacked: their randomness is a function of their buffers."""
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ class Dropout(nn.Module):
 
     In evaluation mode it is the identity. :math:`h` is a hash with values in [0, 1), computed in
     whole numbers, so that a CPU and a GPU drop the same units. The buffer ``key`` is drawn from
-    PyTorch's global random state when the layer is made, as initial weights are; the buffer
+    PyTorch's global random state when the layer is made, like initial weights; the buffer
     ``counter`` goes up by one in each forward pass in training mode. Both are saved with the
     network, so a resumed run drops what the uninterrupted one would have dropped.
 
     Parameters
     ----------
     p : float
-        The probability to drop a unit, in [0, 1).
+        The probability of dropping a unit, in [0, 1).
 
     Raises
     ------
@@ -35,15 +35,15 @@ class Dropout(nn.Module):
 
     Notes
     -----
-    Passes that start from the same buffers drop the same units: both gradients of a step that
-    takes two, for example. The mask belongs to a position in the batch, so ``vmap`` over the
-    *examples* of a batch gives all of them one mask. So do, for their parts of a batch, the
-    processes of a distributed run that share buffers.
+    Passes that start from the same buffers drop the same units, such as the two gradients of a
+    SAM step. The mask depends on the position in the batch, so ``vmap`` over the *examples* of a
+    batch gives all of them the same mask. Processes of a distributed run that share buffers use the
+    same mask for their parts of the batch.
 
     References
     ----------
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from Overfitting*,
-    JMLR 15 (2014). The hash mixes as splitmix64 and as the 32-bit multiply–xorshift functions do.
+    JMLR 15 (2014). The hash combines splitmix64 with a 32-bit multiply–xorshift function.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class Dropout(nn.Module):
     tensor([1., 1., 1.])
     """
 
-    random_buffers = ("counter",)  # what decides the next draw, for who wants to repeat it
+    random_buffers = ("counter",)  # they decide the next draw: restore them to repeat it
     p: float
     key: Tensor
     counter: Tensor
@@ -81,7 +81,7 @@ class Dropout(nn.Module):
 def _random_bits(key: Tensor, counter: Tensor, n: int) -> Tensor:
     """``n`` random int32, each a hash of (key, counter, its position).
 
-    Whole numbers wrap around, and ``>>`` keeps the sign, so what it shifts in is masked out.
+    Integers wrap around, and ``>>`` keeps the sign, so the bits that it shifts in are masked out.
     """
     word = key + counter * -0x61C8864680B583EB  # splitmix64: the counter-th state of stream `key`
     word = (word ^ (word >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47

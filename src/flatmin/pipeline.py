@@ -30,13 +30,13 @@ __all__ = ["Recipe", "example_losses", "plain_gradient", "step"]
 def plain_gradient(
     objective: Callable[..., Any], params: Params, buffers: Params
 ) -> tuple[Params, Tensor, Params]:
-    """The gradient place, filled with the gradient itself.
+    """The gradient stage of plain training: the gradient itself.
 
-    Whatever sits here gets ``objective(params, buffers) -> (loss, new buffers)`` and the point to
-    take it at, and returns the direction to descend, the loss, and the new buffers.  It may ask for
-    more: ``objective.raw`` has the plain mean of the example losses in the loss place,
-    ``objective.examples`` is the size n of the batch, and both functions take a third argument
-    ``rows`` (int64, values below n), the part of the batch to look at.
+    A gradient stage gets ``objective(params, buffers) -> (loss, new buffers)`` and the point at
+    which to evaluate it.  It returns the direction to descend, the loss and the new buffers.  It
+    may also use ``objective.raw``, with the plain mean of the example losses as its loss stage,
+    ``objective.examples``, the batch size n, and a third argument ``rows`` of both functions
+    (int64, values below n), the part of the batch to evaluate.
     """
     gradient, (loss, buffers) = grad_and_value(objective, has_aux=True)(params, buffers)
     return gradient, loss, buffers
@@ -44,30 +44,30 @@ def plain_gradient(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What sits in each place of the training step.
+    """What sits in each stage of the training step.
 
     Parameters
     ----------
     loss : callable
-        From the batch's example losses [n] to one number: :class:`~flatmin.loss.Flooding`, whose level
-        0 is the plain mean.
+        From the example losses [n] of the batch to one number: :class:`~flatmin.loss.Flooding`,
+        whose level 0 is the plain mean.
     gradient : callable
         From an objective to the direction that is descended, see :func:`plain_gradient`.
     optimizer : SGD or Adam
         From the direction to the step.
     criterion : callable
         From logits [n, K] and targets to example losses [n].
-    batch : vicinity, optional
-        What is shown in place of the examples: :class:`~flatmin.batch.Mixup` or another
-        distribution of :mod:`flatmin.batch`.  ``None``: the examples themselves.
+    batch : batch transform, optional
+        What is shown in place of the examples: :class:`~flatmin.batch.Mixup` or another transform
+        of :mod:`flatmin.batch`.  ``None``: the examples themselves.
 
     Notes
     -----
-    Whatever sits in the batch place is a frozen dataclass with two methods.  ``draw(y, generator,
-    shape, *y_other)`` makes all random draws for a batch with labels ``y`` and inputs of ``shape``,
-    on the CPU: a dict of tensors.  ``place(x, y, draw, num_classes, *other)`` computes what is
-    shown from them: ``x, y``, for one run.  ``other`` holds the inputs and labels of a second batch
-    where the place has an attribute ``second_stream`` that is true, and is empty otherwise.
+    A batch transform is a frozen dataclass with two methods.  ``draw(y, generator, shape,
+    *y_other)`` makes all random draws for a batch with labels ``y`` and inputs of ``shape``, on the
+    CPU: a dict of tensors.  Calling it, ``transform(x, y, draw, num_classes, *other)``, computes
+    from them the ``x, y`` that one run is shown.  ``other`` holds the inputs and labels of a second
+    batch if the transform has an attribute ``second_stream`` that is true; else it is empty.
 
     Examples
     --------
@@ -83,44 +83,44 @@ class Recipe:
     batch: Any = field(default=None, kw_only=True)
 
     def hyperparameters(self) -> dict[str, tuple[str, float]]:
-        """The numbers in the places, by name: ``{name: (place, value)}``.
+        """The numbers in the stages, by name: ``{name: (stage, value)}``.
 
-        Whole numbers by declaration (``int``, ``int | None``) are none: they set shapes, which all
-        runs share.  A name that two places have is left out, for nobody could say which of them is
-        meant.
+        Fields declared ``int`` or ``int | None`` are left out: they set shapes, which all runs
+        share.  So is a name that occurs in two stages, because it is ambiguous.
         """
-        return {name: of[0] for name, of in self._numbers().items() if len(of) == 1}
+        numbers = self._numbers_by_name().items()
+        return {name: entries[0] for name, entries in numbers if len(entries) == 1}
 
-    def _numbers(self) -> dict[str, list[tuple[str, float]]]:
-        found: dict[str, list[tuple[str, float]]] = {}
-        for place in ("batch", "loss", "gradient", "optimizer"):
-            part = getattr(self, place)
+    def _numbers_by_name(self) -> dict[str, list[tuple[str, float]]]:
+        numbers: dict[str, list[tuple[str, float]]] = {}
+        for stage in ("batch", "loss", "gradient", "optimizer"):
+            part = getattr(self, stage)
             if dataclasses.is_dataclass(part):
                 for f in dataclasses.fields(part):
                     value = getattr(part, f.name)
-                    number = isinstance(value, Real) and not isinstance(value, bool)
-                    if number and not _sets_a_shape(f):
-                        found.setdefault(f.name, []).append((place, value))
-        return found
+                    is_number = isinstance(value, Real) and not isinstance(value, bool)
+                    if is_number and not _sets_a_shape(f):
+                        numbers.setdefault(f.name, []).append((stage, value))
+        return numbers
 
     def with_values(self, values: Mapping[str, float | Tensor]) -> Recipe:
         """This recipe with other hyperparameters; tensors are allowed (``vmap`` passes them)."""
-        places = self.hyperparameters()
+        known = self.hyperparameters()
         changed: dict[str, dict[str, float | Tensor]] = {}
         for name, value in values.items():
-            if name not in places:
-                if doubled := [place for place, _ in self._numbers().get(name, [])]:
+            if name not in known:
+                if stages := [stage for stage, _ in self._numbers_by_name().get(name, [])]:
                     raise ValueError(
-                        f"grid names must be hyperparameters of one place, but {name!r} is one of "
-                        f"{' and '.join(doubled)}"
+                        f"grid names must be hyperparameters of one stage, but {name!r} is in "
+                        f"{' and '.join(stages)}"
                     )
                 raise ValueError(
-                    f"grid names must be hyperparameters of the recipe, {sorted(places)}, "
+                    f"grid names must be hyperparameters of the recipe, {sorted(known)}, "
                     f"got {name!r}"
                 )
-            changed.setdefault(places[name][0], {})[name] = value
+            changed.setdefault(known[name][0], {})[name] = value
         return replace(
-            self, **{place: replace(getattr(self, place), **new) for place, new in changed.items()}
+            self, **{stage: replace(getattr(self, stage), **new) for stage, new in changed.items()}
         )
 
 
@@ -144,7 +144,7 @@ def step(
 ) -> tuple[Params, Params, Any, Tensor]:
     """One step of one run, through the stages in their order.
 
-    Returns the new weights, buffers and optimizer's state, and the loss before the step.
+    Returns the new weights, buffers and optimizer state, and the loss before the step.
     """
     x, y, *other = batch
     if recipe.batch is not None:
@@ -157,8 +157,8 @@ def step(
         logits = functional_call(model, (params, buffers), (x[rows],))
         return loss(recipe.criterion(logits, y[rows])), buffers
 
-    about: Any = objective
-    about.raw, about.examples = partial(objective, loss=torch.mean), len(x)
+    described: Any = objective  # Any: mypy allows no attributes on a function
+    described.raw, described.examples = partial(objective, loss=torch.mean), len(x)
 
     gradient, loss, buffers = recipe.gradient(objective, params, buffers)
     params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)

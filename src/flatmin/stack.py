@@ -1,6 +1,6 @@
 """The stack: train every combination of a grid and several seeds at once.
 
-A training step is a pipeline, and a :class:`Recipe` says what sits in each of its places::
+A training step is a pipeline, and a :class:`Recipe` says what sits in each of its stages::
 
     batch ──▶ model ──▶ loss ──▶ gradient ──▶ optimizer
 
@@ -76,12 +76,12 @@ def epoch_order(seed: int, epoch: int, n: int, purpose: str = "order") -> Tensor
 
 @dataclass(frozen=True)
 class Networks:
-    """Trained networks, stacked: one of every combination of the grid and the seeds.
+    """Trained networks, stacked: one for every combination of the grid and the seeds.
 
     Attributes
     ----------
     params, buffers : dict of Tensor
-        Each with a leading dimension of R = number of runs.
+        Each with a leading dimension R, the number of runs.
     coords : dict
         ``{dimension: values}`` in order; the last is ``seed``.  Runs are in row-major order.
     template : nn.Module
@@ -100,32 +100,32 @@ class Networks:
     def measure(
         self, instrument: Instrument, data: Data | Sequence[Data], split: str = "test"
     ) -> xr.DataArray:
-        """Hold an instrument to every network at once.
+        """Apply an instrument to every network at once.
 
         Parameters
         ----------
         instrument : callable
             ``instrument(network, params, x, y) -> Tensor`` for one network, written with
             ``torch.func``; ``network(params, x)`` gives logits in evaluation mode.
-        data : Data, or a sequence of Data with one a seed
+        data : Data, or a sequence of Data with one per seed
         split : str
             Which part of the data: ``"train"``, ``"validation"``, ``"test"``, …
 
         Returns
         -------
         DataArray
-            Dimensions: the grid's names, ``seed``, and ``dim_0, …`` for what the instrument
-            returns beyond a number.
+            Dimensions: the grid's names, ``seed``, and ``dim_0, …`` for those of what the
+            instrument returns.
         """
-        import xarray as xr  # here: importing flatmin takes no longer than torch
+        import xarray as xr  # here, so that importing flatmin is as fast as importing torch
 
         device = next(iter(self.params.values())).device
         x, y, per_run = _split(data, split, self.shape[-1], device, self._dtype)
         if per_run:
             runs = torch.arange(math.prod(self.shape), device=device) % self.shape[-1]
             x, y = x[runs], y[runs]
-        found = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
-        values = found.cpu().numpy()
+        measured = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
+        values = measured.cpu().numpy()
         dims = [*self.coords, *(f"dim_{i}" for i in range(values.ndim - 1))]
         return xr.DataArray(values.reshape(*self.shape, *values.shape[1:]), self.coords, dims)
 
@@ -134,14 +134,15 @@ class Networks:
         keep = []
         for name in coords:
             if name not in self.coords:
-                raise ValueError(f"select() knows the dimensions {list(self.coords)}, got {name!r}")
+                raise ValueError(f"select() takes the dimensions {list(self.coords)}, got {name!r}")
         for name, values in self.coords.items():
             wanted = np.atleast_1d(coords.get(name, values)).tolist()
-            keep.append([self._find(name, value) for value in wanted])
+            keep.append([self._index_of(name, value) for value in wanted])
         grid = np.meshgrid(*keep, indexing="ij")
         runs = torch.from_numpy(np.ravel_multi_index(grid, self.shape).ravel())
         take = lambda stacked: {name: w[runs.to(w.device)] for name, w in stacked.items()}
-        chosen = {name: [v[i] for i in at] for (name, v), at in zip(self.coords.items(), keep)}
+        pairs = zip(self.coords.items(), keep)
+        chosen = {name: [values[i] for i in indices] for (name, values), indices in pairs}
         return Networks(self.template, take(self.params), take(self.buffers), chosen)
 
     def module(self, **coords: Any) -> nn.Module:
@@ -157,7 +158,7 @@ class Networks:
                 w.copy_((one.params | one.buffers)[name][0])
         return module
 
-    def _find(self, name: str, value: float) -> int:
+    def _index_of(self, name: str, value: float) -> int:
         hits = np.flatnonzero(np.isclose(self.coords[name], value, rtol=1e-9, atol=0))
         if not len(hits):
             raise ValueError(f"{name} must be one of {list(self.coords[name])}, got {value!r}")
@@ -169,7 +170,7 @@ class Networks:
 
 
 class _Options(TypedDict, total=False):
-    """What :func:`fit` takes in both of its forms."""
+    """The arguments that both overloads of :func:`fit` share."""
 
     batch_size: int | None
     grid: Mapping[str, Sequence[float]] | None
@@ -235,22 +236,22 @@ def fit(
     expect_divergence: bool = False,
     progress: Callable[[int], bool] | None = None,
 ) -> xr.Dataset | tuple[xr.Dataset, Networks]:
-    """Train every combination of ``grid`` and ``seeds`` at once, and label what came out.
+    """Train every combination of ``grid`` and ``seeds`` at once, and return labelled results.
 
     Runs that share a seed start from the same weights and see the same batches, whatever their
-    hyperparameters: differences between them are paired.  What the batch place draws is a function
-    of the seed, the step and that place.  Splits are evaluated on the examples themselves.
+    hyperparameters: differences between them are paired.  What the batch stage draws is a function
+    of the seed, the step and that stage.  Splits are evaluated without the batch stage.
 
     Parameters
     ----------
     model : callable or Module
-        Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once a seed; or a
-        network, from whose weights every run starts.  No random layer but
+        Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once per seed; or a
+        network, from whose weights every run starts.  The only random layer allowed is
         :class:`flatmin.layers.Dropout`.
     data : Data, or a sequence of Data
-        One for all runs, or one a seed (of equal shapes): then data are part of the randomness.
+        One for all runs, or one per seed, of equal shapes: then the data are random, too.
     recipe : Recipe
-        What sits in the places of the training step.
+        What sits in the stages of the training step.
     steps : int
         How many optimizer steps.
     batch_size : int or None
@@ -261,7 +262,8 @@ def fit(
     seeds : int or sequence of int
         A number of seeds, counted from :func:`flatmin.book.first_seed`, or the seeds themselves.
     evaluate_at : int or sequence of int
-        The steps after which all splits are evaluated; a number n stands for 0 and n more, evenly.
+        The steps after which all splits are evaluated; a number n means 0 and n more, evenly
+        spaced.
     splits : sequence of str
         Which parts of the data; default: train, validation (if there is one) and test.
     instruments : mapping of str to callable
@@ -270,30 +272,32 @@ def fit(
     networks : {None, "last", "best"}
         Also return the networks after the last step, or at the evaluated step that was best.
     select_by : str
-        What "best" is lowest in, e.g. ``"validation_error"`` or ``"validation_loss"``.
+        The variable that "best" minimizes, e.g. ``"validation_error"`` or ``"validation_loss"``.
     chunk_size : int
         How many runs to train at once, to bound memory.  Results do not depend on it.
     evaluation_batch_size : int
         How many examples to evaluate at once; bounds memory too.
     device, dtype
-        Default: the GPU where there is one, and float32.
+        Default: the GPU if there is one, and float32.
     checkpoint : path
         Where to save the state every ``checkpoint_every`` steps.  A call with the same arguments
-        picks up from there, and on a CPU ends with bitwise the same results.  With another
-        ``chunk_size`` it picks up from the last chunk that was finished.
+        resumes from there, and on a CPU ends with bitwise the same results.  With another
+        ``chunk_size`` it resumes from the last chunk that was finished.
     expect_divergence : bool
-        Say that loss of some runs may become infinite or NaN, so that claims may follow.
+        Whether losses may become infinite or NaN: if true, there is no warning, and claims about
+        the result are allowed.
     progress : callable
-        Is called after each step with its number of gradients of single examples, in place of the
-        progress bar.  If it returns true, the checkpoint is saved, and ``KeyboardInterrupt`` raised.
+        Called after each step with the number of per-example gradients that it took, in place of
+        the progress bar.  If it returns true, the checkpoint is saved and ``KeyboardInterrupt``
+        raised.
 
     Returns
     -------
     Dataset, or (Dataset, Networks)
-        Variables ``{split}_loss`` (mean, in nats), ``{split}_error`` (fraction) and one an
+        Variables ``{split}_loss`` (mean, in nats), ``{split}_error`` (fraction) and one per
         instrument, with dimensions (grid's names, ``seed``, ``step``), all in evaluation mode; and
         ``diverged_at``, the first step whose loss was not finite, or after which an evaluation
-        found weights that are not (-1: none).  From that step on, a run's values are NaN.
+        found weights that were not (-1: none).  From that step on, a run's values are NaN.
 
     Raises
     ------
@@ -304,10 +308,10 @@ def fit(
     Notes
     -----
     One call trains on one device.  Under ``torchrun`` the experiments of
-    :mod:`flatmin.book.experiments` are sharded over the ranks: each rank calls ``fit`` for the stacks
-    that are its own.
+    :mod:`flatmin.book.experiments` are sharded over the ranks: each rank calls ``fit`` for its own
+    stacks.
 
-    On a GPU small networks wait for their kernels to be launched: there a step takes about as long
+    On a GPU, launching the kernels dominates the time of small networks: a step takes about as long
     for a hundred runs as for one (``benchmarks/README.md``).
 
     Examples
@@ -382,17 +386,16 @@ def fit(
 def best_step(
     runs: xr.Dataset, by: str = "validation_error", patience: int | None = None
 ) -> xr.Dataset:
-    """What each run would have reported had it stopped early: no second training.
+    """What each run would have reported had it stopped early, without training again.
 
     Parameters
     ----------
     runs : Dataset
         From :func:`fit`.
     by : str
-        The variable to be lowest; the first such step counts.
+        The variable to minimize; the first minimum counts.
     patience : int
-        Look no further than ``patience`` evaluations without a new minimum.  ``None``: look at
-        all steps.
+        Stop after ``patience`` evaluations without a new minimum.  ``None``: search all steps.
 
     Returns
     -------
@@ -428,9 +431,9 @@ def best_step(
 
 
 def unexpectedly_diverged(runs: xr.Dataset) -> list[str]:
-    """The runs of a result of :func:`fit` whose loss left the finite numbers, by name and step.
+    """The runs of a result of :func:`fit` whose loss became infinite or NaN, by name and step.
 
-    None where the call said that it expects that.
+    Empty if the call said that it expects divergence.
     """
     if "divergence" in runs.attrs:
         return []
@@ -443,7 +446,7 @@ def unexpectedly_diverged(runs: xr.Dataset) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------- how it is done
+# ------------------------------------------------------------------------------ implementation
 
 
 @dataclass
@@ -529,7 +532,7 @@ class _Plan:
                 )
 
     def _check_data(self) -> None:
-        first = _one_or_many(self.data, len(self.seeds))
+        first = _first_data(self.data, len(self.seeds))
         if self.splits is None:
             self.splits = ["train", *["validation"] * (len(first.x_validation) > 0), "test"]
         self.tensors = {
@@ -572,7 +575,7 @@ class _Plan:
         first = self.data if isinstance(self.data, Data) else self.data[0]
         return {
             "data": first.name,
-            "recipe": _name(self.recipe),
+            "recipe": _description(self.recipe),
             "steps": self.steps,
             "batch_size": self.batch_size or self.train_size,
             "device": torch.cuda.get_device_name(self.device)
@@ -583,12 +586,12 @@ class _Plan:
         }
 
     def fingerprint(self) -> str:
-        """What a checkpoint must have been made with."""
+        """What must be equal for a checkpoint to be resumed."""
         content = hashlib.sha256()
         for split in sorted(self.tensors):
             for tensor in self.tensors[split][:2]:
                 content.update(_bytes(tensor))
-        weights = hashlib.sha256(_name(self.template).encode())
+        weights = hashlib.sha256(_description(self.template).encode())
         for name, w in self.template.state_dict().items():
             weights.update(name.encode() + _bytes(w))
         return repr(
@@ -650,11 +653,11 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Params) -> dict[str, Any]:
     params, buffers = stack_module_state(modules)
     for name in [name for name, w in params.items() if not w.requires_grad]:
         buffers[name] = params.pop(name)  # frozen
-    place = lambda w: w.detach().to(plan.device, plan.dtype if w.is_floating_point() else w.dtype)[
-        seed_of_run
-    ]
-    params = {name: place(w) for name, w in params.items()}
-    buffers = {name: place(b) for name, b in buffers.items()}
+    for_runs = lambda w: w.detach().to(
+        plan.device, plan.dtype if w.is_floating_point() else w.dtype
+    )[seed_of_run]
+    params = {name: for_runs(w) for name, w in params.items()}
+    buffers = {name: for_runs(b) for name, b in buffers.items()}
     optimizer = plan.recipe.with_values(hyper).optimizer.init(params)
     never = torch.full((len(seed_of_run),), -1, device=plan.device)
     return {"params": params, "buffers": buffers, "optimizer": optimizer, "diverged_at": never}
@@ -663,7 +666,7 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Params) -> dict[str, Any]:
 def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
     """One step of the pipeline, for all runs of a chunk at once."""
 
-    def one(
+    def one_run(
         params: Params,
         buffers: Params,
         optimizer: Any,
@@ -699,7 +702,7 @@ def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
         stacked = vmap(
-            lambda *args: one(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, 0, shared)
+            lambda *args: one_run(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, 0, shared)
         )
         params, buffers, optimizer, loss = stacked(
             state["params"], state["buffers"], state["optimizer"], hyper, draw, batch
@@ -718,14 +721,14 @@ def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
 def _evaluate(plan: _Plan) -> Callable[..., Params]:
     """Losses, errors and instruments of all runs of a chunk."""
 
-    def one(params: Params, buffers: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = functional_call(plan.template, (params, buffers), (x,))
         return plan.recipe.criterion(logits, y).sum(), (logits.argmax(-1) != y).sum()
 
     @torch.no_grad()
     def evaluate(state: dict[str, Any], seed_of_run: Tensor, t: int) -> Params:
         plan.template.eval()
-        # The last step may have spoiled the weights without a loss that shows it yet.
+        # The last step may have broken the weights before any loss shows it.
         finite = [w.reshape(len(w), -1).isfinite().all(1) for w in state["params"].values()]
         broken = ~torch.stack(finite).all(0) & (state["diverged_at"] < 0)
         state["diverged_at"] = torch.where(broken, t, state["diverged_at"])
@@ -737,7 +740,7 @@ def _evaluate(plan: _Plan) -> Callable[..., Params]:
             for part in torch.arange(n, device=x.device).split(plan.evaluation_batch_size):
                 rows = (seed_of_run[:, None], part) if per_run else part
                 dim = 0 if per_run else None
-                stacked = vmap(one, in_dims=(0, 0, dim, dim))
+                stacked = vmap(one_run, in_dims=(0, 0, dim, dim))
                 losses, wrong = stacked(state["params"], state["buffers"], x[rows], y[rows])
                 loss, error = loss + losses.double(), error + wrong.double()
             values[f"{split}_loss"] = loss / n
@@ -774,19 +777,19 @@ def _measure(
     y: Tensor,
     per_run: bool,
 ) -> Tensor:
-    def one(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Tensor:
+    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Tensor:
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
 
     dim = 0 if per_run else None
     template.eval()
-    return vmap(one, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
+    return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
 
 
 def _rows(plan: _Plan, t: int) -> Iterator[tuple[Tensor, ...]]:
     """Which examples each seed visits, from step t on: int64 [S, B], on the CPU.
 
-    Followed by those of an independent order, if the batch place asks for a second stream.
+    Followed by those of an independent order, if the batch stage has a ``second_stream``.
     """
     n, second = plan.train_size, getattr(plan.recipe.batch, "second_stream", False)
     while True:
@@ -808,34 +811,34 @@ def _batches(plan: _Plan, seed_of_run: Tensor, t: int) -> Iterator[tuple[Tensor,
         x, y = (x[seed_of_run], y[seed_of_run]) if per_run else (x, y)
         take = lambda rows: ...
     else:
-        first = (seed_of_run * plan.train_size)[:, None] if per_run else 0
+        offset = (seed_of_run * plan.train_size)[:, None] if per_run else 0
         x, y = (x.flatten(0, 1), y.flatten(0, 1)) if per_run else (x, y)
-        take = lambda rows: rows.to(plan.device, non_blocking=True)[seed_of_run] + first
+        take = lambda rows: rows.to(plan.device, non_blocking=True)[seed_of_run] + offset
     for streams in _rows(plan, t):
         yield tuple(part[rows] for rows in map(take, streams) for part in (x, y))
 
 
 def _draws(plan: _Plan, runs: Tensor, t: int) -> Iterator[Params]:
-    """What the batch place draws for all runs from step t on: on the CPU, so that nothing waits."""
+    """What the batch stage draws for all runs from step t on: on the CPU, so that nothing waits."""
     if plan.recipe.batch is None:
         yield from itertools.repeat({})
     x, y, per_run = plan.tensors["train"]
     labels = y.cpu() if per_run else y.cpu().expand(len(plan.seeds), -1)
     shape = x.shape[2:] if per_run else x.shape[1:]
     precision = torch.promote_types(plan.dtype, torch.float32)
-    # Runs of one seed share their draws, unless they differ in the batch place itself.
-    places = [
+    # Runs of one seed share their draws, unless they differ in the batch stage itself.
+    sources = [
         (run % len(plan.seeds), plan.recipe.with_values(plan.values_of(run)).batch)
         for run in runs.tolist()
     ]
-    distinct = list(dict.fromkeys(places))
-    of_run = torch.tensor([distinct.index(place) for place in places]).to(plan.device)
+    distinct = list(dict.fromkeys(sources))
+    of_run = torch.tensor([distinct.index(source) for source in sources]).to(plan.device)
     for step, streams in enumerate(_rows(plan, t), t):
         y, *other = (labels.gather(1, rows) for rows in streams)
         size = (y.shape[1], *shape)
         draws = [
-            place.draw(y[s], stream(plan.seeds[s], "batch", step), size, *(o[s] for o in other))
-            for s, place in distinct
+            transform.draw(y[s], stream(plan.seeds[s], "batch", step), size, *(o[s] for o in other))
+            for s, transform in distinct
         ]
         stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         yield {
@@ -856,7 +859,7 @@ def _better(state: dict[str, Any], score: Tensor) -> Any:
 
 
 class _Checkpoint:
-    """Finished chunks in memory and, if there is a path, on disk, with the chunk being trained."""
+    """Finished chunks, in memory and, if there is a path, on disk with the chunk being trained."""
 
     def __init__(self, path: str | os.PathLike[str] | None, every: int, plan: _Plan) -> None:
         whole("checkpoint_every", every)
@@ -882,7 +885,7 @@ class _Checkpoint:
         return sum(len(chunk["values"]["diverged_at"]) for chunk in self.finished)
 
     def current_of(self, runs: Tensor) -> dict[str, Any] | None:
-        """The state of the chunk being trained, if it was cut like this one."""
+        """The state of the chunk being trained, if it has as many runs as this one."""
         same = self.current and len(self.current["state"]["diverged_at"]) == len(runs)
         return self.current if same else None
 
@@ -903,14 +906,16 @@ class _Checkpoint:
             torch.save(content, part)
 
 
-def _one_or_many(data: Any, seeds: int) -> Data:
-    """The first Data, once it is clear that there is one, or one a seed."""
+def _first_data(data: Any, seeds: int) -> Data:
+    """The first Data, after a check that there is one, or one per seed."""
     if isinstance(data, Data):
         return data
     if not isinstance(data, Sequence) or not all(isinstance(d, Data) for d in data):
-        raise TypeError(f"data must be one Data, or a sequence of one a seed, got {type(data)}")
+        raise TypeError(f"data must be one Data, or a sequence of one per seed, got {type(data)}")
     if len(data) != seeds:
-        raise ValueError(f"data must be one Data, or one a seed: got {len(data)} for {seeds} seeds")
+        raise ValueError(
+            f"data must be one Data, or one per seed: got {len(data)} for {seeds} seeds"
+        )
     return data[0]
 
 
@@ -921,7 +926,7 @@ def _split(
     if isinstance(data, Data):
         x, y = data.split(split)
         return x.to(device, dtype), y.to(device), False
-    _one_or_many(data, seeds)
+    _first_data(data, seeds)
     parts = [d.split(split) for d in data]
     shapes = {tuple(x.shape) for x, _ in parts}
     if len(shapes) > 1:
@@ -930,10 +935,12 @@ def _split(
     return x.to(device, dtype), y.to(device), True
 
 
-def _name(thing: Any) -> str:
+def _description(thing: Any) -> str:
     """A description without memory addresses, the same in every process."""
     if dataclasses.is_dataclass(thing):
-        parts = (f"{f.name}={_name(getattr(thing, f.name))}" for f in dataclasses.fields(thing))
+        parts = (
+            f"{f.name}={_description(getattr(thing, f.name))}" for f in dataclasses.fields(thing)
+        )
         return f"{type(thing).__name__}({', '.join(parts)})"
     return getattr(thing, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 

@@ -1,4 +1,4 @@
-"""Mixup: closed forms, the formulas of other libraries, every vicinity, and its shells."""
+"""Mixup: closed forms, the formulas of other libraries, and all batch transforms."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ MIXUPS = [
     Mixup(0.5, second_stream=True),
     Mixup(0.5, partners="same", second_stream=True, per_example=True),
 ]
-VICINITIES = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
+TRANSFORMS = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
 named = lambda value: repr(value) if not isinstance(value, torch.Tensor) else None
 
 
@@ -45,14 +45,14 @@ def generator(seed=0):
 
 
 def torchvision_mixup(x, y, num_classes, lam):
-    """transforms.v2.MixUp: the partner is the example before, one λ a batch."""
+    """transforms.v2.MixUp: the partner is the previous example, one λ per batch."""
     one_hot = nn.functional.one_hot(y, num_classes).float()
     before = [len(x) - 1, *range(len(x) - 1)]
     return lam * x + (1.0 - lam) * x[before], lam * one_hot + (1.0 - lam) * one_hot[before]
 
 
 def timm_mixup(x, y, num_classes, lam, smoothing):
-    """timm.data.Mixup: the partner stands at the other end, λ by batch or element; smoothed."""
+    """timm.data.Mixup: partners in reverse order, λ per batch or per element, smoothing."""
     off, on = smoothing / num_classes, 1.0 - smoothing + smoothing / num_classes
     targets = torch.full((len(y), num_classes), off)
     targets[torch.arange(len(y)), y] = on
@@ -240,7 +240,7 @@ def test_where_two_losses_and_soft_targets_differ():
     logits = torch.randn(6, 3, generator=g, dtype=torch.float64)
     y, pi, lam = torch.tensor([0, 1, 2, 0, 1, 0]), torch.tensor([1, 0, 4, 5, 2, 3]), 0.3
     target = mix(soft_targets(y, 3, dtype=torch.float64), lam, pi)
-    # class weights: the sums agree, the means are divided by another number
+    # class weights: the sums agree, but the means have different divisors
     weight = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
     for reduction in ("sum", "mean"):
         criterion = nn.CrossEntropyLoss(weight, reduction=reduction)
@@ -253,7 +253,7 @@ def test_where_two_losses_and_soft_targets_differ():
     )
     by_hand = lam * losses[0] * lam / divisors[0] + (1 - lam) * losses[1] * (1 - lam) / divisors[1]
     torch.testing.assert_close(two, by_hand)
-    # ignore_index: the ignored example has a loss of zero either way, and counts in one mean only
+    # ignore_index: the ignored example has loss zero in both, but counts in only one of the means
     y = torch.tensor([0, 1, -100, 0, 1, 0])
     target = mix(soft_targets(y, 3, dtype=torch.float64), lam, pi)
     none = nn.CrossEntropyLoss(reduction="none")
@@ -262,10 +262,10 @@ def test_where_two_losses_and_soft_targets_differ():
     torch.testing.assert_close(two, soft * 6 / 5)
 
 
-def test_one_lambda_an_example_needs_one_loss_an_example():
+def test_one_lambda_per_example_needs_one_loss_per_example():
     logits, y, pi = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
     with pytest.raises(
-        ValueError, match=r"criterion must return one loss an example.*\[\] and \[3\]"
+        ValueError, match=r"criterion must return one loss per example.*\[\] and \[3\]"
     ):
         mix_losses(cross_entropy, logits, y, torch.rand(3), pi)
 
@@ -279,21 +279,21 @@ def evenly(n, k=2):
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.4, 1.0, 2.0, 8.0, 32.0])
 def test_moments_of_lambda(alpha):
-    """By the midpoint rule over u: no sampling error."""
+    """By the midpoint rule over u, without sampling error."""
     lam, rest = dirichlet_weights(evenly(100_000), alpha)
     assert lam.mean().item() == pytest.approx(0.5, abs=1e-4)
     product = (lam * (1 - lam)).mean().item()
     assert product == pytest.approx(alpha / (2 * (2 * alpha + 1)), rel=1e-4)
-    assert (lam.diff() >= 0).all()  # of the same rank as u
+    assert (lam.diff() >= 0).all()  # monotone in u
     torch.testing.assert_close(lam + rest, torch.ones_like(lam))
     torch.testing.assert_close(lam.flip(0), rest, rtol=1e-6, atol=1e-6)  # Beta(α, α) is symmetric
 
 
 def test_the_floor_of_the_loss_is_half_a_nat_at_alpha_one():
-    """With distinct, identifiable pairs the best a network can do is the entropy of (λ, 1−λ)."""
+    """With distinct, identifiable pairs, the lowest possible loss is the entropy of (λ, 1−λ)."""
     w = dirichlet_weights(evenly(100_000), 1.0)
     assert -(torch.xlogy(w, w).sum(0)).mean().item() == pytest.approx(0.5, abs=1e-6)
-    # and cross-entropy reaches it, at the logits log λ
+    # cross-entropy reaches it at the logits log λ
     logits, y = w.log().T, torch.zeros(len(w.T), dtype=torch.int64)
     losses = lambda z, y: cross_entropy(z, y, reduction="none")
     floor = combine(w, (losses(logits, y), losses(logits, y + 1))).mean()
@@ -325,7 +325,7 @@ def test_alpha_to_zero_is_erm_in_another_order(k):
     assert (w[0] == 1).all() and (w[1:] == 0).all()
 
 
-def test_alpha_to_infinity_takes_means():
+def test_alpha_to_infinity_gives_means():
     w = dirichlet_weights(torch.rand(2, 1000, generator=generator(), dtype=torch.float64), 1e7)
     assert (w - 1 / 3).abs().max() < 1e-3
 
@@ -353,13 +353,13 @@ def test_any_partner_is_a_permutation(n):
     st.integers(0, 9),
 )
 @settings(max_examples=80)
-def test_partners_are_of_the_class_asked_for(labels, others, which, one_hot, seed):
+def test_partners_have_the_requested_class(labels, others, which, one_hot, seed):
     y = torch.tensor(labels)
     pool = y if others is None else torch.tensor(others)
     as_given = (lambda y: soft_targets(y, 4)) if one_hot else (lambda y: y)
     other = () if others is None else (as_given(pool),)
-    place = Mixup(1.0, k=3, partners=which)
-    draw = place.draw(as_given(y), generator(seed), (len(y), 2), *other)
+    stage = Mixup(1.0, k=3, partners=which)
+    draw = stage.draw(as_given(y), generator(seed), (len(y), 2), *other)
     for i, label in enumerate(labels):
         allowed = {j for j, of in enumerate(pool.tolist()) if (of == label) == (which == "same")}
         if allowed:
@@ -387,8 +387,8 @@ def test_partners_are_drawn_evenly(which):
 def test_same_class_mixing_keeps_labels_and_different_never_does():
     x, y = batch(40)
     for which in ("same", "different"):
-        place = Mixup(1.0, partners=which, per_example=True)
-        _, target = place(x, y, place.draw(y, generator(), x.shape), 4)
+        stage = Mixup(1.0, partners=which, per_example=True)
+        _, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
         if which == "same":
             torch.testing.assert_close(target, soft_targets(y, 4))
         else:
@@ -412,22 +412,22 @@ def test_draws_for_other_alphas_are_paired():
         assert not torch.equal(draw["weights"], draws[0]["weights"])
 
 
-# --------------------------------------------------------------------------------- vicinities
+# --------------------------------------------------------------------------- batch transforms
 
 
-@pytest.mark.parametrize("place", VICINITIES, ids=named)
+@pytest.mark.parametrize("stage", TRANSFORMS, ids=named)
 @pytest.mark.parametrize("n", [1, 5, 6])
 @pytest.mark.parametrize("shape", [SHAPES["features"], SHAPES["image"]], ids=["features", "image"])
-def test_every_vicinity_takes_every_batch_and_changes_nothing(place, n, shape):
+def test_every_transform_takes_every_batch_and_does_not_change_its_inputs(stage, n, shape):
     x, y = batch(n, shape)
-    other = batch(n, shape, seed=1) if getattr(place, "second_stream", False) else ()
+    other = batch(n, shape, seed=1) if getattr(stage, "second_stream", False) else ()
     inputs = [x, y, *other]
     before = [v.clone() for v in inputs]
-    draw = place.draw(y, generator(3), x.shape, *other[1:])
+    draw = stage.draw(y, generator(3), x.shape, *other[1:])
     drawn = {name: v.clone() for name, v in draw.items()}
-    shown, target = place(x, y, draw, 4, *other)
+    shown, target = stage(x, y, draw, 4, *other)
     assert shown.shape == x.shape and shown.dtype == x.dtype
-    again, target_again = place(x, y, place.draw(y, generator(3), x.shape, *other[1:]), 4, *other)
+    again, target_again = stage(x, y, stage.draw(y, generator(3), x.shape, *other[1:]), 4, *other)
     assert torch.equal(shown, again) and torch.equal(target, target_again)  # reproducible
     assert all(torch.equal(v, b) for v, b in zip(inputs, before, strict=True))
     assert all(torch.equal(v, drawn[name]) for name, v in draw.items())
@@ -435,25 +435,25 @@ def test_every_vicinity_takes_every_batch_and_changes_nothing(place, n, shape):
         torch.testing.assert_close(target.sum(1), torch.ones(n))
         one_hot = soft_targets(y, 4)
         hots = [one_hot, *(soft_targets(t, 4) for t in other[1:])]
-        same = place(x, one_hot, draw, 4, *other[:1], *hots[1:])
+        same = stage(x, one_hot, draw, 4, *other[:1], *hots[1:])
         assert torch.equal(same[0], shown) and torch.equal(same[1], target)
 
 
-@pytest.mark.parametrize("place", MIXUPS, ids=named)
-def test_labels_are_smoothed_before_or_after_mixing(place):
+@pytest.mark.parametrize("stage", MIXUPS, ids=named)
+def test_labels_are_smoothed_before_or_after_mixing(stage):
     x, y = batch(6, (3,))
-    other = batch(6, (3,), seed=1) if place.second_stream else ()
-    draw = place.draw(y, generator(3), x.shape, *other[1:])
-    mixed_x, mixed_y = place(x, y, draw, 4, *other)
-    both_x, both_y = replace(place, smoothing=0.3)(x, y, draw, 4, *other)
+    other = batch(6, (3,), seed=1) if stage.second_stream else ()
+    draw = stage.draw(y, generator(3), x.shape, *other[1:])
+    mixed_x, mixed_y = stage(x, y, draw, 4, *other)
+    both_x, both_y = replace(stage, smoothing=0.3)(x, y, draw, 4, *other)
     assert torch.equal(both_x, mixed_x)
     torch.testing.assert_close(both_y, soft_targets(mixed_y, 4, 0.3))
-    alone = replace(place, alpha=0.0, smoothing=0.3)(x, y, draw, 4, *other)
+    alone = replace(stage, alpha=0.0, smoothing=0.3)(x, y, draw, 4, *other)
     smoothed = LabelSmoothing(0.3)(x, y, {}, 4)
     assert all(torch.equal(a, b) for a, b in zip(alone, smoothed, strict=True))
 
 
-def test_a_grid_over_alpha_and_smoothing_is_each_of_them():
+def test_a_grid_over_alpha_and_smoothing_equals_single_settings():
     data = mnist1d(train_size=60)
     settings = dict(steps=3, batch_size=20, dtype=torch.float64, seeds=2, device="cpu")
     network = lambda: MLP(40, 6, 10)
@@ -463,17 +463,17 @@ def test_a_grid_over_alpha_and_smoothing_is_each_of_them():
         for smoothing in grid["smoothing"]:
             one = fit(network, data, Recipe(batch=Mixup(alpha, smoothing=smoothing)), **settings)
             found = runs.sel(alpha=alpha, smoothing=smoothing)
-            # alpha = 0 sums a batch in another order
+            # at alpha = 0, a batch is summed in another order
             np.testing.assert_allclose(found.train_loss, one.train_loss, rtol=1e-10)
     assert len(set(runs.train_loss.isel(step=-1, seed=0).values.ravel())) == 4
 
 
-@pytest.mark.parametrize("place", MIXUPS, ids=named)
-def test_mixup_is_the_sum_over_partners(place):
+@pytest.mark.parametrize("stage", MIXUPS, ids=named)
+def test_mixup_is_the_sum_over_partners(stage):
     x, y = batch(9, dtype=torch.float64)
-    other = batch(9, dtype=torch.float64, seed=1) if place.second_stream else ()
-    draw = place.draw(y, generator(), x.shape, *other[1:])
-    shown, target = place(x, y, draw, 4, *other)
+    other = batch(9, dtype=torch.float64, seed=1) if stage.second_stream else ()
+    draw = stage.draw(y, generator(), x.shape, *other[1:])
+    shown, target = stage(x, y, draw, 4, *other)
     assert target.dtype == torch.float64
     x_pool, y_pool = other or (x, y)
     for i in range(9):
@@ -487,49 +487,49 @@ def test_mixup_is_the_sum_over_partners(place):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_inputs_keep_their_dtype_and_targets_have_single_precision_at_least(dtype):
+def test_inputs_keep_their_dtype_and_targets_have_at_least_single_precision(dtype):
     x, y = batch(5, dtype=dtype)
-    for place in (Mixup(1.0), LabelSmoothing(0.1), Gaussian(0.1)):
-        shown, target = place(x, y, place.draw(y, generator(), x.shape), 4)
+    for stage in (Mixup(1.0), LabelSmoothing(0.1), Gaussian(0.1)):
+        shown, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
         assert shown.dtype == dtype
         if target.is_floating_point():
             assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_no_vicinity_is_the_example():
+def test_transforms_of_strength_zero_return_the_example():
     x, y = batch(6)
-    for place in (Dirac(), Gaussian(0.0), Mixup(0.0), Mixup(0.0, k=3), LabelSmoothing(0.0)):
-        shown, target = place(x, y, place.draw(y, generator(), x.shape), 4)
+    for stage in (Dirac(), Gaussian(0.0), Mixup(0.0), Mixup(0.0, k=3), LabelSmoothing(0.0)):
+        shown, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
         assert torch.equal(shown, x)
         assert torch.equal(
             target if target.ndim == 2 else soft_targets(target, 4), soft_targets(y, 4)
         )
     broken = torch.full_like(x, torch.nan).index_fill(0, torch.tensor(0), 1.0)
     shown, _ = Mixup(0.0)(broken, y, Mixup(0.0).draw(y, generator(), x.shape), 4)
-    assert (shown[0] == 1).all()  # a partner that is not finite does not reach it
-    stacked = Mixup(torch.tensor(0.0))  # in a stack, the draw says so
+    assert (shown[0] == 1).all()  # not affected by a partner that is not finite
+    stacked = Mixup(torch.tensor(0.0))  # in a stack, only the draw shows that alpha is 0
     draw = Mixup(0.0).draw(y, generator(), x.shape)
     assert torch.equal(stacked(x, y, draw, 4)[0], x)
 
 
 def test_gaussian_moments():
-    place, x = Gaussian(0.5), torch.full((400, 500), 2.0)
+    stage, x = Gaussian(0.5), torch.full((400, 500), 2.0)
     y = torch.zeros(400, dtype=torch.int64)
-    shown, same = place(x, y, place.draw(y, generator(), x.shape), 2)
+    shown, same = stage(x, y, stage.draw(y, generator(), x.shape), 2)
     assert same is y
     assert shown.mean().item() == pytest.approx(2.0, abs=5 * 0.5 / 447)
     assert shown.std().item() == pytest.approx(0.5, rel=0.01)
 
 
-def test_a_vicinity_leaves_the_global_random_state_alone():
+def test_transforms_do_not_touch_the_global_random_state():
     x, y = batch(6)
     torch.manual_seed(5)
     np.random.seed(5)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
-    for place in VICINITIES:
-        other = (y,) if getattr(place, "second_stream", False) else ()
-        place.draw(y, generator(), x.shape, *other)
-        BatchTransform(place, 4)(x, y)
+    for stage in TRANSFORMS:
+        other = (y,) if getattr(stage, "second_stream", False) else ()
+        stage.draw(y, generator(), x.shape, *other)
+        BatchTransform(stage, 4)(x, y)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == before_numpy).all()
 

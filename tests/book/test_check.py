@@ -1,4 +1,4 @@
-"""The machine behind the checks: what a student can do to it, and what it says."""
+"""The code behind the checks: whatever a student submits, and what the reports say."""
 
 import threading
 import time
@@ -45,13 +45,13 @@ def double(trial):
 
 
 def trial_matrix(trial):
-    """The matrix that `double` has just drawn: third draw of the seed."""
+    """The matrix that `double` has just drawn, from the same seed."""
     generator = torch.Generator().manual_seed(1000 + trial.seed)
     torch.randn(3, generator=generator, dtype=torch.float64)
     return torch.randn(2, 2, generator=generator, dtype=torch.float64)
 
 
-def said(answer, seed=0):
+def report_text(answer, seed=0):
     report = double.run(answer, seed)
     assert not report
     return str(report)
@@ -65,7 +65,7 @@ def test_a_right_answer_passes_all_parts(capsys):
 
 
 def test_a_mistake_is_shown_with_input_result_and_hint():
-    text = said(lambda x: x)
+    text = report_text(lambda x: x)
     x = show(torch.randn(3, generator=torch.Generator().manual_seed(1000), dtype=torch.float64))
     assert text.splitlines()[0] == "✗ check.double" and f"input:  x = {x}" in text
     assert f"got:    {x}" in text and "wanted: [" in text and "hint:   That is x itself." in text
@@ -94,8 +94,8 @@ def test_a_mistake_is_shown_with_input_result_and_hint():
         (nn.Linear(2, 2), "It raised RuntimeError"),
     ],
 )
-def test_whatever_comes_back_is_survived(answer, phrase):
-    assert phrase in said(answer)
+def test_any_return_value_is_handled(answer, phrase):
+    assert phrase in report_text(answer)
 
 
 @pytest.mark.parametrize(
@@ -114,29 +114,29 @@ def test_numbers_may_come_back_in_any_container(convert):
     assert double.run(lambda x: convert(2 * x))
 
 
-def test_an_unanswered_question_is_called_so():
+def test_an_unanswered_question_is_reported_as_such():
     def answer(x):
         raise NotImplementedError
 
-    assert "Not answered yet" in said(answer)
+    assert "Not answered yet" in report_text(answer)
 
 
-def test_torch_s_own_not_implemented_is_an_error():
-    assert "It raised NotImplementedError: no kernel" in said(
+def test_a_not_implemented_error_from_torch_is_an_error():
+    assert "It raised NotImplementedError: no kernel" in report_text(
         lambda x: (_ for _ in ()).throw(NotImplementedError("no kernel"))
     )
 
 
-def test_an_error_is_placed_in_the_student_s_code():
+def test_an_error_is_located_in_the_students_code():
     def answer(x):
         y = 2 * x
         return y.reshape(7)
 
-    assert "in line" in said(answer) and "return y.reshape(7)" in said(answer)
+    assert "in line" in report_text(answer) and "return y.reshape(7)" in report_text(answer)
 
 
 def test_the_second_part_names_the_first_as_passed():
-    text = said(lambda x: 2 * x if x.ndim == 1 else x)
+    text = report_text(lambda x: 2 * x if x.ndim == 1 else x)
     assert text.splitlines()[1:3] == ["  ✓ three numbers", "  ✗ a matrix"] and "Any shape." in text
 
 
@@ -159,7 +159,7 @@ def test_answers_hard_coded_from_the_public_check_fail_the_hidden_one():
     assert double.run(by_heart, 0) and not double.run(by_heart, 1)
 
 
-def test_the_report_displays_nothing_twice():
+def test_the_report_is_not_displayed_twice():
     report = double.run(lambda x: x)
     assert DisplayFormatter().format(report) == ({}, {})
 
@@ -182,29 +182,29 @@ def swallowing(x):
 
 @pytest.mark.parametrize("answer", [forever, swallowing, lambda x: time.sleep(60)])
 def test_an_endless_loop_is_stopped(answer):
-    assert "stopped after 0.3 seconds" in said(answer)
+    assert "stopped after 0.3 seconds" in report_text(answer)
 
 
-def test_a_bare_except_that_swallows_the_first_alarm_meets_the_next():
+def test_a_second_alarm_stops_a_bare_except():
     def answer(x):
         try:
             time.sleep(60)
         except:  # noqa: E722
             time.sleep(60)
 
-    assert "stopped after 0.3 seconds" in said(answer)
+    assert "stopped after 0.3 seconds" in report_text(answer)
 
 
 @pytest.mark.parametrize("answer", [forever, swallowing])
-def test_an_endless_loop_is_stopped_in_a_thread_too(answer):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(said(answer)))
+def test_an_endless_loop_is_also_stopped_in_a_thread(answer):
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(report_text(answer)))
     thread.start()
     thread.join(30)
-    assert found and "stopped after 0.3 seconds" in found[0]
+    assert texts and "stopped after 0.3 seconds" in texts[0]
 
 
-def test_nothing_rings_after_the_time_limit_is_left():
+def test_no_alarm_follows_after_the_time_limit():
     with time_limit(0.05):
         pass
     time.sleep(0.1)
@@ -252,7 +252,7 @@ def test_changes_in_place_are_seen_in_all_containers():
 
 @question
 def tossing(trial):
-    """An experiment whose truth is cheap."""
+    """An experiment whose true result is cheap to compute."""
     trial.experiment(
         lambda seeds: {"heads": np.array(seeds) % 7 + 10.0, "tails": np.zeros(5)},
         rivals={"wrong way round": lambda want: {k: -v for k, v in want.items()}},
@@ -267,7 +267,7 @@ def tossed(heads="higher", tails="undecided", sign=1):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_experiment_wants_the_data_and_the_verdict_that_follows(seed):
+def test_an_experiment_needs_the_data_and_the_matching_verdict(seed):
     assert tossing.run(tossed(), seed)
     assert "does not follow from your own data" in str(tossing.run(tossed(tails="lower"), seed))
     assert "does not follow from your own data" in str(tossing.run(tossed(heads="undecided"), seed))
@@ -294,7 +294,7 @@ def test_verdicts():
 # ------------------------------------------------------------------------------------ all checks
 
 
-def test_all_checks_are_exported_and_say_what_they_check():
+def test_all_checks_are_exported_and_documented():
     assert CHECKS and set(CHECKS) == set(check.__all__) - {"Check", "Report"}
     for name, one in CHECKS.items():
         assert one.__doc__.endswith(".") and repr(one) == f"<check.{name}>"
@@ -330,7 +330,7 @@ def test_all_checks_are_exported_and_say_what_they_check():
         "missing",
     ],
 )
-def test_no_check_passes_or_breaks_on_nonsense(name, answer, monkeypatch):
+def test_no_check_accepts_nonsense_or_breaks_on_it(name, answer, monkeypatch):
     for module in (
         "generalization",
         "flooding",
@@ -341,14 +341,14 @@ def test_no_check_passes_or_breaks_on_nonsense(name, answer, monkeypatch):
         "sharpness",
     ):
         for attribute, value in vars(getattr(check, module)).items():
-            if hasattr(value, "cache_info"):  # the experiments' truths, which take seconds
+            if hasattr(value, "cache_info"):  # the experiments' true results, which take seconds
                 fake = {"training error": 1, "test error": 1, "test loss": 1}
                 monkeypatch.setattr(getattr(check, module), attribute, lambda seeds: fake)
     report = CHECKS[name].run(answer)
     assert not report and isinstance(report.mistake, Mistake) and str(report)
 
 
-def test_checks_leave_the_global_random_state_alone():
+def test_checks_do_not_touch_the_global_random_state():
     before = torch.get_rng_state()
     for name in ("accumulate", "dirichlet_mixup", "lanczos", "sam_step"):
         CHECKS[name].run(lambda *a: None)

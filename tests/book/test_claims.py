@@ -1,4 +1,4 @@
-"""Claims: one line that is the same everywhere, or an error."""
+"""Claims: one line of output, or an error."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_a_condition_is_one_truth_value(condition):
 
 
 class OnDevice:
-    """Like a tensor on a GPU: NumPy cannot have it before it is on the CPU."""
+    """Like a tensor on a GPU, which NumPy cannot convert before it is moved to the CPU."""
 
     def __array__(self, *_, **__):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -93,9 +93,9 @@ def test_ids_are_words_joined_by_hyphens(id):
     assert repr(id) in str(e.value)
 
 
-def test_an_id_says_one_thing(capsys):
+def test_an_id_has_one_text(capsys):
     claim("twice", "the statement", True)
-    claim("twice", "the statement", True)  # a cell may be run again
+    claim("twice", "the statement", True)  # a cell can be run again
     with pytest.raises(
         ValueError, match="id must be unique, but 'twice' already says: the statement"
     ):
@@ -105,14 +105,14 @@ def test_an_id_says_one_thing(capsys):
 
 @pytest.fixture(scope="module")
 def diverged():
-    """Two runs, of which one leaves the finite numbers."""
+    """Runs at two learning rates, one of which diverges."""
     settings = dict(steps=4, seeds=2, grid={"lr": [0.1, 1e30]}, evaluate_at=2, device="cpu")
     with pytest.warns(UserWarning, match="the loss of 2 runs is not finite: lr=1e"):
         recipe = Recipe(optimizer=SGD(weight_decay=1.0))
         return fit(lambda: MLP(10, 2), two_gaussians(test_size=10), recipe, **settings)
 
 
-# Where a notebook may keep its results.
+# The ways in which a notebook may store its results.
 KEPT = {
     "a variable": lambda runs: runs,
     "a dictionary": lambda runs: {"SGD": runs},
@@ -125,7 +125,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-def test_no_claim_rests_on_diverged_runs(keep, diverged, capsys):
+def test_a_claim_on_diverged_runs_is_an_error(keep, diverged, capsys):
     runs = keep(diverged)  # noqa: F841  # the claim looks for it
     with pytest.raises(AssertionError, match="'some-id' rests on runs that diverged") as raised:
         claim("some-id", "the statement", True)
@@ -134,21 +134,21 @@ def test_no_claim_rests_on_diverged_runs(keep, diverged, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_claim_may_rest_on_runs_that_did_not_diverge(diverged, capsys):
+def test_a_claim_on_other_runs_is_allowed(diverged, capsys):
     runs = diverged.sel(lr=[0.1])  # noqa: F841
-    meant = diverged.assign_attrs(divergence="expected")  # noqa: F841  # as fit writes it
+    expected = diverged.assign_attrs(divergence="expected")  # noqa: F841  # as fit writes it
     del diverged
     claim("some-id", "the statement", True)
     assert capsys.readouterr().out == "✓ some-id: the statement\n"
 
 
-def test_a_claim_looks_at_what_a_notebook_holds(diverged):
+def test_a_claim_looks_at_the_variables_of_a_notebook(diverged):
     with pytest.raises(AssertionError, match="lr=1e+30, seed=1 at step".replace("+", r"\+")):
         exec('claim("some-id", "the statement", True)', {"claim": claim, "runs": diverged})
 
 
-def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys, diverged):
-    later = lambda runs=diverged: runs  # out of sight
+def test_the_log_lists_all_claims(tmp_path, monkeypatch, capsys, diverged):
+    later = lambda runs=diverged: runs  # hides the runs
     del diverged
     log = tmp_path / "log.jsonl"
     monkeypatch.setenv("FLATMIN_CLAIMS_LOG", str(log))
@@ -166,7 +166,7 @@ def test_the_log_hears_of_all_claims(tmp_path, monkeypatch, capsys, diverged):
         "✗ two: the second",
         "✗ three: the third",
     ]
-    with pytest.raises(TypeError):  # a mistake is a mistake
+    with pytest.raises(TypeError):  # a wrong type still raises
         claim("four", "the fourth", 1)
 
 

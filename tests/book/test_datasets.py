@@ -1,4 +1,4 @@
-"""Data sets: splits, label noise, reproducibility, and files that are missing or damaged."""
+"""Data sets: splits, label noise, reproducibility, and missing or damaged files."""
 
 import contextlib
 import gzip
@@ -107,7 +107,7 @@ def test_noise_touches_training_and_validation_labels_only(make):
 
 
 def assemble(size=100, train_size=None, validation_size=0, label_noise=0.0, seed=0):
-    """A set whose inputs are row numbers."""
+    """A data set whose inputs are row numbers."""
     rows = torch.arange(size)
     pool = rows[:, None].float(), rows % 4
     choice = module._Choice(train_size, validation_size, label_noise, seed)
@@ -165,7 +165,7 @@ def test_global_random_states_are_neither_read_nor_changed(make):
     assert same(first, second)
 
 
-def test_inputs_splits_and_noise_have_streams_of_their_own():
+def test_inputs_splits_and_noise_have_their_own_streams():
     purposes = ["inputs", "test inputs", "rows", "train labels", "validation labels"]
     draws = {tuple(torch.rand(4, generator=data_stream(0, p)).tolist()) for p in purposes}
     draws.add(tuple(torch.rand(4, generator=seeded(0)).tolist()))
@@ -329,7 +329,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def tiny_mnist(seed=0) -> dict[str, bytes]:
-    """Official file names and format, 12 + 4 images."""
+    """12 + 4 images under the official file names and in the official format."""
     rng = np.random.default_rng(seed)
     files = {}
     for part, n in (("train", 12), ("t10k", 4)):
@@ -339,7 +339,7 @@ def tiny_mnist(seed=0) -> dict[str, bytes]:
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes bytes as Python 2 wrote its str, as in the official CIFAR files."""
+    """Writes bytes as Python 2 wrote str, like the official CIFAR files."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -356,7 +356,7 @@ def pickled(batch: dict) -> bytes:
 
 
 def tiny_cifar(seed=0) -> dict[str, dict[str, bytes]]:
-    """Both CIFAR sets, 4 images a file, by folder and member."""
+    """Both CIFAR sets, 4 images per file, by folder and member."""
     rng = np.random.default_rng(seed)
 
     def batch(**labels):
@@ -376,7 +376,7 @@ def tiny_cifar(seed=0) -> dict[str, dict[str, bytes]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A FLATMIN_DATA with tiny copies of all four sets; nothing may be downloaded."""
+    """A FLATMIN_DATA folder with tiny copies of all four sets; downloads fail."""
 
     def refuse(*_, **__):
         raise AssertionError("a download was tried although FLATMIN_DATA is set")
@@ -434,7 +434,7 @@ def test_local_cifar_files_are_read(folder):
     assert torch.equal(fine.x_train, coarse.x_train)
 
 
-def test_files_written_by_today_s_numpy_are_read(folder):
+def test_files_written_by_a_current_numpy_are_read(folder):
     place = folder / "cifar-100-python" / "test"
     batch = pickle.loads(place.read_bytes(), encoding="bytes")
     expected = cifar100().x_test
@@ -503,7 +503,7 @@ def test_a_damaged_local_file_is_named_and_left_alone(folder, file, damage, mess
     assert path.read_bytes() == damaged
 
 
-def test_as_many_labels_as_images(folder):
+def test_images_and_labels_must_be_equally_many(folder):
     path = folder / IMAGES
     path.write_bytes(unzipped(without_one_image)(path.read_bytes()))
     with pytest.raises(ValueError, match="mnist is corrupt: 11 train images but 12 labels"):
@@ -541,9 +541,9 @@ def test_a_malicious_pickle_runs_nothing(folder):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """Serves ``site.files`` on this machine, in place of the official addresses, to a new cache.
+    """Serves ``site.files`` on this machine instead of the official addresses, with a new cache.
 
-    ``site.cut`` names a file of which only half is sent, ``site.asked`` lists the requests.
+    ``site.cut`` names a file of which only half is sent; ``site.asked`` lists the requests.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -663,7 +663,7 @@ class TestBrokenDownloads:
         assert file in str(caught.value)
         assert site.kept() == []
 
-    def test_a_cached_file_gone_corrupt_is_named_deleted_and_replaced(self, site, make, file):
+    def test_a_corrupt_cached_file_is_named_deleted_and_replaced(self, site, make, file):
         good = make()
         (path,) = site.cache.rglob(file)
         path.write_bytes(path.read_bytes()[:-10])

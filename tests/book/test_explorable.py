@@ -1,4 +1,4 @@
-"""Explorable figures: what the script gets is what was put in, and nothing breaks out of it."""
+"""Explorable figures: the script gets exactly the data, and text cannot break out of it."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def make(**changes):
 
 
 class Elements(HTMLParser):
-    """The page's elements, and the text inside each script, as a browser would cut them."""
+    """The page's elements, and the text inside each script, as a browser parses them."""
 
     def __init__(self, text):
         super().__init__()
@@ -102,7 +102,7 @@ def test_data_comes_back_from_the_script():
     assert [line["dots"] for line in lines.values()] == [False, False, True]
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_from_numpy_are_accepted():
     panel = Panel(
         {"a": (np.arange(3), np.ones((2, 3), np.float32))},
         {"a": "red"},
@@ -122,7 +122,7 @@ def test_slider_and_start():
     assert page.the("label")["for"] == knob["id"] == "fig-knob"
 
 
-def test_nothing_from_the_network():
+def test_nothing_is_loaded_from_the_network():
     text = make()
     assert set(re.findall(r"[a-z]+://[^\"' )]*", text)) == {"http://www.w3.org/2000/svg"}  # a name
     page = Elements(text)
@@ -132,7 +132,7 @@ def test_nothing_from_the_network():
         assert word not in text
 
 
-def test_without_scripts_a_picture_of_the_first_frame_stands_there(monkeypatch):
+def test_without_scripts_a_picture_of_the_first_frame_is_shown(monkeypatch):
     drawn = []
     savefig = plt.Figure.savefig
     monkeypatch.setattr(
@@ -143,7 +143,7 @@ def test_without_scripts_a_picture_of_the_first_frame_stands_there(monkeypatch):
     picture = page.the("img")
     assert picture["alt"] == "A line."
     assert base64.b64decode(picture["src"].split(",")[1]).startswith(b"\x89PNG")
-    assert plt.get_fignums() == figures  # and nothing stays open
+    assert plt.get_fignums() == figures  # and no figure stays open
     (fig,) = drawn
     lines = {line.get_label(): line for line in fig.axes[0].lines}
     np.testing.assert_array_equal(lines["loss"].get_ydata(), [3, np.nan, 5])
@@ -190,7 +190,7 @@ def test_text_stays_text():
         ({"id": ""}, r"id must be a letter.*got ''"),
         ({"panels": []}, r"panels must be at least one"),
         ({"values": [], "notes": []}, r"at least 1"),
-        ({"notes": ["one"]}, r"notes must be one a value \(2, at least 1\), got 1"),
+        ({"notes": ["one"]}, r"notes must be one per value \(2, at least 1\), got 1"),
         ({"start": 2}, r"start must be between 0 and 1, got 2"),
         ({"start": -1}, r"start must be between 0 and 1, got -1"),
         (
@@ -209,7 +209,7 @@ def test_bad_input_is_named(changes, message):
         make(**changes)
 
 
-def test_several_knobs_make_a_frame_of_every_combination():
+def test_several_knobs_make_a_frame_for_every_combination():
     lines = {"line": ([0, 1], [[k, k] for k in range(6)])}
     panel = Panel(lines, {"line": "red"}, ylim=(0, 6))
     text = make(

@@ -1,4 +1,4 @@
-"""Networks: shapes, parameter counts, bad input, and above all that they can be stacked."""
+"""Networks: shapes, parameter counts, bad input, and above all stacking."""
 
 import copy
 
@@ -34,7 +34,7 @@ def make_stack(network, batch_norm, dtype=torch.float64, runs=3, batch=5):
     for _ in range(runs):
         module = factory(batch_norm).to(dtype)
         with torch.no_grad():
-            for parameter in module.parameters():  # so that no branch is off
+            for parameter in module.parameters():  # so that no branch is zero
                 parameter += 0.1 * torch.randn_like(parameter)
             for name, buffer in module.named_buffers():
                 if not name.endswith("num_batches_tracked"):
@@ -96,7 +96,7 @@ def test_an_example_in_eval_mode_does_not_depend_on_its_batch(network, batch_nor
 
 @batch_norms
 @networks
-def test_learns_a_batch_by_heart(network, batch_norm):
+def test_a_network_can_memorize_a_batch(network, batch_norm):
     _, x, y = make_stack(network, batch_norm, torch.float32, runs=1, batch=8)
     torch.manual_seed(1)
     model = NETWORKS[network][0](batch_norm)

@@ -1,4 +1,4 @@
-"""Figures draw what they say: the mean, and its interval."""
+"""Figures draw the mean and its interval."""
 
 import matplotlib
 
@@ -59,7 +59,7 @@ def test_band_needs_seed_and_x(ax, values):
     assert not ax.lines
 
 
-def test_bars_draw_a_dot_and_an_interval_a_row(ax):
+def test_bars_draw_a_dot_and_an_interval_per_row(ax):
     rows = {"ERM": VALUES[:, 0], "flooding": VALUES[:, 1]}
     bars(ax, rows, {"flooding": "#0072b2"}, unit=100)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["ERM", "flooding"]
@@ -93,7 +93,7 @@ def test_colors_are_different_and_legible_on_white():
         assert contrast >= 3, f"{name}: WCAG 2.1 asks for 3:1 between graphics and background"
 
 
-def test_the_style_is_one_that_matplotlib_knows():
+def test_matplotlib_accepts_the_style():
     with plt.rc_context():
         use_style()
         assert plt.rcParams["axes.grid"]

@@ -1,4 +1,4 @@
-"""The mean's confidence interval: scipy's, its coverage, and NaN that is not averaged away."""
+"""The mean's confidence interval: equal to scipy's, with the right coverage, and NaN for NaN."""
 
 import math
 
@@ -16,7 +16,7 @@ from flatmin.book import mean_interval, pm
     st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12).filter(lambda v: np.std(v) > 1e-6),
     st.sampled_from([0.5, 0.9, 0.95, 0.999]),
 )
-def test_is_scipys_t_interval(values, confidence):
+def test_interval_is_scipys_t_interval(values, confidence):
     m = mean_interval(xr.DataArray(values, dims="seed"), confidence=confidence)
     low, high = stats.t.interval(confidence, len(values) - 1, np.mean(values), stats.sem(values))
     np.testing.assert_allclose([m["low"], m["high"]], [low, high], rtol=1e-9, atol=1e-9)
@@ -24,7 +24,7 @@ def test_is_scipys_t_interval(values, confidence):
     np.testing.assert_allclose(m["half"], (high - low) / 2, rtol=1e-9)
 
 
-def test_every_combination_by_itself():
+def test_every_combination_has_its_own_interval():
     values = xr.DataArray(
         np.random.default_rng(0).random((2, 5, 3)),
         dims=("lr", "seed", "step"),
@@ -44,7 +44,7 @@ def test_nan_is_not_averaged_away():
     m = mean_interval(values)
     assert m.isel(lr=1).to_array().isnull().all()
     assert not m.isel(lr=0).to_array().isnull().any()
-    assert not bool(m["low"].isel(lr=1) > -math.inf)  # so no comparison holds
+    assert not bool(m["low"].isel(lr=1) > -math.inf)  # so that no comparison holds
 
 
 def test_whole_numbers_and_truth_values():

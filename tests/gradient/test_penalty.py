@@ -22,10 +22,10 @@ def flatten(tree):
     return torch.cat([w.flatten() for w in tree.values()])
 
 
-def direction(smooth, place, theta=None):
+def direction(smooth, stage, theta=None):
     loss, _, start, tree = smooth
     at = tree(start if theta is None else theta)
-    found, value, buffers = place(lambda p, b: (loss(flatten(p)), b), at, {"seen": torch.ones(())})
+    found, value, buffers = stage(lambda p, b: (loss(flatten(p)), b), at, {"seen": torch.ones(())})
     assert value == loss(flatten(at)) and buffers == {"seen": torch.ones(())}
     return flatten(found)
 
@@ -75,8 +75,8 @@ def test_all_forms_are_exact_on_a_quadratic(difference, h, w, penalty):
 @pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
 def test_without_penalty_it_is_the_plain_gradient_bitwise(smooth, squared, difference):
     for radius in {None, 0.1 if difference else None}:
-        place = GradientPenalty(0.0, squared=squared, difference=difference, radius=radius)
-        assert torch.equal(direction(smooth, place), direction(smooth, plain_gradient))
+        stage = GradientPenalty(0.0, squared=squared, difference=difference, radius=radius)
+        assert torch.equal(direction(smooth, stage), direction(smooth, plain_gradient))
 
 
 @pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
@@ -139,7 +139,7 @@ def flow(field, theta, time, steps=40):
 
 
 def test_implicit_gradient_regularization(smooth):
-    """One step of gradient descent lies on the flow of L + ε/4 ‖g‖², but for ε³."""
+    """One step of gradient descent lies on the flow of L + ε/4 ‖g‖², up to O(ε³)."""
     _, g, theta, _ = smooth
     sizes = (0.2, 0.1, 0.05)
     plain = lambda lr: theta - lr * g(theta) - flow(g, theta, lr)
@@ -153,24 +153,24 @@ def test_implicit_gradient_regularization(smooth):
 
 
 def test_two_rates_descend_their_effective_objective(smooth):
-    """A pair of steps is one step of rate ε₁ - ε₂ on L + ε₁ε₂/(2(ε₁-ε₂)) ‖g‖², but for ε³."""
+    """A pair of steps is one step of rate ε₁ - ε₂ on L + ε₁ε₂/(2(ε₁-ε₂)) ‖g‖², up to O(ε³)."""
     _, g, theta, tree = smooth
 
     def error(lr):
-        place, at = TwoRates(lr=lr, ascent_lr=0.6 * lr), theta
+        stage, at = TwoRates(lr=lr, ascent_lr=0.6 * lr), theta
         for t in range(2):
-            at = flatten(place(tree(at), tree(g(at)), {}, t=t, factor=1.0)[0])
+            at = flatten(stage(tree(at), tree(g(at)), {}, t=t, factor=1.0)[0])
         effective = direction(smooth, GradientPenalty.two_rates(lr, 0.6 * lr))
         return at - (theta - 0.4 * lr * effective)
 
     assert order(error, (0.2, 0.1, 0.05)) == pytest.approx(3, abs=0.1)
 
 
-# ---------------------------------------------------------------------------------- the other faces
+# --------------------------------------------------------------------------------- the other forms
 
 
 @pytest.mark.parametrize("squared", [True, False])
-def test_penalty_in_a_loop_of_ones_own_equals_the_kernel(smooth, squared):
+def test_penalty_in_your_own_loop_equals_the_kernel(smooth, squared):
     loss, _, theta, _ = smooth
     w = theta.clone().requires_grad_()
     value = loss(w)
@@ -178,7 +178,7 @@ def test_penalty_in_a_loop_of_ones_own_equals_the_kernel(smooth, squared):
     torch.testing.assert_close(w.grad, direction(smooth, GradientPenalty(0.3, squared)))
 
 
-def test_penalty_ignores_parameters_without_part_in_the_loss():
+def test_penalty_ignores_parameters_that_the_loss_does_not_use():
     w, unused, frozen = (torch.tensor(2.0, requires_grad=r) for r in (True, True, False))
     penalty = gradient_penalty(w**2 * frozen, [w, unused, frozen], 0.5)
     penalty.backward()
@@ -190,7 +190,7 @@ def test_penalty_ignores_parameters_without_part_in_the_loss():
 
 
 @pytest.mark.parametrize(
-    "place",
+    "stage",
     [
         GradientPenalty(),
         GradientPenalty.sam(0.1),
@@ -198,13 +198,13 @@ def test_penalty_ignores_parameters_without_part_in_the_loss():
         GradientPenalty(0.1, squared=False),
     ],
 )
-def test_stack_equals_single_runs(place):
+def test_stack_equals_single_runs(stage):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, batch_norm=True)
     settings = dict(
         steps=12, batch_size=20, evaluate_at=[12], networks="last", dtype=torch.double, device="cpu"
     )
-    recipe = Recipe(gradient=place, optimizer=SGD(lr=0.2, momentum=0.5))
+    recipe = Recipe(gradient=stage, optimizer=SGD(lr=0.2, momentum=0.5))
     grid = {"penalty": [0.0, 0.05, 0.2]}
     runs, networks = fit(net, data, recipe, grid=grid, seeds=2, **settings)
     for penalty in grid["penalty"]:
@@ -274,12 +274,14 @@ def test_gradient_norm_is_an_instrument():
 
 
 def test_composes_with_jacrev(smooth):
-    """The direction can be differentiated again, as an analysis of the dynamics needs."""
+    """The direction can be differentiated again, as needed to analyse the dynamics."""
     loss, g, theta, _ = smooth
     tree = {"w": theta}
-    place = lambda w: GradientPenalty(0.1)(lambda p, b: (loss(p["w"]), b), {"w": w}, {})[0]["w"]
-    jacobian = jacrev(place)(tree["w"])
-    torch.testing.assert_close(jacobian, jacobian.T, rtol=1e-9, atol=1e-10)  # it is a gradient
+    stage = lambda w: GradientPenalty(0.1)(lambda p, b: (loss(p["w"]), b), {"w": w}, {})[0]["w"]
+    jacobian = jacrev(stage)(tree["w"])
+    torch.testing.assert_close(
+        jacobian, jacobian.T, rtol=1e-9, atol=1e-10
+    )  # the direction is a gradient
 
 
 # ------------------------------------------------------------------------------------------ faults

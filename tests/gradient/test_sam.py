@@ -17,9 +17,9 @@ from flatmin.pipeline import plain_gradient
 from flatmin.stack import initial_module
 
 
-def direction(smooth, place):
+def direction(smooth, stage):
     loss, _, theta, tree = smooth
-    found, value, buffers = place(
+    found, value, buffers = stage(
         lambda p, b: (loss(flatten(p)), b), tree(theta), {"seen": torch.ones(())}
     )
     assert value == loss(theta) and buffers == {"seen": torch.ones(())}
@@ -53,7 +53,7 @@ def test_unnormalized(smooth):
     torch.testing.assert_close(found, g(theta + 0.3 * t**2 * g(theta)), rtol=1e-13, atol=0)
 
 
-def test_it_is_a_member_of_the_family_of_gradient_penalties(smooth):
+def test_sam_is_a_member_of_the_family_of_gradient_penalties(smooth):
     torch.testing.assert_close(
         direction(smooth, SAM(0.1)),
         direction(smooth, GradientPenalty.sam(0.1)),
@@ -121,10 +121,10 @@ def problem(n=10, **settings):
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 10])
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
-def test_shards_have_perturbations_of_their_own_and_are_averaged(m, chunk_size):
+def test_shards_have_their_own_perturbations_and_are_averaged(m, chunk_size):
     net, x, y, params, buffers = problem()
-    place = SAM(0.3, m=m, chunk_size=chunk_size)
-    found, loss, _ = place(batch_objective(net, x, y), params, buffers)
+    stage = SAM(0.3, m=m, chunk_size=chunk_size)
+    found, loss, _ = stage(batch_objective(net, x, y), params, buffers)
     expected, mean = torch.zeros_like(flatten(params)), 0.0
     for part, target in zip(x.split(m), y.split(m), strict=True):
         of_shard, value, _ = SAM(0.3)(batch_objective(net, part, target), params, buffers)
@@ -159,13 +159,13 @@ def test_batch_statistics_of_shards_are_averaged_whatever_the_chunk():
 
 
 @pytest.mark.parametrize("m", [None, 5])
-def test_flooding_floats_the_worst_loss_and_climbs_the_raw_one(m):
+def test_flooding_floods_the_perturbed_loss_and_perturbs_along_the_raw_one(m):
     net, x, y, params, buffers = problem()
     raw = batch_objective(net, x, y)
     value = raw(params, buffers)[0].item()
     sharp = SAM(0.3, m=m)
     plain = flatten(sharp(raw, params, buffers)[0])
-    # Between L(w) and L(w + ε̂): descend.  (Shards are flooded one by one.)
+    # For a level between L(w) and L(w + ε̂): descend.  (Each shard is flooded separately.)
     for level, sign in [(0.0, 1), (5.0, -1)] + [(value + 0.01, 1)] * (m is None):
         flooded = batch_objective(net, x, y, Flooding(level))
         found, loss, _ = sharp(flooded, params, buffers)
@@ -173,7 +173,7 @@ def test_flooding_floats_the_worst_loss_and_climbs_the_raw_one(m):
         assert loss.item() == pytest.approx(value, rel=1e-14)
 
 
-def test_both_passes_drop_the_same_units_and_buffers_are_those_of_the_first():
+def test_both_passes_drop_the_same_units_and_the_first_sets_the_buffers():
     torch.manual_seed(0)
     net = (
         nn.Sequential(nn.Linear(4, 50), Dropout(0.5), nn.BatchNorm1d(50), nn.Linear(50, 3))
@@ -192,7 +192,7 @@ def test_both_passes_drop_the_same_units_and_buffers_are_those_of_the_first():
 
 
 @pytest.mark.parametrize(
-    "place, grid",
+    "stage, grid",
     [
         (SAM(), {"rho": [0.0, 0.1, 0.5]}),
         (SAM(rho=0.2), {"p": [1.0, 2.0, INF]}),
@@ -200,7 +200,7 @@ def test_both_passes_drop_the_same_units_and_buffers_are_those_of_the_first():
         (SAM(exact=True), {"rho": [0.1, 0.3]}),
     ],
 )
-def test_stack_equals_single_runs(place, grid):
+def test_stack_equals_single_runs(stage, grid):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, batch_norm=True)
     arguments = dict(
@@ -212,7 +212,7 @@ def test_stack_equals_single_runs(place, grid):
         device="cpu",
         seeds=2,
     )
-    recipe = Recipe(gradient=place, optimizer=SGD(lr=0.2, momentum=0.5))
+    recipe = Recipe(gradient=stage, optimizer=SGD(lr=0.2, momentum=0.5))
     _, networks = fit(net, data, recipe, grid=grid, **arguments)
     ((name, values),) = grid.items()
     for value in values:
@@ -228,7 +228,7 @@ def test_stack_equals_single_runs(place, grid):
 
 @pytest.mark.parametrize("p, adaptive", [(2, False), (1.5, False), (INF, False), (2, True)])
 def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
-    """The two faces."""
+    """The gradient stage and the optimizer make the same steps."""
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, activation=nn.Tanh, batch_norm=True)
     recipe = Recipe(gradient=SAM(0.3, p, adaptive), optimizer=SGD(lr=0.2, momentum=0.9))
@@ -262,12 +262,12 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
         (dict(chunk_size=1.5), "chunk_size must be a whole number"),
         (
             dict(exact=True, p=3),
-            r"p must be one number in \[1, 2\], or inf, where exact is True .*got 3",
+            r"p must be one number in \[1, 2\], or inf, if exact is True .*got 3",
         ),
         (dict(exact=True, p=torch.tensor(2.0)), "p must be one number"),
     ],
 )
-def test_bad_settings_of_the_place_are_named(arguments, message):
+def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SAM(**arguments)
 

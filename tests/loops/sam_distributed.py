@@ -1,7 +1,7 @@
 """Two processes over gloo: run by tests/loops/test_sam.py as ``python sam_distributed.py FOLDER RANK``.
 
-Every check compares with one process that sees all the data, and returns the largest difference; each
-rank writes them as JSON.
+Every check compares with one process that has all the data, and returns the largest difference;
+each rank writes its results as JSON.
 """
 
 import copy
@@ -52,7 +52,7 @@ def base(model):
 
 
 def alone(shards=1, **settings):
-    """One process; the batch in so many shards, each with a closure of its own."""
+    """One process, with the batch in ``shards`` shards, each with its own closure."""
     model = network()
     optimizer = SAM(base(model), **settings)
     parts = zip(*(t.chunk(shards) for t in data()), strict=True)
@@ -109,7 +109,7 @@ def ddp_in_two_phases(rank):
 
 
 def ddp_skips_together(rank):
-    """One process alone has an infinite first gradient: both skip, and neither waits for ever."""
+    """Only one process has an infinite first gradient: both skip, and neither waits for ever."""
     model = DistributedDataParallel(network())
     optimizer = SAM(base(model), rho=0.3, model=model, per_rank=True)
     x, y = mine(rank)
@@ -141,7 +141,7 @@ def ddp_scalers_agree(rank):
 
 
 def dtensor_placements(rank):
-    """Sharded by rows or by columns (not evenly), or replicated: one norm of all."""
+    """Sharded (unevenly) by rows or columns, or replicated: one norm over all parts."""
     mesh = init_device_mesh("cpu", (RANKS,))
     generator = torch.Generator().manual_seed(2)
     shapes, placements = [(5, 4), (3, 7), (6,), (1,)], [Shard(0), Shard(1), Replicate(), Shard(0)]
@@ -180,7 +180,7 @@ def fsdp(rank, bad=1.0, **settings):
     mesh = init_device_mesh("cpu", (RANKS,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert isinstance(model[2].bias, DTensor)  # one number: the second process has none of it
+    assert isinstance(model[2].bias, DTensor)  # one number, of which the second process has no part
     optimizer = SAM(base(model), **settings)
     x, y = mine(rank)
     closure = closure_of(model, optimizer, x * (bad if rank else 1.0), y)

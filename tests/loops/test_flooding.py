@@ -1,4 +1,4 @@
-"""Flooding in a loop of your own: the loss module, and gradients that are accumulated."""
+"""Flooding in your own loop: the loss module, and gradients that are accumulated."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_loss_module_in_a_training_step_ascends_below_the_level():
     assert raw(model(x), y).item() > before
 
 
-def test_loss_module_says_its_level():
+def test_repr_of_the_loss_module_shows_its_level():
     assert "flood_level=0.25" in repr(FloodingLoss(nn.MSELoss(), 0.25))
 
 

@@ -1,4 +1,4 @@
-"""Mixup in a loop of your own: a transform and a collate function."""
+"""Mixup in your own loop: a transform and a collate function."""
 
 import warnings
 
@@ -23,7 +23,7 @@ MIXUPS = [
     Mixup(0.5, second_stream=True),
     Mixup(0.5, partners="same", second_stream=True, per_example=True),
 ]
-VICINITIES = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
+TRANSFORMS = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
 named = lambda value: repr(value) if not isinstance(value, torch.Tensor) else None
 
 
@@ -47,21 +47,21 @@ class Toy(Dataset):
 
 def test_the_transform_draws_what_fit_draws():
     x, y = batch(6)
-    for place in VICINITIES:
-        transform = BatchTransform(place, 4, seed=7)
-        other = batch(6, seed=1) if getattr(place, "second_stream", False) else ()
+    for stage in TRANSFORMS:
+        transform = BatchTransform(stage, 4, seed=7)
+        other = batch(6, seed=1) if getattr(stage, "second_stream", False) else ()
         for t in range(3):
-            draw = place.draw(y, stream(7, "batch", t), x.shape, *other[1:])
-            expected = place(x, y, draw, 4, *other)
+            draw = stage.draw(y, stream(7, "batch", t), x.shape, *other[1:])
+            expected = stage(x, y, draw, 4, *other)
             found = transform(x, y, *other)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        resumed = BatchTransform(place, 4, seed=7)
+        resumed = BatchTransform(stage, 4, seed=7)
         resumed.count = transform.count
         for a, b in zip(resumed(x, y, *other), transform(x, y, *other), strict=True):
             assert torch.equal(a, b)
 
 
-def test_transform_and_collate_function_are_one():
+def test_transform_and_collate_function_agree():
     after = BatchTransform(Mixup(0.5), 4, seed=3)
     within = BatchTransform(Mixup(0.5), 4, seed=3)
     loader = DataLoader(Toy(), batch_size=4)  # the last batch has 3
@@ -98,7 +98,7 @@ def test_two_loaders():
 
 
 def test_workers_and_epochs_draw_differently_and_reproducibly():
-    """A worker gets a copy of the transform: with one seed for all, all would draw the same."""
+    """Each worker gets a copy of the transform; with the same seed, all would draw the same."""
 
     def noise_of_two_epochs():
         transform = BatchTransform(Gaussian(1.0), 4, seed=1)
@@ -108,13 +108,13 @@ def test_workers_and_epochs_draw_differently_and_reproducibly():
         return [x[0] - 3 * b for _ in range(2) for b, (x, _) in enumerate(loader)]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Python 3.12 warns of forks of threaded processes
+        warnings.simplefilter("ignore")  # Python 3.12 warns about forks of threaded processes
         first, second = noise_of_two_epochs(), noise_of_two_epochs()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(first) == 8 == len({round(noise[0].item(), 4) for noise in first})
 
 
-def test_samples_that_are_no_pairs_are_named():
+def test_samples_that_are_not_pairs_are_named():
     with pytest.raises(TypeError, match=r"samples must be pairs \(x, y\), got dict"):
         BatchTransform(Mixup(), 4).collate([{"x": torch.ones(2), "y": 0}])
     with pytest.raises(TypeError, match="other must be the inputs and the labels"):
@@ -123,7 +123,7 @@ def test_samples_that_are_no_pairs_are_named():
 
 
 def test_autocast_and_a_training_step():
-    """Half-precision inputs, soft targets in single precision, the plain loss of PyTorch."""
+    """Half-precision inputs, soft targets in single precision, PyTorch's own loss."""
     torch.manual_seed(0)
     model, criterion = nn.Linear(7, 4), nn.CrossEntropyLoss()
     x, y = batch(6)
@@ -136,12 +136,12 @@ def test_autocast_and_a_training_step():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("place", VICINITIES, ids=named)
-def test_a_batch_on_the_gpu_is_the_same(place):
+@pytest.mark.parametrize("stage", TRANSFORMS, ids=named)
+def test_a_batch_on_the_gpu_is_the_same(stage):
     x, y = batch(6)
-    other = batch(6, seed=1) if getattr(place, "second_stream", False) else ()
-    cpu = BatchTransform(place, 4)(x, y, *other)
-    gpu = BatchTransform(place, 4)(*(v.cuda() for v in (x, y, *other)))
+    other = batch(6, seed=1) if getattr(stage, "second_stream", False) else ()
+    cpu = BatchTransform(stage, 4)(x, y, *other)
+    gpu = BatchTransform(stage, 4)(*(v.cuda() for v in (x, y, *other)))
     for a, b in zip(cpu, gpu, strict=True):
         assert b.is_cuda
         torch.testing.assert_close(a, b.cpu())

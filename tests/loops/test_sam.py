@@ -1,4 +1,4 @@
-"""SAM as an optimizer that survives a real loop."""
+"""SAM as an optimizer in real training loops."""
 
 import copy
 import io
@@ -102,7 +102,7 @@ def test_closure_and_two_phases_are_the_same_bitwise(base):
 
 @pytest.mark.parametrize("exponent", [-44, -30, -6, 0, 6, 30])
 def test_shortcut_for_p_2_is_the_kernel(exponent):
-    """‖g‖ in range: one pass without temporaries; out of it: the kernel itself."""
+    """With ‖g‖ in range: one pass without temporaries; otherwise: the kernel itself."""
     g = [torch.tensor([3.0, -1.0]) * 10.0**exponent, torch.tensor([2.0]) * 10.0**exponent]
     w = [nn.Parameter(torch.zeros_like(x)) for x in g]
     for p, x in zip(w, g, strict=True):
@@ -151,7 +151,7 @@ def test_splitting_a_group_changes_nothing():
     torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-14, atol=1e-15)
 
 
-def test_groups_have_radius_norm_and_adaptivity_of_their_own():
+def test_groups_have_their_own_radius_norm_and_adaptivity():
     generator = torch.Generator().manual_seed(0)
     w = [nn.Parameter(torch.randn(3, generator=generator).double()) for _ in range(6)]
     g = [torch.randn(3, generator=generator).double() for _ in w]
@@ -222,12 +222,11 @@ def test_schedulers_work_on_either_without_a_warning(on, closure):
                 two_phases(model, optimizer, *batch())
             scheduler.step()
     assert base.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 / 8
-    torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.1, total_steps=10
-    )  # cycles momentum too
+    # cycles the momentum, too
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
 
 
-def test_state_is_the_bases_own_and_base_state_from_before_stays():
+def test_state_is_that_of_the_base_and_existing_state_is_kept():
     model = network()
     base = torch.optim.Adam(model.parameters())
     nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
@@ -243,7 +242,7 @@ def test_state_is_the_bases_own_and_base_state_from_before_stays():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("foreach", [True, False])
 def test_resume_is_bitwise(base, foreach):
-    """A checkpoint through a file, in the middle of a gradient accumulation."""
+    """With a checkpoint in a file, made in the middle of a gradient accumulation."""
 
     def train(model, optimizer, scheduler, steps):
         for step in steps:
@@ -294,7 +293,7 @@ def test_checkpoints_are_exchanged_with_the_base_optimizer():
     assert optimizer.param_groups[0]["rho"] == 0.2
 
 
-def test_no_checkpoint_of_moved_weights():
+def test_perturbed_weights_cannot_be_saved():
     model = network()
     optimizer = SAM(BASES["sgd"](model.parameters()))
     nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
@@ -312,7 +311,7 @@ def test_no_checkpoint_of_moved_weights():
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_go_on_bitwise_and_alone(how):
+def test_copies_continue_bitwise_and_independently(how):
     model = network()
     optimizer = SAM(BASES["adam"](model.parameters()), 0.3, INF, model=model)
     two_phases(model, optimizer, *batch())
@@ -325,11 +324,11 @@ def test_copies_go_on_bitwise_and_alone(how):
     two_phases(twin, other, *batch())
     assert same(weights_of(twin), weights_of(model))
     assert repr(other) == repr(optimizer) and repr(other).startswith("SAM around Adam")
-    torch.save(model, io.BytesIO())  # the hook doesn't carry the optimizer along
+    torch.save(model, io.BytesIO())  # the hook does not save the optimizer
     assert len(pickle.dumps(model)) < len(pickle.dumps(optimizer))
 
 
-def test_hooks_are_called_once_a_step():
+def test_hooks_are_called_once_per_step():
     model = network()
     optimizer = SAM(BASES["sgd"](model.parameters()))
     calls = []
@@ -387,7 +386,7 @@ def test_phases_out_of_order_are_named():
         optimizer.first_step()
     optimizer.restore()
     assert same(weights_of(model), before)
-    optimizer.first_step()  # given up by the next step(closure), which begins at the weights
+    optimizer.first_step()  # discarded by the next step(closure)
     optimizer.step(lambda: 0.0)
 
 
@@ -404,7 +403,7 @@ def test_bad_base_optimizers_are_named():
             self.defaults["rho"] = 0.9
 
     with pytest.raises(
-        ValueError, match=r"must have no hyperparameter of SAM's name, got \['rho'\]"
+        ValueError, match=r"must have no hyperparameter named like SAM's, got \['rho'\]"
     ):
         SAM(WithRho(w))
     with pytest.raises(ValueError, match="model must be the DistributedDataParallel module"):
@@ -415,7 +414,7 @@ def test_bad_base_optimizers_are_named():
 
 
 class Branches(nn.Module):
-    """Which part has a gradient is decided from outside."""
+    """A model of which only the parts in ``used`` have a gradient."""
 
     def __init__(self):
         super().__init__()
@@ -453,7 +452,7 @@ def test_parameters_without_gradient_in_either_pass(first, second, set_to_none):
 
 @pytest.mark.parametrize("decay", [0.0, 0.25])
 @pytest.mark.parametrize("p, adaptive", [(2, False), (1, False), (INF, True)])
-def test_zero_gradient_leaves_the_weights_to_the_base(decay, p, adaptive):
+def test_a_zero_gradient_leaves_the_step_to_the_base(decay, p, adaptive):
     w = nn.Parameter(torch.tensor([1.0, -2.0]))
     old = w.detach().clone()
     optimizer = SAM(torch.optim.SGD([w], lr=0.5, weight_decay=decay), 0.1, p, adaptive)
@@ -493,13 +492,13 @@ def test_broken_gradients_skip_the_step_bitwise(bad, broken_pass, closure, base)
     assert after["param_groups"] == state["param_groups"]
     torch.testing.assert_close(after["state"], state["state"], rtol=0, atol=0)
     if closure:
-        assert len(calls) == 1 + broken_pass  # a second pass would be in vain
+        assert len(calls) == 1 + broken_pass  # a second pass would be useless
     optimizer.zero_grad()
     two_phases(model, optimizer, *batch())
     assert not same(weights_of(model), before) and optimizer.skipped == 1
 
 
-def test_large_finite_gradients_are_not_taken_for_infinite():
+def test_large_finite_gradients_are_not_treated_as_infinite():
     w = nn.Parameter(torch.zeros(4))
     optimizer = SAM(torch.optim.SGD([w], lr=1e-38), rho=0.5)
     optimizer.step(lambda: setattr(w, "grad", torch.full((4,), 1e38)))
@@ -538,7 +537,7 @@ def test_an_exception_in_the_second_pass_leaves_everything_as_it_was(error, p):
     assert not same(weights_of(model), before)
 
 
-def test_an_error_while_moving_leaves_the_weights_as_they_were(monkeypatch):
+def test_an_error_in_the_perturbation_leaves_the_weights_as_they_were(monkeypatch):
     model = network()
     optimizer = SAM(BASES["sgd"](model.parameters()), rho=0.5, p=3)
     before = weights_of(model)
@@ -587,7 +586,7 @@ def test_a_thousand_steps_without_drift(dtype):
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of new memory, of all tensors that are made under it."""
+    """Counts the bytes of new memory that operations allocate."""
 
     def __init__(self):
         super().__init__()
@@ -664,14 +663,14 @@ def test_scaler_skips_in_either_pass_and_lowers_the_scale(closure, broken_pass, 
     def run():
         optimizer.zero_grad()
         loss = overflowing(model, x.float(), y, scaler)
-        # An overflow at the weights is one in both passes of a step in two phases.
+        # In a step in two phases, an overflow at the weights occurs in both passes.
         if len(calls) == broken_pass or (not closure and broken_pass == 0):
             model[0].weight.grad[0, 0] = INF
         calls.append(1)
         return loss
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the scaler says it by its scale
+        warnings.simplefilter("error")  # the scaler shows the overflow by its scale
         if closure:
             optimizer.step(run, scaler)
         else:
@@ -803,7 +802,7 @@ def test_microbatches_in_the_closure_are_the_whole_batch():
     torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-14)
 
 
-def test_one_closure_a_shard_is_m_sam():
+def test_one_closure_per_shard_is_m_sam():
     model = network()
     params = {name: w.detach().clone() for name, w in model.named_parameters()}
     x, y = batch()
@@ -833,7 +832,7 @@ def test_a_broken_shard_skips_the_step():
 
 
 class Noisy(nn.Module):
-    """Batch norm, dropout and noise; remembers what it drew."""
+    """Batch norm, dropout and noise; records what it drew."""
 
     def __init__(self, dropout=nn.Dropout):
         super().__init__()
@@ -851,7 +850,7 @@ class Noisy(nn.Module):
 @pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
 @pytest.mark.parametrize("closure", [True, False])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches, dropout):
+def test_batch_statistics_are_updated_once_and_randomness_repeats(closure, microbatches, dropout):
     torch.manual_seed(0)
     model = Noisy(dropout)
     twin = copy.deepcopy(model)
@@ -860,7 +859,7 @@ def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches
     parts = x.float().chunk(microbatches)
     start = torch.get_rng_state()
     expected = []
-    for _ in range(3):  # what plain training would see
+    for _ in range(3):  # as in plain training
         for part in parts:
             twin(part)
         expected.append([b.clone() for b in twin.buffers()])
@@ -887,7 +886,7 @@ def test_batch_statistics_move_once_and_randomness_repeats(closure, microbatches
     assert torch.equal(torch.rand(3), after)
 
 
-def test_numbers_go_on_after_the_step_as_after_one_pass():
+def test_random_numbers_after_the_step_are_those_after_one_pass():
     model = Noisy()
     for use_model in (True, False):
         optimizer = SAM(
@@ -928,14 +927,14 @@ def test_a_second_pass_that_draws_more_changes_nothing_later(closure):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_random_numbers_that_the_loop_draws_between_steps_do_no_harm():
-    """Two phases: data noised by the global generator before each step, other passes in between."""
+def test_random_numbers_drawn_between_steps_do_no_harm():
+    """In two phases, with noise on the data before each step and other passes in between."""
     model = Noisy()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
     x, y = batch()
     for _ in range(3):
         model.eval()(x.float())
-        model.train()(x.float())  # forgotten by zero_grad()
+        model.train()(x.float())  # discarded by zero_grad()
         optimizer.zero_grad()
         noised = x.float() + torch.randn(x.shape)
         model.seen.clear()
@@ -954,7 +953,7 @@ def test_a_model_outlives_its_optimizer():
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, INF])
-def test_complex_weights_are_two_real_ones(p):
+def test_complex_weights_are_treated_as_two_real_ones(p):
     real = nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double())
     whole = nn.Parameter(torch.view_as_complex(real.detach().clone()))
     a, b = (SAM(torch.optim.SGD([w], lr=0.1, momentum=0.9), rho=0.3, p=p) for w in (real, whole))
@@ -968,7 +967,7 @@ def test_complex_weights_are_two_real_ones(p):
 
 
 @pytest.mark.parametrize("sparse_pass", [0, 1])
-def test_sparse_gradients_are_refused_before_anything_moves(sparse_pass):
+def test_sparse_gradients_are_refused_before_anything_changes(sparse_pass):
     model = nn.Embedding(5, 3)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
     before, calls = weights_of(model), []

@@ -43,9 +43,9 @@ def test_level_zero_is_the_loss(values):
 
 
 @pytest.mark.parametrize("loss, sign", [(0.7, 1), (0.3, 1), (0.1, -1), (0.0, -1), (0.2, 0)])
-def test_gradient_is_the_losss_with_the_sign_of_the_distance_to_the_level(loss, sign):
+def test_gradient_is_that_of_the_loss_with_the_sign_of_its_distance_to_the_level(loss, sign):
     w = tensor([1.5, -2.0]).requires_grad_()
-    raw = lambda w: (w**2).sum() * loss / 6.25  # takes the value `loss` at w
+    raw = lambda w: (w**2).sum() * loss / 6.25  # has the value `loss` at w
     value = raw(w) if sign else raw(w) * 0 + 0.2 + (w - w.detach()).sum()  # exactly at the level
     (raw_gradient,) = torch.autograd.grad(value, w, retain_graph=True)
     (gradient,) = torch.autograd.grad(flood(value, 0.2), w)

@@ -38,7 +38,7 @@ def problem(n=6, shape=(5,), classes=3, seed=0, dtype=torch.float64):
 @settings(max_examples=30)
 def test_the_steepest_direction_reaches_the_dual_norm(p, n, d, exponent, seed):
     g = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    direction = steepest(g * 10.0**exponent, p)  # of any scale: squares would leave the range
+    direction = steepest(g * 10.0**exponent, p)  # of any scale; squares would overflow or underflow
     assert torch.allclose(norm(direction, p), torch.ones(n, dtype=torch.float64))
     dual = norm(g, 2 if p == 2 else 1)
     torch.testing.assert_close((g * direction).sum(1), dual)
@@ -60,14 +60,14 @@ def test_projection(p, eps, seed):
     torch.testing.assert_close(project(inside, eps, p), inside)
     within = norm(delta, p) <= eps
     assert torch.equal(inside[within], delta[within])
-    # the closest point of the ball: nothing else in it is nearer
+    # the closest point: no other point of the ball is nearer
     others = random_start((200, 8, 2, 3), eps, p, seed)
     distance = (delta - inside).flatten(1).norm(dim=1)
     assert (distance <= (delta - others).flatten(2).norm(dim=2) + 1e-9).all()
 
 
 @pytest.mark.parametrize("shape", [(30, 20, 7), (10, 20, 3, 4)])
-def test_random_starts_are_even_in_the_ball(shape):
+def test_random_starts_are_uniform_in_the_ball(shape):
     d = math.prod(shape[2:])
     for p in (2, math.inf):
         start = random_start(shape, 0.5, p, seed=3)
@@ -76,19 +76,19 @@ def test_random_starts_are_even_in_the_ball(shape):
         assert not torch.equal(start, random_start(shape, 0.5, p, seed=4))
         radius = torch.linalg.vector_norm(start.flatten(2), p, dim=2) / 0.5
         assert radius.max() <= 1
-        n = radius.numel()  # r^d is uniform, in either norm
+        n = radius.numel()  # r^d is uniform, in both norms
         assert (radius**d).mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * n))
         assert start.mean().item() == pytest.approx(
             0, abs=5 * start.std().item() / math.sqrt(n * d)
         )
 
 
-# --------------------------------------------------------------------------- what is attacked
+# --------------------------------------------------------------------------------- the attacks
 
 
 @norms
 @pytest.mark.parametrize("attack", [fgsm, pgd])
-def test_of_a_linear_model_the_margin_shrinks_by_the_dual_norm(p, attack):
+def test_the_margin_of_a_linear_model_shrinks_by_the_dual_norm(p, attack):
     """Two classes, logits ±(wx + b): the worst loss in the ball has a closed form."""
     w, b, eps = torch.tensor([1.0, -2.0, 0.5]).double(), 0.3, 0.7
     model = lambda x: torch.stack([x @ w + b, -(x @ w) - b], 1)
@@ -114,7 +114,7 @@ def test_fgsm_is_one_signed_step():
 
 
 def test_pgd_is_the_chapters_loop():
-    """Bitwise what one would write by hand: ten signed steps of a fifth of the radius."""
+    """Bitwise: ten signed steps of a fifth of the radius, by hand."""
     model, x, y = problem(dtype=torch.float32)
     r, steps = 0.1, 10
     uphill = grad(lambda x: cross_entropy(model(x), y, reduction="sum"))
@@ -135,7 +135,7 @@ def test_more_steps_and_restarts_do_more_damage(p):
     start = random_start((4, *x.shape), 1.0, p)
     runs = torch.stack([losses(pgd(model, x, y, 1.0, p=p, start=s)) for s in start])
     best = losses(pgd(model, x, y, 1.0, p=p, start=start))
-    torch.testing.assert_close(best, runs.amax(0))  # each example keeps its own worst
+    torch.testing.assert_close(best, runs.amax(0))  # each example keeps its own worst perturbation
     assert len(runs.argmax(0).unique()) > 1
 
 
@@ -180,11 +180,11 @@ def test_a_transferred_attack_uses_the_sources_gradient():
     assert found == (target(moved).argmax(1) != y).double().mean()
 
 
-# -------------------------------------------------------------------- what is left as it was
+# ------------------------------------------------------------------------------- side effects
 
 
 class Brittle(nn.Module):
-    """Parts in different modes, buffers, gradients that someone needs, and an error on demand."""
+    """A model with parts in different modes, buffers and gradients; it can raise an error."""
 
     def __init__(self):
         super().__init__()
@@ -302,12 +302,12 @@ def test_a_transferred_attack_on_the_stack_is_weaker_than_its_own():
     white = networks.measure(Attack(0.5), data)
     black = networks.measure(Attack(0.5, source=source), data)
     assert source.training
-    assert black.sel(lr=0.2).values[0] == white.sel(lr=0.2).values[0]  # its own source
+    assert black.sel(lr=0.2).values[0] == white.sel(lr=0.2).values[0]  # attacked by itself
     assert black.mean() <= white.mean()
     assert black.mean() > runs.test_error.isel(step=-1).mean()
 
 
-def test_the_size_may_differ_from_run_to_run():
+def test_the_size_may_differ_between_runs():
     model, x, y = problem()
     eps = torch.tensor([0.0, 0.1, 0.5]).double()
     for p in (2, math.inf):

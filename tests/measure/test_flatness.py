@@ -44,7 +44,7 @@ def tree(model):
 @norms
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("more", [{}, {"steps": 4, "restarts": 3}])
-def test_of_a_linear_loss_it_is_the_dual_norm(p, adaptive, more):
+def test_a_linear_loss_has_the_dual_norm_as_sharpness(p, adaptive, more):
     model, x, y = linear(), random(20, 4), random(20, seed=1)
     g = (y[:, None] * x).mean(0)
     T = model.weight[0].detach().abs() + 0.1 if adaptive else 1
@@ -63,7 +63,7 @@ def test_of_a_linear_loss_it_is_the_dual_norm(p, adaptive, more):
 
 
 @norms
-def test_of_logistic_regression_example_by_example(p):
+def test_logistic_regression_example_by_example(p):
     """The worst neighbour of one example lowers its margin by ρ‖x‖_q: one step is exact."""
     model, x, y = linear(), random(20, 4), random(20, seed=1).sign()
     margin = y * (x @ model.weight[0].detach())
@@ -73,8 +73,8 @@ def test_of_logistic_regression_example_by_example(p):
         torch.testing.assert_close(rise, (worst - softplus(-margin)).mean())
 
 
-def test_at_the_minimum_of_linear_regression_it_is_the_largest_eigenvalue():
-    """There one step sees no slope, and random starts climb to ½ρ²λmax."""
+def test_sharpness_at_the_minimum_of_linear_regression_is_the_largest_eigenvalue():
+    """The gradient there is zero, so only random starts reach ½ρ²λmax."""
     x, y = random(30, 4), random(30, seed=1)
     model = linear()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_at_the_minimum_of_linear_regression_it_is_the_largest_eigenvalue():
 
 @pytest.mark.parametrize("p", [2, math.inf])
 def test_several_steps_find_the_maximum_of_a_parabola(p):
-    """By brute force: on the circle, or at the corners of the cube."""
+    """Compared with brute force on the circle, or at the corners of the cube."""
     d = 2 if p == 2 else 5
     model, x, y = linear(d), random(30, d), random(30, seed=1)
     if p == 2:
@@ -103,7 +103,7 @@ def test_several_steps_find_the_maximum_of_a_parabola(p):
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_average_of_a_parabola_is_the_trace(adaptive):
+def test_average_sharpness_of_a_parabola_is_the_trace(adaptive):
     model, x, y = linear(6), random(30, 6), random(30, seed=1)
     T = model.weight[0].detach().abs() + 0.2 if adaptive else torch.ones(6).double()
     exact = 0.4**2 / 12 * (T**2 * (x**2).mean(0)).sum()
@@ -111,14 +111,16 @@ def test_average_of_a_parabola_is_the_trace(adaptive):
     assert abs(found.mean - exact) < 4 * found.standard_error
     assert found.standard_error < 0.05 * exact
     flat = average_sharpness(model, lambda output, y: output[:, 0] * y, x, y, 0.4)
-    assert abs(flat.mean) < 1e-14 and flat.standard_error < 1e-14  # the slope is averaged away
+    assert abs(flat.mean) < 1e-14 and flat.standard_error < 1e-14  # the slope averages out
 
 
-def test_near_a_maximum_one_step_falls_and_a_search_does_not():
+def test_near_a_maximum_one_step_lowers_the_loss_and_a_search_does_not():
     model, x, y = linear(1), torch.ones(3, 1).double(), random(1).expand(3)
     with torch.no_grad():
         model.weight.fill_(y[0] + 0.1)
-    hill = lambda output, y: -((output[:, 0] - y) ** 2)  # from 0.1 beside the top to 0.4 behind it
+    hill = lambda output, y: (
+        -((output[:, 0] - y) ** 2)
+    )  # one step goes from 0.1 before the top to 0.4 behind it
     assert sharpness(model, hill, x, y, 0.5).item() == pytest.approx(0.1**2 - 0.4**2)
     assert sharpness(model, hill, x, y, 0.5, restarts=3) == 0
 
@@ -130,9 +132,9 @@ def test_near_a_maximum_one_step_falls_and_a_search_does_not():
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_one_step_is_sams(p, adaptive):
     model, x, y = problem()
-    w, place = tree(model), SAM(0.2, p, adaptive, eta=0.05)
+    w, stage = tree(model), SAM(0.2, p, adaptive, eta=0.05)
     f = lambda w: criterion(functional_call(model, w, (x,)), y)
-    epsilon = place.perturbation(w, torch.func.grad(f)(w))
+    epsilon = stage.perturbation(w, torch.func.grad(f)(w))
     expected = f({name: w[name] + epsilon[name] for name in w}) - f(w)
     found = sharpness(model, criterion, x, y, 0.2, p=p, adaptive=adaptive, eta=0.05)
     torch.testing.assert_close(found, expected)
@@ -147,7 +149,7 @@ def test_one_step_is_sams(p, adaptive):
 )
 @settings(max_examples=40)
 def test_neighbours_are_in_the_ball_and_the_highest_counts(p, steps, restarts, rho, seed):
-    """Of a bumpy function of two tensors, with every point seen that is visited."""
+    """For a bumpy function of two tensors, of which every visited point is recorded."""
     a = random(3, seed=seed)
     f = lambda w: torch.sin(3 * w["a"] @ a) + torch.cos(2 * w["b"].sum()) + w["b"].square().sum()
     w, seen = {"a": random(3, seed=seed + 1), "b": random(2, 2, seed=seed + 2)}, []
@@ -223,8 +225,8 @@ def test_smaller_shards_are_sharper_where_the_loss_is_linear(seed, p):
 # ---------------------------------------------------------------------------------------- rescaling
 
 
-def test_the_same_function_is_sharper_and_not_adaptively_so():
-    """One layer × 20, the next ÷ 20: what the network computes stays (Dinh et al., 2017)."""
+def test_rescaling_changes_sharpness_but_not_adaptive_sharpness():
+    """One layer × 20, the next ÷ 20: the network computes the same (Dinh et al., 2017)."""
     model, x, y = problem()
     other = rescaled(model)
     torch.testing.assert_close(model(x), other(x))
@@ -307,7 +309,7 @@ def test_attention_in_a_stack():
         torch.testing.assert_close(value, sharpness(model, criterion, x, y, m=5))
 
 
-# ------------------------------------------------------------------------------------- as it was
+# --------------------------------------------------------------------------------- side effects
 
 
 def test_the_module_is_left_as_it_was():

@@ -1,4 +1,4 @@
-"""Stiffness: inner products of gradients equal to a plain loop's, and what is made of them."""
+"""Stiffness: inner products of gradients, compared with a plain loop, and their statistics."""
 
 import copy
 import itertools
@@ -33,8 +33,10 @@ from flatmin.measure import (
 from flatmin.pipeline import example_losses
 from flatmin.stack import stream
 
-pytestmark = pytest.mark.filterwarnings(  # of odd models under vmap, and of an even kernel
-    "ignore:There is a performance drop", "ignore:Using padding=.same."
+pytestmark = (
+    pytest.mark.filterwarnings(  # from unusual models under vmap, and from even kernel sizes
+        "ignore:There is a performance drop", "ignore:Using padding=.same."
+    )
 )
 NAN = math.nan
 
@@ -48,7 +50,7 @@ token_losses = lambda z, y: example_losses(z.transpose(1, 2), y).mean(1)
 
 
 def loop(model, loss, x, y):
-    """One gradient after another, [n, P]."""
+    """The gradient of each example, in a loop: [n, P]."""
     model = copy.deepcopy(model).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
@@ -59,7 +61,7 @@ def loop(model, loss, x, y):
 
 
 def assert_is_gram(result, g1, g2, tolerance):
-    """Relative to the product of the norms, which is what an inner product is accurate to."""
+    """Up to a tolerance relative to the product of the norms, the accuracy of an inner product."""
     norms = g1.norm(dim=1)[:, None] * g2.norm(dim=1)
     assert result.gram.shape == norms.shape
     assert ((result.gram - g1 @ g2.mT).abs() <= tolerance * norms).all()
@@ -74,7 +76,7 @@ def assert_is_gram(result, g1, g2, tolerance):
 
 
 class Block(nn.Module):
-    """A transformer's block, its weights in linear layers, over tokens; the head tied or used."""
+    """A transformer block over tokens; its head shares the embedding, as a module or directly."""
 
     def __init__(self, head="module"):
         super().__init__()
@@ -96,7 +98,7 @@ class Block(nn.Module):
 
 
 class Module(nn.Module):
-    """Any modules, put together by a function."""
+    """Modules, combined by a function."""
 
     def __init__(self, forward, **parts):
         super().__init__()
@@ -145,7 +147,7 @@ def norms():
 
 
 def warmed(model, x):
-    """With weights and running statistics of norms that are not their initial 1 and 0."""
+    """The model, with weights and statistics of its norms changed from their initial 1 and 0."""
     for p in model.parameters():
         if p.ndim <= 1:
             nn.init.normal_(p, 0.7, 0.3)
@@ -328,7 +330,7 @@ MODELS = {
             "lstm.weight_ih_l0",
         ],
     ),
-    "time first, flattened": (  # as long as there are examples, or nearly
+    "time first, flattened": (  # about as long as the number of examples
         lambda: Module(
             lambda m, x: (
                 m.fc(m.b(m.a(x.flatten(2).permute(2, 0, 1)).relu().flatten(0, 1)))
@@ -435,16 +437,16 @@ def test_equal_to_the_loop(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_what_is_not_known_is_left_to_vmap(name):
+def test_only_unknown_operations_are_left_to_vmap(name):
     model, loss, x1, y1, *_, rest = make(name)
-    assert gram._Passes(model.eval(), loss, x1, y1).rest == rest
+    assert gram._ModuleGradients(model.eval(), loss, x1, y1).rest == rest
 
 
 def test_both_ways_are_taken_through_linear_layers_convolutions_and_embeddings():
     def pairs(name):
         model, loss, x1, y1, *_ = make(name)
-        parts = gram._Passes(model.eval(), loss, x1, y1)(x1, y1).parts
-        return {k for k, part in parts.items() if isinstance(part, gram._Outer)}
+        parts = gram._ModuleGradients(model.eval(), loss, x1, y1)(x1, y1).parts
+        return {k for k, part in parts.items() if isinstance(part, gram._OuterProducts)}
 
     assert pairs("MLP") == {"1.weight", "3.weight", "5.weight"}
     assert pairs("one output") == set()  # I + O > IO
@@ -470,7 +472,7 @@ def test_chunks_change_nothing(n1, n2, chunk_size, memory):
 
 
 class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation makes."""
+    """Records the size of the largest tensor that any operation makes."""
 
     numel = 0
 
@@ -482,11 +484,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_examples_gradient_is_ever_formed_for_a_linear_layer():
+def test_gradients_of_examples_are_never_formed_for_a_linear_layer():
     model, x, y = MLP(200, 300, 3), torch.randn(20, 200), torch.randint(3, (20,))
     with Largest() as largest:
         stiffness(model, example_losses, x, y)
-    assert largest.numel <= 200 * 300 + 300 + 603  # the parameters themselves: none is copied
+    assert largest.numel <= 200 * 300 + 300 + 603  # the parameters themselves are not copied
 
 
 def test_memory_follows_the_chunk():
@@ -508,13 +510,13 @@ def test_model_in_half_precision_gives_single_precision():
     torch.testing.assert_close(half.cosine, exact.cosine, rtol=0, atol=0.05)
 
 
-def test_compiled_model_is_the_model():
+def test_a_compiled_model_gives_the_same():
     model, loss, x, y, *_ = make("MLP")
     compiled = torch.compile(model, backend=lambda *_: pytest.fail("need not be compiled"))
     assert torch.equal(stiffness(compiled, loss, x, y).gram, stiffness(model, loss, x, y).gram)
 
 
-def test_output_of_any_form():
+def test_the_output_may_have_any_form():
     model, loss, x, y, *_ = make("MLP")
     expected = stiffness(model, loss, x, y)
 
@@ -547,7 +549,7 @@ def test_equal_on_the_gpu(name):
 
 # -------------------------------------------------------------------------- many networks at once
 
-BY_ITSELF = {  # vmap cannot run these, or they have frozen parameters, which a dict cannot say
+BY_ITSELF = {  # vmap cannot run these, or they have frozen parameters, which a dict does not show
     "attention, LSTM",
     "old-style function",
     "branch",
@@ -602,10 +604,10 @@ def blobs(n=30, per_seed=0):
     return Data("blobs", 3, **parts, y_train_clean=y, y_validation_clean=y)
 
 
-@pytest.mark.parametrize("one_a_seed", [False, True], ids=["one data set", "one a seed"])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_instrument_of_fit_and_networks(batch_norm, one_a_seed):
-    data = [blobs(per_seed=1), blobs(per_seed=2)] if one_a_seed else blobs()
+def test_instrument_of_fit_and_networks(batch_norm, per_seed):
+    data = [blobs(per_seed=1), blobs(per_seed=2)] if per_seed else blobs()
     of = {"within": ("within", "cosine"), "between": ("between", "sign")}
     runs, networks = fit(
         lambda: MLP(5, 6, 3, batch_norm=batch_norm),
@@ -624,7 +626,7 @@ def test_instrument_of_fit_and_networks(batch_norm, one_a_seed):
     matrices = networks.measure(ClassStiffness(3, "matrix", "sign", 12), data, "train")
     assert matrices.shape == (2, 2, 3, 3)
     for lr, seed in itertools.product([0.05, 0.2], runs.seed.values):
-        split = data[list(runs.seed.values).index(seed)] if one_a_seed else data
+        split = data[list(runs.seed.values).index(seed)] if per_seed else data
         x, y = split.x_train[:12].double(), split.y_train[:12]
         s = stiffness(networks.module(lr=lr, seed=seed), example_losses, x, y)
         matrix = class_matrix(s.sign, y, num_classes=3)
@@ -725,20 +727,20 @@ def test_scale_of_an_examples_loss_changes_neither_sign_nor_cosine(seed, exponen
     torch.testing.assert_close(scaled.norms1, plain.norms1 * scale)
 
 
-def test_fitted_examples_have_a_direction_still():
-    """Gradients of 1e-25: their products are nothing in single precision."""
+def test_fitted_examples_still_have_a_direction():
+    """With gradients of 1e-25, whose products are zero in single precision."""
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 0, 1, 1, 2])
     losses = lambda z, y: example_losses(z + 57 * F.one_hot(y, 3), y)
     s = stiffness(model, losses, x, y)
     assert 0 < s.norms1.min() < s.norms1.max() < 1e-23
     assert (s.gram == 0).all()
-    # (in single precision 1 - p is 0 for the right class, here as in every loop of autograd)
+    # (in single precision, 1 - p is 0 for the right class, here as in any autograd loop)
     g = loop(model, losses, x, y)
     torch.testing.assert_close(s.cosine.double(), F.cosine_similarity(g[:, None], g, -1, 0))
 
 
-# -------------------------------------------------------------------------------- zeros, NaN, one
+# ------------------------------------------------------------------- zeros, NaN, single examples
 
 
 def test_a_zero_gradient_has_sign_and_cosine_zero():
@@ -750,7 +752,9 @@ def test_a_zero_gradient_has_sign_and_cosine_zero():
         assert (value[1] == 0).all() and (value[:, 1] == 0).all()
         assert value[0, 0] > 0 and value[2, 2] > 0
     dead = stiffness(model, lambda z, y: 0 * y.float(), torch.randn(2, 4), torch.tensor([0, 1]))
-    assert (dead.cosine == 0).all() and (dead.norms1 == 0).all()  # does not depend on the model
+    assert (dead.cosine == 0).all() and (
+        dead.norms1 == 0
+    ).all()  # the loss does not depend on the model
     idle = Module(lambda m, x: x, never_called=nn.Linear(2, 2))
     x, y = torch.randn(2, 4), torch.tensor([0, 1])
     for s in (
@@ -785,10 +789,10 @@ def test_sequences_of_one_example_each():
     assert stiffness(model, loss, x1, y1, x2, y2).gram.shape == (1, 1)
 
 
-# ---------------------------------------------------------------------- the model is left as it was
+# ------------------------------------------------------------------------------------- side effects
 
 
-def test_evaluation_mode_is_used_and_modes_return():
+def test_evaluation_mode_is_used_and_modes_are_restored():
     model, loss, x, y, *_ = make("MLP, batch norm")
     model.insert(1, nn.Dropout(0.5))
     model.eval()
@@ -847,7 +851,7 @@ def test_nothing_of_the_model_changes_even_if_the_loss_fails(failing):
     hook.remove()
 
 
-def test_an_embedding_that_renormalizes_itself_in_place_does_so_to_a_copy():
+def test_an_embedding_with_max_norm_is_not_renormalized():
     model, loss, x, y, *_ = make("embeddings with options")
     weight = model.a.weight.clone()
     stiffness(model, loss, x, y)
@@ -855,14 +859,14 @@ def test_an_embedding_that_renormalizes_itself_in_place_does_so_to_a_copy():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_works_where_gradients_are_off(context):
+def test_works_with_gradients_disabled(context):
     model, loss, x, y, *_ = make("CNN")
     expected = stiffness(model, loss, x, y)
     with context():
         assert torch.equal(stiffness(model, loss, x, y).gram, expected.gram)
 
 
-def test_batch_norm_with_the_batchs_statistics_has_no_gradients_of_examples():
+def test_batch_norm_with_batch_statistics_is_refused():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False))
     x, y = torch.randn(6, 4), torch.randint(5, (6,))
     with pytest.raises(ValueError, match="statistics of the batch.*track_running_stats=True"):
@@ -883,8 +887,8 @@ def test_errors_name_argument_and_value():
         r"x2 and y2 must hold the same number.*\(0, 4\)": (example_losses, x, y, x[:0], y[:0]),
         "x2 and y2 must be given both or neither": (example_losses, x, y, x),
         r"same shape, got \(4,\) and \(3,\)": (example_losses, x, y, x[:, :3], y),
-        r"loss must return one number an example.*\(2,\), got \(\)": (nn.CrossEntropyLoss(), x, y),
-        "loss must return one number an example.*got NoneType": (lambda z, y: None, x, y),
+        r"loss must return one number per example.*\(2,\), got \(\)": (nn.CrossEntropyLoss(), x, y),
+        "loss must return one number per example.*got NoneType": (lambda z, y: None, x, y),
     }
     for match, arguments in calls.items():
         with pytest.raises(ValueError, match=match):
@@ -905,7 +909,7 @@ def test_errors_name_argument_and_value():
         residual_stiffness(x, y, x)
 
 
-def test_a_model_that_changes_its_ways_is_refused():
+def test_a_model_whose_operations_depend_on_the_input_is_refused():
     twice = Module(lambda m, x: m.a(m.a(x) if x.sum() > 0 else x), a=nn.Linear(3, 3))
     x = torch.tensor([[1.0, 1, 1], [-1, -1, -1]])
     with pytest.raises(ValueError, match="use its parameters in the same way for all inputs"):
@@ -968,8 +972,8 @@ def test_class_matrix_is_the_double_loop(seed, n1, n2, k):
         torch.testing.assert_close(name(found), chosen.mean(), equal_nan=True)
 
 
-def test_missing_and_single_classes_are_nan_and_nothing_else_is():
-    y = torch.tensor([0, 0, 2])  # no 1, a single 2
+def test_only_missing_and_single_classes_are_nan():
+    y = torch.tensor([0, 0, 2])  # no class 1, one example of class 2
     matrix = class_matrix(torch.ones(3, 3), y, num_classes=3)
     expected = [[1.0, NAN, 1.0], [NAN, NAN, NAN], [1.0, NAN, NAN]]
     torch.testing.assert_close(matrix, torch.tensor(expected), equal_nan=True)
@@ -1008,7 +1012,7 @@ def test_class_means_of_cosines_are_products_of_class_means_of_directions():
 @pytest.mark.parametrize(
     "shape, num_classes, match",
     [
-        ((3, 2), 2, r"one row and one column an example, \(3, 3\), got shape \(3, 2\)"),
+        ((3, 2), 2, r"one row and one column per example, \(3, 3\), got shape \(3, 2\)"),
         ((3,), 2, r"got shape \(3,\)"),
         ((3, 3), 0, "num_classes must be a whole number >= 1, got 0"),
     ],
@@ -1042,8 +1046,10 @@ def arc(n=40, largest=2.0):
 def test_critical_length_of_a_line_with_two_classes(xi):
     d = arc()
     y = torch.arange(40) % 2
-    values = torch.where(y[:, None] == y, 0.8 * (1 - d / xi), NAN)  # NaN between classes: not used
-    values.diagonal().fill_(1e9)  # nor an example with itself
+    values = torch.where(
+        y[:, None] == y, 0.8 * (1 - d / xi), NAN
+    )  # NaN between classes, which are not used
+    values.diagonal().fill_(1e9)  # the pair of an example with itself is not used either
     found = critical_length(values, d, y, resamples=50)
     assert found.xi == pytest.approx(xi, rel=1e-9)
     assert found.slope == pytest.approx(-0.8 / xi, rel=1e-9)
@@ -1052,7 +1058,7 @@ def test_critical_length_of_a_line_with_two_classes(xi):
     assert found.low == pytest.approx(xi, rel=1e-6) and found.high == pytest.approx(xi, rel=1e-6)
 
 
-def test_critical_length_is_polyfits_and_of_two_sets():
+def test_critical_length_of_two_sets_is_that_of_polyfit():
     generator = torch.Generator().manual_seed(1)
     x1, x2 = torch.rand(30, 3, generator=generator), torch.rand(20, 3, generator=generator)
     y1, y2 = torch.arange(30) % 3, torch.arange(20) % 3
@@ -1094,7 +1100,7 @@ def test_bootstrap_is_the_fit_to_all_pairs_of_drawn_examples(same):
 
 
 def test_bootstrap_is_of_examples():
-    """An effect that examples have, not pairs: n examples know it to 1/√n, not to 1/n."""
+    """An effect of examples, not of pairs, is known from n examples to 1/√n, not to 1/n."""
     generator = torch.Generator().manual_seed(0)
     effect, d = 0.3 * torch.randn(60, generator=generator).double(), arc(60)
     values = 0.5 - d + effect[:, None] + effect

@@ -36,13 +36,13 @@ close = lambda a, b, tol=1e-8: torch.testing.assert_close(
 
 
 def problem(make=lambda: MLP(4, 6, 3, activation=nn.Tanh), shape=(4,), **more):
-    return problems.problem(make, shape, **more)  # one with a Hessian everywhere
+    return problems.problem(make, shape, **more)  # a criterion with a Hessian everywhere
 
 
 def dense(model, loss, x, y):
-    """The Hessian, one row after another, in the order of the parameters.
+    """The Hessian, row by row, in the order of the parameters.
 
-    By plain autograd: torch.func.hessian is wrong about layer norm (its vmap of a jvp, torch 2.13).
+    By plain autograd: torch.func.hessian is wrong for layer norm (its vmap of a jvp, torch 2.13).
     """
     model = copy.deepcopy(model).eval()
     params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ def matrix(values, seed=0):
 
 
 def outliers(size=500):
-    """A bulk around 0, and 10 outliers, as of a classifier with 10 classes."""
+    """A bulk around 0 and 10 outliers, as for a classifier with 10 classes."""
     bulk = 0.3 * random(size - 10)
     return torch.cat([bulk, torch.linspace(10, 100, 10).double()]).sort().values
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
 
 class Odd(nn.Module):
-    """What torch.func cannot do: a branch on values, an operation of the old style."""
+    """A module that torch.func cannot handle: a branch on values, an operation in the old style."""
 
     def __init__(self, cube):
         super().__init__()
@@ -125,7 +125,7 @@ def test_products_are_those_of_the_dense_hessian(name, mode):
         close(operator(v[0]), H @ v[0])
 
 
-def test_of_linear_and_logistic_regression_it_is_a_closed_form():
+def test_linear_and_logistic_regression_have_closed_forms():
     x = random(30, 4)
     linear = nn.Linear(4, 1, bias=False).double()
     squared = lambda output, y: (output[:, 0] - y) ** 2 / 2
@@ -224,7 +224,7 @@ def test_the_module_is_left_as_it_was(batch_size):
         for p, g in zip(model.parameters(), grads, strict=True)
     )
     assert torch.equal(state, torch.get_rng_state())
-    with torch.no_grad():  # it is the Hessian at the weights of before
+    with torch.no_grad():  # the operator still uses the old weights
         for t in [*model.parameters(), *model.buffers()]:
             t.zero_()
     assert torch.equal(operator(torch.ones(operator.size).double()), first)
@@ -245,14 +245,14 @@ def test_the_basis_is_orthonormal_and_tridiagonalizes(size, steps, seed, exponen
     assert ((Q @ H @ Q.mT - T).abs() <= 1e-11 * scale * size).all()
     values, vectors, residuals = found.ritz()
     y = vectors.mT @ Q
-    true = (y @ H - values[:, None] * y).norm(dim=1)  # what a residual claims to be
+    true = (y @ H - values[:, None] * y).norm(dim=1)  # the definition of the residual
     assert ((true - residuals).abs() <= 1e-11 * scale * size).all()
     distance = (torch.linalg.eigvalsh(H) - values[:, None]).abs().amin(1)
-    assert (distance <= residuals + 1e-11 * scale * size).all()  # and what it bounds
+    assert (distance <= residuals + 1e-11 * scale * size).all()  # the residual bounds the error
 
 
 def without_reorthogonalization(H, v0, steps):
-    """The textbook's recurrence."""
+    """The textbook recurrence."""
     q, before, beta, alphas, betas = v0 / v0.norm(), torch.zeros_like(v0), 0.0, [], []
     for _ in range(steps):
         w = H @ q - beta * before
@@ -271,14 +271,14 @@ def test_ten_outliers_are_found_once_and_to_1e_8():
     H, _ = matrix(values)
     v0 = random(500, seed=1)
     ghosts = without_reorthogonalization(H, v0, 120)
-    assert (ghosts > 5).sum() > 20  # so the test can tell
+    assert (ghosts > 5).sum() > 20  # so the test can detect ghosts
     ritz, _, residuals = lanczos(lambda v: v @ H, v0, 120).ritz()
     assert (ritz > 5).sum() == 10
     close(ritz[-10:], values[-10:])
     assert (residuals[-10:] < 1e-8).all()
 
 
-def test_breakdown_goes_on_with_what_is_orthogonal():
+def test_after_a_breakdown_lanczos_continues_with_an_orthogonal_vector():
     """Three distinct eigenvalues are exhausted in three steps; then their copies are found."""
     values = torch.tensor([1.0] * 5 + [2.0] * 4 + [7.0] * 3).double()
     H, _ = matrix(values)
@@ -297,8 +297,8 @@ def test_breakdown_goes_on_with_what_is_orthogonal():
 
 
 @pytest.mark.parametrize("small", [1e-1, 1e-3, 1e-5, 0.0])
-def test_what_is_left_over_may_be_mostly_rounding(small):
-    """Single precision, five large eigenvalues; the others tiny: the basis stays orthonormal."""
+def test_the_remainder_may_be_mostly_rounding_error(small):
+    """In single precision, with five large and many tiny eigenvalues."""
     values = torch.cat([torch.full((5,), 100.0), torch.linspace(0, small, 2995)])
     found = lanczos(lambda v: v * values, random(3000, seed=1).float(), 60)
     close(found.basis @ found.basis.mT, torch.eye(60), 1e-5)
@@ -307,7 +307,7 @@ def test_what_is_left_over_may_be_mostly_rounding(small):
 
 def test_a_batch_of_matrices_is_a_loop():
     H = torch.stack([matrix(random(9, seed=s), s)[0] for s in range(3)])
-    H[1] = torch.eye(9)  # breaks down at once, beside others that do not
+    H[1] = torch.eye(9)  # breaks down at once, unlike the others
     v0 = random(3, 9, seed=9)
     one = [lanczos(lambda v, h=h: v @ h, v, 6) for h, v in zip(H, v0, strict=True)]
     together = lanczos(lambda v: (H @ v[..., None])[..., 0], v0, 6)
@@ -338,7 +338,7 @@ def test_both_ends_by_sign_and_not_by_magnitude():
 
 @given(st.integers(0, 10**6), st.sampled_from([1e-1, 1e-3, 1e-6]))
 @settings(max_examples=30)
-def test_the_errors_are_kept(seed, tol):
+def test_the_errors_are_bounds_within_the_tolerance(seed, tol):
     values = random(60, seed=seed).sort().values
     found = eigenvalues(matrix(values, seed + 1)[0], 2, 1, tol=tol, seed=seed % 1000)
     distance = (found.values[:, None] - values).abs().amin(1)
@@ -346,7 +346,7 @@ def test_the_errors_are_kept(seed, tol):
     assert (found.errors <= tol * values.abs().max() * 1.01).all()
 
 
-def test_of_a_network_they_are_the_dense_ones():
+def test_eigenvalues_of_a_network_are_those_of_its_dense_hessian():
     model, x, y = problem()
     exact = torch.linalg.eigvalsh(dense(model, criterion, x, y))
     operator = hessian_operator(model, criterion, x, y, batch_size=10)
@@ -365,8 +365,8 @@ def test_of_a_network_they_are_the_dense_ones():
     assert abs(single.values[0].double() - exact[-1]) <= single.errors[0] + 1e-6 * exact[-1]
 
 
-def test_the_gradient_shortens_the_way_and_hides_nothing():
-    """Linear regression whose gradient lies along one eigenvector, the second, the first, or is 0."""
+def test_starting_at_the_gradient_saves_steps_and_misses_nothing():
+    """Linear regression with a gradient along one eigenvector or another, or equal to 0."""
     X = torch.diag(torch.arange(1, 41).double()).sqrt() * 40**0.5  # H = diag(1, ..., 40)
     model = nn.Linear(40, 1, bias=False, dtype=torch.float64)
     squared = lambda output, y: (output[:, 0] - y) ** 2 / 2
@@ -382,9 +382,8 @@ def test_the_gradient_shortens_the_way_and_hides_nothing():
         counted = dataclasses.replace(
             hessian, products=lambda v: calls.append(1) or hessian.products(v)
         )
-        assert (
-            abs(eigenvalues(counted, tol=1e-4).values.item() - 40) < 2e-5
-        )  # residual² over the gap, 1
+        # the error is at most residual² over the gap, which is 1
+        assert abs(eigenvalues(counted, tol=1e-4).values.item() - 40) < 2e-5
         products[i] = len(calls)
     assert products[39] < products[None]
     two_batches = hessian_operator(model, squared, X, y, batch_size=20)
@@ -401,20 +400,20 @@ def test_a_limit_of_steps_is_reported():
 # ------------------------------------------------------------------------------------------- trace
 
 
-def test_the_standard_error_and_the_rule_mean_what_they_say():
+def test_the_standard_error_and_the_stopping_rule_hold():
     H, _ = matrix(outliers(200))
     exact = H.trace().item()
     for sketch, tol in ((0, 0.2), (10, 0.01)):
         runs = [trace(H, tol=tol, sketch=sketch, max_probes=2000, seed=s) for s in range(100)]
         misses = np.array([run.value for run in runs]) - exact
         within = np.abs(misses) <= tol * exact
-        assert within.mean() >= 0.88  # 95 % promised; P(below 0.88) is 1 in 200
+        assert within.mean() >= 0.88  # nominally 95 %; below 0.88 with probability 1/200
         errors = np.array([run.standard_error for run in runs])
         assert 0.75 < misses.std() / np.sqrt((errors**2).mean()) < 1.3
         assert abs(misses.mean()) < 4 * misses.std() / 10  # unbiased
 
 
-def test_a_sketch_takes_out_the_outliers():
+def test_a_sketch_removes_the_outliers():
     H, _ = matrix(outliers(200))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -460,7 +459,7 @@ def test_weights_sum_to_one_and_moments_are_exact(size, steps, probes, seed):
 
 
 def lanczos_starts(size, probes, seed):
-    """The vectors that spectral_density starts from, seen by an operator."""
+    """The start vectors of spectral_density, recorded by an operator."""
     seen = []
     operator = HessianOperator(lambda vs: seen.append(vs.clone()) or vs, size, torch.float64)
     spectral_density(operator, steps=1, probes=probes, seed=seed)
@@ -572,7 +571,7 @@ def test_while_training(stack):
     assert runs.lambda_max.shape == runs.trace.shape and np.isfinite(runs.lambda_max.values).all()
 
 
-def test_a_run_that_is_lost_is_nan_and_spoils_no_other(stack):
+def test_a_broken_run_is_nan_and_does_not_affect_the_others(stack):
     networks, data = stack
     params = {name: w.clone() for name, w in networks.params.items()}
     next(iter(params.values()))[1] = math.nan

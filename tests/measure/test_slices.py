@@ -26,7 +26,7 @@ weights = lambda model: dict(model.named_parameters())
 
 @given(st.integers(0, 99), st.floats(1e-6, 1e6))
 @settings(max_examples=20)
-def test_every_filter_is_as_long_as_the_weights_own(seed, scale):
+def test_every_filter_is_as_long_as_that_of_the_weights(seed, scale):
     params = weights(SmallCNN(2, 3, (4, 4)).double())
     direction = {name: scale * torch.randn_like(w) for name, w in params.items()}
     d = filter_normalized(direction, params)
@@ -44,13 +44,13 @@ def test_every_filter_is_as_long_as_the_weights_own(seed, scale):
     assert all(torch.allclose(again[name], d[name]) for name in params)
 
 
-def test_a_filter_of_zeros_does_not_move():
+def test_a_filter_of_zeros_has_a_zero_direction():
     zero, one = torch.zeros(1, 3), torch.ones(1, 3)
     assert (filter_normalized({"w": one}, {"w": zero})["w"] == 0).all()
     assert (filter_normalized({"w": zero}, {"w": one})["w"] == 0).all()
 
 
-def test_directions_follow_from_seed_and_index():
+def test_directions_depend_only_on_seed_and_index():
     params = weights(MLP(5, 400, 3, batch_norm=True))
     state = torch.get_rng_state()
     d = [random_direction(params, 3), random_direction(params, 3), random_direction(params, 4)]
@@ -65,7 +65,7 @@ def test_directions_follow_from_seed_and_index():
 # ------------------------------------------------------------------------------------------ slices
 
 
-def test_of_linear_regression_it_is_a_parabola():
+def test_a_slice_of_linear_regression_is_a_parabola():
     model, x, _ = problem(lambda: nn.Linear(5, 1))
     y = torch.randn(23, generator=torch.Generator().manual_seed(1)).double()
     d = {name: torch.randn_like(w) for name, w in model.named_parameters()}
@@ -92,7 +92,7 @@ def test_of_linear_regression_it_is_a_parabola():
         ),
     ],
 )
-def test_of_any_network_it_is_a_loop_over_copies(make, shape):
+def test_a_slice_of_any_network_equals_a_loop_over_copies(make, shape):
     model, x, y = problem(make, shape)
     d = [random_direction(weights(model), 0, i) for i in range(2)]
     a, b = line(), line(0.5, 4)
@@ -120,8 +120,8 @@ def test_batches_and_chunks_change_nothing(batch_size, chunk_size):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
 
 
-def test_rescaling_the_layers_does_not_move_it():
-    """The same function, ×20 and ÷20, and the same slice; along the raw direction another one."""
+def test_rescaling_the_layers_does_not_change_the_slice():
+    """With layers ×20 and ÷20; along raw directions, the slice does change."""
     model, x, y = problem()
     other = rescaled(model)
     a = [line(5.0)]
@@ -138,7 +138,7 @@ def test_double_precision_of_a_single_precision_network():
     model, x, y = problem(lambda: MLP(5, 8, 3, batch_norm=True))
     d, a = [random_direction(weights(model))], [line()]
     model, x = model.float(), x.float()
-    model.double()  # so that the weights are those of single precision
+    model.double()  # so that the weights are single-precision numbers
     rounded = loss_slice(model, criterion, x.double(), y, d, a)
     model.float()
     found = loss_slice(model, criterion, x, y, d, a, dtype=torch.float64)
@@ -199,9 +199,9 @@ def test_bad_input_is_named():
     run = lambda directions, coordinates, **more: loss_slice(
         model, criterion, x, y, directions, coordinates, **more
     )
-    with pytest.raises(ValueError, match="coordinates must be one vector a direction, got 2 for 1"):
+    with pytest.raises(ValueError, match="must be one vector per direction, got 2 for 1"):
         run([d], [a, a])
-    with pytest.raises(ValueError, match="coordinates must be one vector a direction, got 0 for 0"):
+    with pytest.raises(ValueError, match="must be one vector per direction, got 0 for 0"):
         run([], [])
     with pytest.raises(ValueError, match="coordinates must be tensors of one dimension, got 3"):
         run([d], [3])

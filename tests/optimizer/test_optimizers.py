@@ -1,4 +1,4 @@
-"""The optimizer place: torch.optim's rules, step for step, and stacked hyperparameters."""
+"""The optimizer stage: torch.optim's rules, step for step, and stacked hyperparameters."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from flatmin.optimizer import SGD, Adam, TwoRates, lr_factor
 
 
 def objective(params):
-    """Something uneven, so that momentum and second moments matter."""
+    """An uneven function, so that momentum and second moments matter."""
     return (params["a"] ** 4).sum() + (params["b"].sin() * params["a"].sum()).sum()
 
 
@@ -118,7 +118,7 @@ def test_schedules():
                 "weight_decay": [0.0, 0.1, 0.01],
             },
         ),
-        (SGD(), {"momentum": [0.0, 0.5, 0.9]}),  # momentum only by the grid
+        (SGD(), {"momentum": [0.0, 0.5, 0.9]}),  # momentum is set only by the grid
         (
             Adam(),
             {
@@ -132,7 +132,7 @@ def test_schedules():
     ],
     ids=["SGD", "momentum", "Adam"],
 )
-def test_a_value_for_each_run_equals_runs_one_by_one(optimizer, values):
+def test_values_per_run_equal_separate_runs(optimizer, values):
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()}
     params = {name: w.expand(3, *w.shape) for name, w in start().items()}
     state = dataclasses.replace(optimizer, **tensors).init(params)
@@ -189,7 +189,7 @@ def test_bad_values_are_named(make, name, value):
     assert f"got {value!r}" in str(raised.value)
 
 
-def test_numpy_numbers_are_numbers():
+def test_numpy_numbers_are_accepted():
     assert SGD(lr=np.float32(0.5), momentum=np.float64(0.5)).lr == 0.5
 
 
@@ -198,13 +198,13 @@ def test_numpy_numbers_are_numbers():
 
 @given(st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.integers(2, 5), st.floats(0, 0.1))
 def test_two_rates_is_torchs_sgd_with_a_rate_that_changes_sign(down, up, period, weight_decay):
-    place = TwoRates(down, up, period, weight_decay)
+    stage = TwoRates(down, up, period, weight_decay)
     w = {"w": torch.tensor([1.0, -2.0]).double()}
     theirs = torch.nn.Parameter(w["w"].clone())
     optimizer = torch.optim.SGD([theirs], lr=down)
     for t in range(2 * period):
         g = torch.sin(theirs.detach())
-        w, state = place(w, {"w": torch.sin(w["w"])}, {}, t=t, factor=0.5)
+        w, state = stage(w, {"w": torch.sin(w["w"])}, {}, t=t, factor=0.5)
         ascent = t % period == period - 1
         theirs.grad = (
             -(g + weight_decay * theirs.detach()) if ascent else g + weight_decay * theirs.detach()

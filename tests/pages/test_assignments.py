@@ -1,4 +1,4 @@
-"""The assignments: no solution in what students get; the reference scores all, a blank none, a mistake its points."""
+"""The assignments: no solution in students' notebooks, and the right points for each answer."""
 
 import ast
 import csv
@@ -26,7 +26,7 @@ EXPERIMENTS = {
     "sharpness_effect",
 }
 WRONG = [(path, name) for path in MASTERS for name in assignments.wrong(path)]
-# that are graded by Otter itself, one an assignment
+# those graded by Otter itself, one per assignment
 NAMED = [
     "paired_interval__unpaired",
     "accumulate__sign_lost",
@@ -40,7 +40,7 @@ NAMED = [
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """All that `make assignments` makes, in a folder of its own."""
+    """The output of `make assignments`, in a separate folder."""
     out = tmp_path_factory.mktemp("assignments")
     for path in MASTERS:
         assignments.build(path, out)
@@ -53,7 +53,7 @@ def path(request):
 
 
 def environment(path, source=assignments.solution, keep=lambda name: True):
-    """What the cells of a notebook define, questions by `source`; those that `keep` refuses are left out."""
+    """The names that a notebook's cells define; questions run as `source(text)` if `keep(name)`."""
     env = {}
     for cell in assignments.read(path):
         if cell.cell_type == "code" and (
@@ -65,23 +65,23 @@ def environment(path, source=assignments.solution, keep=lambda name: True):
 
 
 def scores(built, path, env, names):
-    """{question: (points, messages)} by the autograder's own test files, here and without a kernel."""
-    found = {}
+    """{question: (points, messages)} by the autograder's own test files, without a kernel."""
+    graded = {}
     with zipfile.ZipFile(built / "autograder" / f"{path.stem}.zip") as archive:
         for name in names:
             test = ExceptionTestFile.from_string(archive.read(f"tests/{name}.py").decode())
             test.run(env)
-            found[name] = (
+            graded[name] = (
                 test.score,
                 "\n".join(r.message or "" for r in test.test_case_results if not r.passed),
             )
-    return found
+    return graded
 
 
 # ---------------------------------------------------------------------------------------- masters
 
 
-def test_every_chapter_to_the_seventh_has_one():
+def test_chapters_1_to_7_have_an_assignment():
     chapters = {
         path.name for folder in ("book", "drafts") for path in (ROOT / folder).glob("0[1-7]_*.md")
     }
@@ -116,14 +116,17 @@ def test_every_question_has_a_check_a_docstring_and_an_exercise(path):
             assert "SOLUTION" not in assignments.solution(cell.source)
 
 
-def test_questions_and_checks_are_the_same():
-    asked = Counter(
+def test_every_question_has_one_check_and_every_check_a_question():
+    questions = Counter(
         name for path in MASTERS for name in assignments.questions(assignments.read(path))
     )
-    assert set(asked.values()) == {1} and set(asked) == set(check.__all__) - {"Check", "Report"}
+    assert set(questions.values()) == {1} and set(questions) == set(check.__all__) - {
+        "Check",
+        "Report",
+    }
 
 
-def test_the_page_for_students_shows_what_a_check_says():
+def test_the_page_for_students_shows_the_message_of_a_check():
     env, (_, _, source) = {}, assignments.wrong(MASTERS[1])["flooded_step__decay_flooded"]
     exec(source, env)
     assert (
@@ -144,7 +147,7 @@ def test_the_page_for_instructors_shows_a_check_that_works():
     )
 
 
-# ------------------------------------------------------------------------- what students get
+# ---------------------------------------------------------------------- students' notebooks
 
 
 def test_student_notebooks_hold_no_solution(built, path):
@@ -197,14 +200,14 @@ def test_a_course_can_have_hidden_tests_of_its_own(built, tmp_path):
 # ------------------------------------------------------------- grades, by the autograder's tests
 
 
-def test_the_reference_scores_all_but_the_experiment(built, path):
+def test_the_reference_gets_all_points_but_the_experiments(built, path):
     worth = assignments.questions(assignments.read(path))
     names = [name for name in worth if name not in EXPERIMENTS]
-    for name, (score, said) in scores(built, path, environment(path), names).items():
-        assert score == worth[name], said
+    for name, (score, messages) in scores(built, path, environment(path), names).items():
+        assert score == worth[name], messages
 
 
-def test_a_blank_one_scores_nothing(built, path):
+def test_a_blank_notebook_scores_nothing(built, path):
     worth = assignments.questions(assignments.read(path))
     for env in (environment(path, assignments.exercise), {}):
         assert {
@@ -212,10 +215,10 @@ def test_a_blank_one_scores_nothing(built, path):
         } == dict.fromkeys(worth, 0)
 
 
-def test_there_are_at_least_five_wrong_answers_an_assignment():
+def test_there_are_at_least_five_wrong_answers_per_assignment():
     for path in MASTERS:
-        found = assignments.wrong(path)
-        assert len(found) >= 5 and {asked for asked, _, _ in found.values()} == set(
+        answers = assignments.wrong(path)
+        assert len(answers) >= 5 and {question for question, _, _ in answers.values()} == set(
             assignments.questions(assignments.read(path))
         )
     assert len(WRONG) >= 35
@@ -235,17 +238,17 @@ def cheap(name):
         for path, name in WRONG
     ],
 )
-def test_a_wrong_answer_loses_its_points_and_hears_why(built, path, name, monkeypatch):
-    """And no others: every check is given its own function only."""
-    asked, phrase, source = assignments.wrong(path)[name]
+def test_a_wrong_answer_loses_its_points_with_a_hint(built, path, name, monkeypatch):
+    """And it loses no other points: each check gets only its own function."""
+    wrong, phrase, source = assignments.wrong(path)[name]
     if name == "level_walk__endless":
         monkeypatch.setattr(check.level_walk, "seconds", 1)
-    env = environment(path, keep=lambda question: question != asked)
+    env = environment(path, keep=lambda question: question != wrong)
     exec(compile(source, name, "exec"), env)
     worth = assignments.questions(assignments.read(path))
-    others = [question for question in worth if question not in EXPERIMENTS and question != asked]
-    [(score, said)] = scores(built, path, env, [asked]).values()
-    assert score == 0 and said.count(phrase) == 2, said  # to the public and to the hidden inputs
+    others = [question for question in worth if question not in EXPERIMENTS and question != wrong]
+    [(score, messages)] = scores(built, path, env, [wrong]).values()
+    assert score == 0 and messages.count(phrase) == 2, messages  # for public and hidden inputs
     [other, *_] = others
     assert scores(built, path, env, [other])[other][0] == worth[other]
 
@@ -256,9 +259,9 @@ def test_a_wrong_answer_loses_its_points_and_hears_why(built, path, name, monkey
 def graded(built, path, notebook, tmp_path):
     file = tmp_path / "submission.ipynb"
     nbformat.write(notebook, file)
-    found, note = assignments.grade_one(file, built / "autograder" / f"{path.stem}.zip")
+    results, note = assignments.grade_one(file, built / "autograder" / f"{path.stem}.zip")
     assert note == ""
-    return {name: points for name, (points, _) in found.items()}
+    return {name: points for name, (points, _) in results.items()}
 
 
 @pytest.mark.course
@@ -269,7 +272,7 @@ def test_otter_gives_the_reference_full_marks(built, path, tmp_path):
 
 
 @pytest.mark.course
-def test_otter_gives_a_blank_one_nothing(built, path, tmp_path):
+def test_otter_gives_a_blank_notebook_nothing(built, path, tmp_path):
     worth = assignments.questions(assignments.read(path))
     notebook = nbformat.read(built / "student" / f"{path.stem}.ipynb", as_version=4)
     assert graded(built, path, notebook, tmp_path) == dict.fromkeys(worth, 0)
@@ -277,29 +280,29 @@ def test_otter_gives_a_blank_one_nothing(built, path, tmp_path):
 
 @pytest.mark.course
 @pytest.mark.parametrize(("path", "name"), list(zip(MASTERS, NAMED)), ids=NAMED)
-def test_otter_takes_the_points_of_one_mistake(built, path, name, tmp_path):
+def test_otter_subtracts_the_points_of_one_mistake(built, path, name, tmp_path):
     """The experiment is left blank, to save time: it loses its own points and no others."""
-    asked, _, source = assignments.wrong(path)[name]
+    wrong, _, source = assignments.wrong(path)[name]
     worth = assignments.questions(assignments.read(path))
 
     def answered(text):
         names = {node.name for node in ast.parse(text).body}
         return (
             source
-            if asked in names
+            if wrong in names
             else assignments.exercise(text)
             if names & EXPERIMENTS
             else assignments.solution(text)
         )
 
-    lost = {asked, *(EXPERIMENTS & set(worth))}
+    lost = {wrong, *(EXPERIMENTS & set(worth))}
     expected = {question: 0 if question in lost else points for question, points in worth.items()}
     assert graded(built, path, assignments.plain(path, answered), tmp_path) == expected
 
 
 @pytest.mark.course
 def test_a_folder_becomes_a_table(built, tmp_path, monkeypatch, capsys):
-    """Whatever was handed in: half an answer, a file that is no notebook, one that never ends."""
+    """Even if half of the answers are missing, a file is no notebook, or a cell never ends."""
     path = MASTERS[3]
     worth = assignments.questions(assignments.read(path))
     folder = tmp_path / "submissions"
@@ -356,14 +359,14 @@ def test_a_student_runs_all_cells_in_jupyter(built, tmp_path):
     NotebookClient(
         nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    said = [
+    printed = [
         "".join(o.get("text", "") for o in cell.outputs)
         for cell in nb.cells
         if cell.source.startswith("_ = check.")
     ]
-    assert len(said) == len(assignments.questions(assignments.read(MASTERS[1]))) and all(
-        text.startswith("✗ check.") for text in said
+    assert len(printed) == len(assignments.questions(assignments.read(MASTERS[1]))) and all(
+        text.startswith("✗ check.") for text in printed
     )
-    assert [("stopped after 0.5 seconds" in text, "Not answered yet" in text) for text in said] == [
-        (i == 3, i != 3) for i in range(len(said))
-    ]
+    assert [
+        ("stopped after 0.5 seconds" in text, "Not answered yet" in text) for text in printed
+    ] == [(i == 3, i != 3) for i in range(len(printed))]

@@ -1,4 +1,4 @@
-"""Chapters as Colab opens them: alone, with Colab's packages and what the first cell installs."""
+"""Chapters as in Colab: alone, with Colab's packages and those that the first cell installs."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ def imported(source):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a notebook is in no package"
+            assert node.level == 0, "a notebook belongs to no package"
             yield node.module.split(".")[0]
 
 
@@ -57,8 +57,8 @@ def test_a_chapter_imports_only_what_colab_has_or_the_first_cell_installs(path):
     } == set()
 
 
-def test_a_chapter_reads_no_file_beside_it(path):
-    """Neither a picture of the text, nor data: Colab has the notebook alone."""
+def test_a_chapter_reads_no_other_file(path):
+    """Neither pictures nor data: Colab has only the notebook."""
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)|<img\b[^>]*\bsrc=[\"']([^\"']+)", text_of(path))
     assert [
         a or b for a, b in pictures if not (a or b).startswith(("https://", "data:", "attachment:"))
@@ -71,18 +71,18 @@ def test_a_chapter_reads_no_file_beside_it(path):
 
 
 def test_links_between_chapters_are_to_notebooks(path):
-    """On GitHub and in Colab a relative link opens its neighbour, if that is a notebook."""
+    """On GitHub and in Colab, relative links to other notebooks work."""
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(path))
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 @pytest.mark.colab
 def test_a_chapter_runs_alone_and_installs_flatmin(tmp_path):
-    """All of them: make colab."""
+    """For all chapters: make colab."""
     try:
         (tmp_path / "link").symlink_to(tmp_path)
     except OSError:
-        pytest.skip("this system lets nobody make symbolic links")
+        pytest.skip("this system does not allow symbolic links")
     [first, *_] = chapters()
     notebook, added = colab.Colab(tmp_path / "colab").run(first)
     assert set(added) == {"flatmin", "mnist1d"}, "what Colab lacks, and nothing else"
@@ -95,8 +95,8 @@ def test_a_chapter_runs_alone_and_installs_flatmin(tmp_path):
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_a_replaced_package_is_found(tmp_path, monkeypatch):
-    """The check itself: a first cell that brings another version of something fails."""
+def test_a_replaced_package_is_an_error(tmp_path, monkeypatch):
+    """A test of the check: a first cell that installs another version of a package fails."""
     lists = iter([{"numpy": "2.0.2"}, {"numpy": "2.4.6", "flatmin": "0.1.0"}])
     machine = object.__new__(colab.Colab)
     machine.folder, machine.environment = tmp_path, {}
@@ -104,8 +104,9 @@ def test_a_replaced_package_is_found(tmp_path, monkeypatch):
         machine, "interpreter", lambda name: (tmp_path / name).mkdir(), raising=False
     )
     monkeypatch.setattr(machine, "installed", lambda python: next(lists), raising=False)
-    asked = {}
-    monkeypatch.setattr(colab.NotebookClient, "execute", lambda self, **more: asked.update(more))
+    options = {}
+    execute = lambda self, **given: options.update(given)
+    monkeypatch.setattr(colab.NotebookClient, "execute", execute)
     with pytest.raises(RuntimeError, match=r"replaced \{'numpy': \('2.0.2', '2.4.6'\)\}"):
         machine.run(chapters()[0])
-    assert asked["cleanup_kc"]  # no kernel is left behind
+    assert options["cleanup_kc"]  # no kernel is left behind

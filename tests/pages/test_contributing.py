@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md promises: the skeleton of a chapter passes the tests, the workflows name what exists, code is clean."""
+"""What CONTRIBUTING.md promises: new chapters pass the tests, names exist, code is clean."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def copy(tmp_path_factory):
 
 
 def run(folder, *command):
-    quiet = os.environ | {"TQDM_DISABLE": "1"}  # as the Makefile has it
+    quiet = os.environ | {"TQDM_DISABLE": "1"}  # as in the Makefile
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=quiet, capture_output=True, text=True
     )
@@ -87,12 +87,12 @@ def test_contributing_names_what_exists():
 
 
 def test_no_skeleton_is_left():
-    """What the template says of itself has been replaced in the chapters and the pages that list them."""
+    """The template's own words have been replaced in the chapters and the pages that list them."""
     pages = [ROOT / "README.md", BOOK / "index.md", *chapters()]
     for words in (
         "What the chapter shows, in one or two lines",
         "]: what it shows",
-        "Replace everything, and keep the stations",
+        "Replace everything, but keep the sections",
     ):
         assert [path.name for path in pages if words in path.read_text()] == []
 

@@ -1,4 +1,4 @@
-"""The environment: pyproject.toml, constraints.txt and environment.yml agree; tools/install.py sets it up and says what is wrong."""
+"""pyproject.toml, constraints.txt and environment.yml agree; tools/install.py installs them."""
 
 import ast
 import re
@@ -39,13 +39,13 @@ pins = {
 
 def conda_specs():
     """{name: bounds} of environment.yml, pip's part under "pip:name"."""
-    found = {}
+    specs = {}
     for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
         lines, prefix = ([entry], "") if isinstance(entry, str) else (entry["pip"], "pip:")
         for line in lines:
             name, bounds = re.fullmatch(r"(-e \.|[\w-]+)(.*)", line).groups()
-            found[prefix + name] = bounds
-    return found
+            specs[prefix + name] = bounds
+    return specs
 
 
 @pytest.mark.parametrize("name", by_name)
@@ -72,7 +72,7 @@ def test_environment_repeats_the_bounds():
 
 
 def test_all_is_what_a_chapter_needs():
-    """The first cell installs it; the book's and the tests' environment have it too."""
+    """A chapter's first cell installs `all`; the other extras contain it."""
     assert groups["all"] == ["flatmin[data,plot]"]
     assert all("flatmin[all]" in groups[extra] for extra in ("book", "test", "course"))
 
@@ -88,14 +88,14 @@ def test_the_package_sets_only_lower_bounds(line):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder that looks like a virtual environment; pip is not called but noted."""
+    """A folder that looks like a virtual environment; calls of pip are only recorded."""
     folder = tmp_path / "env"
     scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
     scripts.mkdir(parents=True)
     (scripts / ("python.exe" if sys.platform == "win32" else "python")).touch()
     there = {"version_info": "1", "import pip": "pip", "version('torch')": ""}
     monkeypatch.setattr(
-        install, "ask", lambda python, code: next(v for k, v in there.items() if k in code)
+        install, "output_of", lambda python, code: next(v for k, v in there.items() if k in code)
     )
     calls = []
     monkeypatch.setattr(
@@ -104,26 +104,26 @@ def home(tmp_path, monkeypatch):
     return str(folder), there, calls
 
 
-def test_an_old_python_can_read_the_installer_and_is_told_that_it_is_old(tmp_path, monkeypatch):
+def test_an_old_python_can_run_the_installer_and_report_that_it_is_old(tmp_path, monkeypatch):
     source = (ROOT / "tools" / "install.py").read_text()
     ast.parse(source, feature_version=(3, 7))
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
     with pytest.raises(
         SystemExit,
-        match=r"setup: Python 3.11 or newer is needed, and .* is 3.9. Name another one: make PYTHON=python3.12",
+        match=r"Python 3.11 or newer is needed, and .* is 3.9. Use another one: make PYTHON=python",
     ):
         install.main(str(tmp_path / "env"))
     assert not (tmp_path / "env").exists()
 
 
-def test_without_venv_it_says_what_to_install_and_leaves_nothing(tmp_path, monkeypatch):
+def test_without_venv_the_error_says_what_to_install_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(install.subprocess, "call", lambda command: (tmp_path / "env").mkdir() or 1)
     with pytest.raises(SystemExit, match=r"sudo apt install python3\.\d+-venv"):
         install.main(str(tmp_path / "env"))
     assert not (tmp_path / "env").exists()
 
 
-def test_a_torch_that_is_there_stays(home):
+def test_an_installed_torch_is_kept(home):
     folder, there, calls = home
     there["version('torch')"] = "2.9.1+cu128"
     install.main(folder)
@@ -134,7 +134,7 @@ def test_a_torch_that_is_there_stays(home):
     )
 
 
-def test_an_environment_of_its_own_follows_the_pins(home):
+def test_an_environment_that_we_made_follows_the_pins(home):
     folder, there, calls = home
     there["version('torch')"] = "2.9.1"
     open(f"{folder}/.made-by-flatmin", "w").close()
@@ -143,7 +143,7 @@ def test_an_environment_of_its_own_follows_the_pins(home):
 
 
 def test_what_is_installed_is_not_installed_again(home):
-    """A file that was only touched (git does that) must not ask for a network."""
+    """A file that was only touched (as git does) must not cause a download."""
     folder, _, calls = home
     install.main(folder)
     install.main(folder)
@@ -151,21 +151,21 @@ def test_what_is_installed_is_not_installed_again(home):
 
 
 @pytest.mark.parametrize(
-    ("absent", "says"),
+    ("absent", "message"),
     [
-        ("version_info", "Remove .*env, and name another"),
+        ("version_info", "Remove .*env, and use another"),
         ("import pip", "there is no pip in .*-m ensurepip"),
     ],
 )
-def test_what_is_wrong_with_an_environment_is_said(home, absent, says):
+def test_what_is_wrong_with_an_environment_is_named(home, absent, message):
     folder, there, calls = home
     there[absent] = ""
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit, match=message):
         install.main(folder)
     assert calls == []
 
 
-def test_a_failed_installation_is_said_and_tried_again(home, monkeypatch):
+def test_a_failed_installation_is_reported_and_tried_again(home, monkeypatch):
     folder, _, _ = home
     monkeypatch.setattr(install, "install", lambda python, pins: False)
     with pytest.raises(

@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from glossary_links import forms, written
+from glossary_links import forms, normalized
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from notebooks import BOOK, chapters
@@ -17,14 +17,14 @@ CHAPTERS = [path.stem for path in chapters()]
 
 
 def introduced_in(text):
-    """The chapters that an entry names: those in the bracket at its end."""
+    """The chapters that an entry names, in the brackets at its end."""
     return re.findall(r"<(\w+)>", re.search(r"\(Chapters? (.*)\)\s*$", text)[1])
 
 
 def emphasised(path):
-    """What a chapter's Markdown emphasises outside of headings and links."""
+    """The texts that a chapter emphasises outside of headings and links, normalized."""
     parser = MarkdownIt("commonmark").enable("table").use(dollarmath_plugin)
-    found = set()
+    texts = set()
     for cell in nbformat.read(path, as_version=4).cells:
         blocks = parser.parse(cell.source) if cell.cell_type == "markdown" else []
         for before, block in zip([None, *blocks], blocks):
@@ -37,15 +37,15 @@ def emphasised(path):
                     within.append("")
                 elif token.type in ("em_close", "strong_close"):
                     text = within.pop()
-                    found |= {written(text)} if not links else set()
+                    texts |= {normalized(text)} if not links else set()
                     within = [outer + text for outer in within]
                 elif within:
                     within = [text + (token.content or " ") for text in within]
-    return found
+    return texts
 
 
 def not_emphasised():
-    """(term, chapter) of each entry that a chapter it names never emphasises."""
+    """(term, chapter) for each chapter that an entry names but that never emphasises the term."""
     words = {name: emphasised(BOOK / f"{name}.ipynb") for name in CHAPTERS}
     return [
         (term, name)
@@ -66,7 +66,7 @@ def test_every_chapter_emphasises_the_words_it_introduces():
     )
 
 
-def test_no_two_entries_are_written_alike():
+def test_no_two_entries_have_a_common_form():
     assert len(set().union(*map(forms, ENTRIES))) == sum(len(forms(term)) for term in ENTRIES)
 
 
@@ -86,8 +86,8 @@ def test_forms(term, plural):
     assert forms(term) == {term.lower(), plural}
 
 
-def test_written():
+def test_normalized():
     assert (
-        written("Early  stopping.") == "early stopping"
-        and written("Taylor’s\nformula:") == "taylor's formula"
+        normalized("Early  stopping.") == "early stopping"
+        and normalized("Taylor’s\nformula:") == "taylor's formula"
     )

@@ -1,4 +1,4 @@
-"""What holds for every chapter: both halves equal, first cell, figures, outputs, plain Markdown."""
+"""Every chapter: equal halves, first cell, figures, outputs, plain Markdown."""
 
 import ast
 import importlib
@@ -50,15 +50,15 @@ def test_the_table_of_contents_names_files_that_exist():
 
 
 def test_every_chapter_is_in_the_table_of_contents():
-    found = [path.stem for path in chapters()]
-    assert found and [name for name in in_toc if name[0].isdigit()] == found
+    stems = [path.stem for path in chapters()]
+    assert stems and [name for name in in_toc if name[0].isdigit()] == stems
 
 
 def test_both_halves_are_equal(path):
     assert differences(path) == [], "edit the .md half, then: make notebooks"
 
 
-def test_the_text_half_carries_the_header_that_jupyter_pairs_by(path):
+def test_the_text_half_has_the_header_that_pairs_it_in_jupyter(path):
     header = yaml.safe_load(path.read_text().split("---")[1])
     assert (
         header["jupytext"]["formats"] == "ipynb,md:myst"
@@ -68,7 +68,7 @@ def test_the_text_half_carries_the_header_that_jupyter_pairs_by(path):
 
 def test_the_first_code_cell_is_the_bootstrap(cells):
     first = code(cells)[0]
-    assert first.source == bootstrap(), "make notebooks renews it"
+    assert first.source == bootstrap(), "make notebooks updates it"
     assert set(first.metadata.tags) == {"remove-cell", "nbval-ignore-output"}
 
 
@@ -92,7 +92,9 @@ def test_every_figure_has_alt_text_and_a_caption(cells):
     for cell, following in zip(cells, [*cells[1:], None]):
         if cell.cell_type == "code" and is_figure(cell):
             alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-            assert len(alt) > 20, f"says nothing to who cannot see it:\n{cell.source}"
+            assert len(alt) > 20, (
+                f"no alt text for readers who cannot see the figure:\n{cell.source}"
+            )
             assert (
                 following is not None
                 and following.cell_type == "markdown"
@@ -112,7 +114,7 @@ def test_pictures_in_markdown_have_alt_text(cells):
 
 
 def test_markdown_is_plain(cells):
-    """Colab and GitHub show a MyST directive or role raw."""
+    """Colab and GitHub do not render MyST directives and roles."""
     for cell in cells:
         if cell.cell_type == "markdown":
             prose = re.sub(r"^(```+)(?!\{).*?^\1", "", cell.source, flags=re.S | re.M)
@@ -120,7 +122,7 @@ def test_markdown_is_plain(cells):
 
 
 def test_markdown_boxes_are_closed(cells):
-    """A box needs its blank lines, and one cell: Jupyter renders cells one by one."""
+    """A box needs blank lines and must be in one cell: Jupyter renders cells one by one."""
     for cell in cells:
         if cell.cell_type == "markdown":
             for tag in ("div", "details"):
@@ -128,12 +130,12 @@ def test_markdown_boxes_are_closed(cells):
                     f"</{tag}>"
                 ), cell.source
             assert not re.search(r"<div class=[^\n]*>\n(?!\n)", cell.source), (
-                f"a blank line after <div>:\n{cell.source}"
+                f"no blank line after <div>:\n{cell.source}"
             )
 
 
 def test_code_is_plain_python_and_short(cells):
-    """No magics: they are neither Python nor wanted in Colab. No plumbing: that lives in the package."""
+    """No magics, which are not Python; no long cells, which belong in the package."""
     for cell in code(cells):
         ast.parse(cell.source)
         assert len(cell.source.splitlines()) <= 40, cell.source
@@ -146,12 +148,12 @@ def test_claims_are_found_and_unique():
 
 
 def documented(name):
-    """Whether the API reference has an entry for a full name: by itself or with its module."""
+    """Whether the API reference has an entry for a full name or for its module."""
     entries = re.findall(r"auto(?:module|function):: (\S+)", (BOOK / "api.md").read_text())
     return name in entries or name.rsplit(".", 1)[0] in entries
 
 
-def test_what_a_chapter_imports_stands_in_the_api_reference(path):
+def test_what_a_chapter_imports_is_in_the_api_reference(path):
     names = names_in(path.with_suffix(".ipynb"))
     assert names and [name for name in names if not documented(name)] == []
 
@@ -159,13 +161,13 @@ def test_what_a_chapter_imports_stands_in_the_api_reference(path):
 @pytest.mark.parametrize(
     "package", ["", "batch", "loss", "gradient", "optimizer", "measure", "loops", "book"]
 )
-def test_what_a_package_exports_stands_in_the_api_reference(package):
+def test_what_a_package_exports_is_in_the_api_reference(package):
     package = importlib.import_module(f"flatmin.{package}".rstrip("."))
     things = [getattr(package, name) for name in package.__all__]
     names = [public_name(thing) for thing in things if hasattr(thing, "__qualname__")]
     assert names and [name for name in names if not documented(name)] == []
 
 
-def test_every_row_beside_a_paper_has_a_verdict(path):
+def test_every_comparison_with_a_paper_has_a_verdict(path):
     rows = papers_in(path.with_suffix(".ipynb"))
     assert rows and all(row["finding"] and row["ours"] and row["verdict"] for row in rows)

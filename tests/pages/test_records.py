@@ -1,4 +1,4 @@
-"""The page of full-scale results: made from the registry and the records, whatever is there."""
+"""The page of full-scale results is made from the registry and the records."""
 
 import json
 import re
@@ -27,7 +27,7 @@ PAGE = """# Full scale
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The rendered page with a given folder of records."""
+    """Renders the page from a given folder of records."""
 
     def render(folder):
         here = tmp_path_factory.mktemp("book")
@@ -49,10 +49,9 @@ def page(tmp_path_factory):
                 },
             )
             app.build()
-        known = {Path(path).name for path in app.env.dependencies["index"]}
-        assert known >= {
-            path.name for path in folder.iterdir()
-        }  # another record makes the page anew
+        dependencies = {Path(path).name for path in app.env.dependencies["index"]}
+        # so that a new record rebuilds the page
+        assert dependencies >= {path.name for path in folder.iterdir()}
         return here / "out" / "index.html"
 
     return render
@@ -68,7 +67,7 @@ def section(html, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_experiment_says_what_it_repeats_and_how(committed, name):
+def test_every_experiment_names_its_source_and_its_commands(committed, name):
     here = section(committed, name)
     text = re.sub(r"<[^>]+>", "", here)
     assert experiment(name).SOURCE in unescape(text.replace("\n", " "))
@@ -85,7 +84,7 @@ def test_every_experiment_says_what_it_repeats_and_how(committed, name):
     assert ("not yet recorded" in text) == (len(known) < len(experiment(name).SETTINGS) - 1)
 
 
-def test_a_record_is_shown_with_where_it_comes_from_its_figure_and_the_rate(committed):
+def test_a_record_is_shown_with_its_origin_its_figure_and_its_rate(committed):
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
     assert "recorded on cpu, 10 seeds, 36 min" in text
     assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
@@ -102,7 +101,7 @@ def test_benchmarks_are_listed(committed):
     assert names and all(name in rows for name in names)
 
 
-def test_without_records_nothing_is_made_up(page, tmp_path):
+def test_without_records_there_are_no_results(page, tmp_path):
     html = page(tmp_path).read_text()
     assert "<img" not in html and "Nothing yet." in html
     for name in NAMES:
@@ -117,5 +116,5 @@ def test_a_new_record_appears(page, tmp_path):
     shutil.copy(next(records.FOLDERS[1].glob("benchmark_*.json")), tmp_path)
     text = re.sub(r"<[^>]+>", "", section(page(tmp_path).read_text(), "flooding_synthetic"))
     assert "recorded with seeds=10 on A large GPU, 10 seeds, 2.0 h" in text
-    assert "at the rate" not in text  # of a record with changed settings
+    assert "at the rate" not in text  # a record with changed settings gives no rate
     assert json.loads(records.read(tmp_path / "flooding_synthetic-paper.nc.xz").attrs["seeds"])

@@ -1,4 +1,4 @@
-"""The repository's address stands in _config.yml and is right wherever else it stands."""
+"""The repository's address is set in _config.yml and the same in all other files."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ ADDRESS = re.compile(
 
 
 def addresses():
-    """(file, owner/name, rest) of each GitHub or Colab address that means this repository, right or stale."""
+    """(file, owner/name, rest) of each GitHub or Colab address of this repository, old or new."""
     owner, name = links.slug(URL).split("/")
     for path in links.files():
         for slug, rest in ADDRESS.findall(path.read_text()):
@@ -60,7 +60,7 @@ def test_citation_states_the_package_version():
 
 
 def test_a_move_is_one_edit(tmp_path):
-    """Change the one place, run the script: chapters and metadata follow, and nothing names the old address."""
+    """Changing _config.yml and running links.py changes the address everywhere."""
     for path in [ROOT / "_config.yml", *links.files()]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, tmp_path / path.relative_to(ROOT))

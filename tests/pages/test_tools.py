@@ -1,4 +1,4 @@
-"""The scripts in tools/, on a book of one chapter; the bootstrap cell, with pip watched."""
+"""The scripts in tools/, on a book of one chapter; the bootstrap cell, with a mock of pip."""
 
 import importlib.util
 import subprocess
@@ -53,7 +53,7 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_run_executes_in_place_and_again_to_the_same_bytes(tree):
+def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
     target = tree / "book" / "01_try.ipynb"
     assert notebooks.run(chapters()) == {}
     first = target.read_bytes()
@@ -144,7 +144,7 @@ def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
     )
 
 
-def test_claims_list_wants_plain_strings(tree):
+def test_claims_list_requires_plain_strings(tree):
     [path] = chapters()
     path.write_text(with_claims('claim("a-" + "b", "computed name", True)'))
     notebooks.sync(path)
@@ -152,7 +152,7 @@ def test_claims_list_wants_plain_strings(tree):
         claims_in(path.with_suffix(".ipynb"))
 
 
-def test_bootstrap_does_nothing_here_and_keeps_torch_elsewhere(monkeypatch):
+def test_bootstrap_installs_only_without_flatmin_and_keeps_torch(monkeypatch):
     commands = []
     monkeypatch.setattr(subprocess, "check_call", commands.append)
     exec(bootstrap(), {})
@@ -172,24 +172,24 @@ def test_bootstrap_does_nothing_here_and_keeps_torch_elsewhere(monkeypatch):
     ]
 
 
-def test_a_notebook_installs_the_version_that_it_belongs_to():
-    about = notebooks.repository()
-    assert notebooks.source("0.2.0.dev0") == f"git+{about['url']}@{about['branch']}"
-    assert notebooks.source("0.1.0") == f"git+{about['url']}@v0.1.0"
+def test_a_notebook_installs_its_own_version():
+    repo = notebooks.repository()
+    assert notebooks.source("0.2.0.dev0") == f"git+{repo['url']}@{repo['branch']}"
+    assert notebooks.source("0.1.0") == f"git+{repo['url']}@v0.1.0"
 
 
-def test_the_book_ends_with_one_line_that_says_what_came_out(tree, monkeypatch, capsys):
+def test_make_book_ends_with_a_one_line_summary(tree, monkeypatch, capsys):
     [path] = chapters()
     last = lambda: capsys.readouterr().out.rstrip().splitlines()[-1]
     monkeypatch.setattr(notebooks, "book", lambda: {})
-    for status, says in (
+    for status, summary in (
         (0, "book: ready in 0 s, open "),
         (1, "book: rendering FAILED after 0 s, see the warnings above"),
     ):
         monkeypatch.setattr(notebooks, "render", lambda status=status: status)
-        assert notebooks.make_book() == status and last().startswith(says)
+        assert notebooks.make_book() == status and last().startswith(summary)
     monkeypatch.setattr(notebooks, "book", lambda: {path.stem: "error"})
     assert (
         notebooks.make_book()
-        and last() == "book: NOT rendered, for these failed, see above: 01_try"
+        and last() == "book: NOT rendered, because these chapters failed (see above): 01_try"
     )

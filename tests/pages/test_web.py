@@ -1,6 +1,6 @@
-"""The built book in a real browser: offline, light, complete, readable on a phone, in the dark and by screen reader.
+"""The built book in a browser: offline, light, complete, readable on phones and by screen readers.
 
-Reads FLATMIN_HTML (`make test-web`: the book of `make test`), leaves pictures in _build/screenshots.
+Reads FLATMIN_HTML (`make test-web`: the book of `make test`); writes _build/screenshots.
 """
 
 import os
@@ -46,9 +46,10 @@ TOO_WIDE = """() => {
 }"""
 
 
-# All WCAG 2 rules to AA, and axe-core's own best practice (headings in order, everything in a landmark).  Contrast is
-# asked separately, because it takes nine tenths of the time: of one text of each pair of colours, size and weight.  A
-# formula is no text to axe-core, so that `empty-table-header` finds headings empty that are not: test_page asks itself.
+# All WCAG 2 rules to AA, and axe-core's best practice (ordered headings, landmarks for everything).
+# Contrast takes nine tenths of the time, so it is tested separately, for one text per pair of
+# colours, size and weight.  axe-core does not see formulas as text, so `empty-table-header` would
+# report headings that are not empty: test_page tests them itself.
 RULES = """{resultTypes: ['violations'], preload: false, rules: {'color-contrast': {enabled: false}, 'empty-table-header': {enabled: false}},
     runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}"""
 AXE = (
@@ -68,14 +69,14 @@ ONE_OF_EACH = """() => {
         if (!seen.has(look)) e.setAttribute('data-one-of-each', '');
         seen.add(look);
     }
-    for (const code of document.querySelectorAll('pre'))  // thousands of coloured words, which only contrast asks about
+    for (const code of document.querySelectorAll('pre'))  // colours matter only for contrast
         if (!code.querySelector('[data-one-of-each]')) code.textContent = code.textContent;
     return seen.size;
 }"""
 
 
 def missing(reason):
-    """Skip, saying why; where the browser must be there (CI), fail."""
+    """Skip with a reason; in CI, where the browser must exist, fail."""
     (pytest.fail if os.environ.get("FLATMIN_REQUIRE_WEB") else pytest.skip)(reason)
 
 
@@ -116,7 +117,7 @@ def address():
 
 @pytest.fixture(scope="module", params=["file", "server", "sub-path"])
 def anywhere(request):
-    """The book as a folder of files, as a server's root, and as one of its folders."""
+    """The book as a folder of files, as a server's root, and as a folder on a server."""
     if request.param == "file":
         yield HTML.as_uri()
     else:
@@ -136,7 +137,7 @@ def opened(page, address):
 
 
 def watched(browser, address, **options):
-    """A new page, and the list that everything that goes wrong in it is added to."""
+    """A new page, and the list to which all its errors are added."""
     page, troubles = browser.new_page(**options), []
     page.on(
         "request",
@@ -199,14 +200,14 @@ def test_page(browser, address, name, width, scheme):
             {"runOnly": ["color-contrast"], "resultTypes": ["violations"], "preload": False},
         ]
         assert page.evaluate(AXE, contrast) == []
-        if scheme == "light":  # the rest does not depend on colours
+        if scheme == "light":  # the other rules do not depend on colours
             assert page.evaluate(f"({AXE})([document, {RULES}])") == []
         assert troubles == []
     finally:
         page.close()
 
 
-def test_the_package_s_source_fits_a_phone(browser, address):
+def test_the_packages_source_fits_a_phone(browser, address):
     page, troubles = watched(browser, address, viewport={"width": 390, "height": 900})
     for name in SOURCES:
         page.goto(f"{address}/{name}", wait_until="load")
@@ -220,7 +221,7 @@ def test_the_package_s_source_fits_a_phone(browser, address):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_light(name):
-    """Its text and its pictures, those included that load later; what all pages share, once."""
+    """The page with all its pictures, and the files that all pages share."""
     size = lambda places: sum((HTML / place).stat().st_size for place in set(places))
     page = text(name)
     assert size([name, *re.findall(r'<img [^>]*src="([^":?]*)', page)]) < 1.5e6
@@ -236,8 +237,8 @@ def test_a_page_is_light(name):
 
 
 @pytest.mark.parametrize("name", ["index.html", *CHAPTERS[:1]])
-def test_no_script_holds_a_page_up(browser, address, name):
-    """The largest part of the page is painted while no script has arrived."""
+def test_no_script_delays_a_page(browser, address, name):
+    """The largest part of the page is painted before any script has arrived."""
     page = browser.new_page()
     page.route("**/*.js*", lambda route: None)
     page.goto(f"{address}/{name}", wait_until="commit")
@@ -248,11 +249,8 @@ def test_no_script_holds_a_page_up(browser, address, name):
 
 
 def test_the_book_works_anywhere(browser, anywhere):
-    for name in (
-        "index.html",
-        CHAPTERS[0],
-        SOURCES[0],
-    ):  # a page each: who walks on breaks off what still loads
+    for name in ("index.html", CHAPTERS[0], SOURCES[0]):
+        # a new page each time: leaving a page would abort what is still loading
         page, troubles = watched(browser, anywhere)
         opened(page, f"{anywhere}/{name}")
         assert page.locator("svg.svg-inline--fa:visible").count() >= 3, "icons"
@@ -275,13 +273,13 @@ def test_search_finds_a_word_wherever_the_book_is(browser, anywhere, words):
 def test_search_finds_every_word_of_the_glossary(browser, address):
     page = browser.new_page()
     page.goto(f"{address}/search.html?q=flatness", wait_until="networkidle")
-    found = "words => Search._performSearch(...Search._parseQuery(words)).map(result => result[0])"
+    search = "words => Search._performSearch(...Search._parseQuery(words)).map(result => result[0])"
     terms = [
         " ".join(unescape(term).split())
         for term in re.findall(r'<dt id="term-[^"]*">(.*?)<a', text("glossary.html"), re.S)
     ]
     assert len(terms) > 50
-    assert [term for term in terms if not {"glossary"} < set(page.evaluate(found, term))] == [], (
+    assert [term for term in terms if not {"glossary"} < set(page.evaluate(search, term))] == [], (
         "found in the glossary and in a chapter"
     )
     page.close()
@@ -293,14 +291,14 @@ def test_the_words_that_a_chapter_introduces_link_to_the_glossary():
         name: set(re.findall(r'href="glossary\.html#(term-[^"]*)"', text(name)))
         for name in CHAPTERS
     }
-    said = [
+    introduced = [
         (term, name)
         for term, entry in entries
         for name in re.findall(r'href="(\w+\.html)"', entry.rpartition("(Chapter")[2])
     ]
     assert (
-        len(said) >= len(entries)
-        and [(term, name) for term, name in said if term not in links[name]] == []
+        len(introduced) >= len(entries)
+        and [(term, name) for term, name in introduced if term not in links[name]] == []
     )
 
 
@@ -327,7 +325,7 @@ def test_explorable_figures_obey_the_keyboard(browser, address, name):
 
 
 def test_the_whole_book_as_a_pdf(browser, tmp_path):
-    """`make pdf` of this book: every title on the page that the contents give, every formula typeset, no link lost."""
+    """Page numbers are right, every formula is typeset, no link is lost."""
     from pypdf import PdfReader
 
     target = tmp_path / "book.pdf"
@@ -352,7 +350,7 @@ def test_the_whole_book_as_a_pdf(browser, tmp_path):
         )
         assert title[:30] in texts[starts[name] - 1], f"{title!r} begins on page {starts[name]}"
         assert re.search(rf"{re.escape(title[-20:])}\s*{starts[name]}\b", contents), (
-            f"the contents give its page: {title!r}"
+            f"the contents do not give the page of {title!r}"
         )
     outline = [entry.title for entry in reader.outline if not isinstance(entry, list)]
     assert len(outline) >= len(names) and reader.trailer["/Root"]["/MarkInfo"]["/Marked"]

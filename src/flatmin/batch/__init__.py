@@ -1,4 +1,4 @@
-"""The batch stage: what is shown in place of the examples."""
+"""The batch stage: what a network is shown in place of the examples."""
 
 from .._targets import soft_targets
 from .mixup import Mixup, combine, dirichlet_weights, mix, mix_losses

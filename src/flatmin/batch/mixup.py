@@ -29,7 +29,7 @@ def combine(weights: Sequence[float | Tensor] | Tensor, values: Sequence[Tensor]
     Parameters
     ----------
     weights : k numbers or tensors, or a tensor [k] or [k, n]
-        :math:`w_j`: one number for the whole batch, or one an example, [n].
+        :math:`w_j`: one number for the whole batch, or one per example, [n].
     values : k tensors [n, ...]
         :math:`v_j`: inputs, soft targets, or what a hidden layer returns; floating point.
 
@@ -42,8 +42,8 @@ def combine(weights: Sequence[float | Tensor] | Tensor, values: Sequence[Tensor]
     Raises
     ------
     TypeError
-        If a value is not floating point: convert images of whole numbers first, and mix the
-        embeddings of tokens, not the tokens.
+        If a value is not floating point: convert integer images first, and mix the embeddings of
+        tokens, not the tokens.
 
     Examples
     --------
@@ -52,11 +52,11 @@ def combine(weights: Sequence[float | Tensor] | Tensor, values: Sequence[Tensor]
     """
     dtype = floating("values", values[0]).dtype
     values = [v.to(torch.promote_types(dtype, torch.float32)) for v in values]
-    first, *rest = [v * _each_example(w, v) for w, v in zip(weights, values, strict=True)]
+    first, *rest = [v * _per_example(w, v) for w, v in zip(weights, values, strict=True)]
     return sum(rest, first).to(dtype)
 
 
-def _each_example(w: float | Tensor, v: Tensor) -> float | Tensor:
+def _per_example(w: float | Tensor, v: Tensor) -> float | Tensor:
     """A weight in the dtype of ``v``, and in a shape that broadcasts with it."""
     if not isinstance(w, Tensor):
         return w
@@ -82,7 +82,7 @@ def mix(
     values : Tensor [n, ...]
         Floating point: images, sequences, feature vectors, soft targets, hidden units.
     lam : float or Tensor
-        :math:`\lambda\in[0,1]`, the weight of the example itself: one number, or one an example.
+        :math:`\lambda\in[0,1]`, the weight of the example itself: one number, or one per example.
     permutation : Tensor [n]
         Whole numbers: :math:`\pi(i)`, the partner of example i.
     other : Tensor [m, ...], optional
@@ -129,8 +129,8 @@ def mix_losses(
     r"""The two-loss form: :math:`\lambda\,\ell(z_i,y_i)+(1-\lambda)\,\ell(z_i,y_{\pi(i)})`.
 
     Cross-entropy is linear in its target, so this *equals* the loss on mixed :func:`soft_targets`,
-    example by example.  It needs no one-hot targets, and works with any criterion.  What a
-    criterion does *after* the examples' losses can make the two differ:
+    example by example.  It needs no one-hot targets, and works with any criterion.  The two can
+    differ:
 
     - **Class weights** with ``reduction="mean"``: for labels, PyTorch divides the sum by the
       weights of the labels; for soft targets by n.
@@ -150,7 +150,7 @@ def mix_losses(
     Raises
     ------
     ValueError
-        If there is one λ an example and the criterion returns one number: use
+        If there is one λ per example and the criterion returns one number: use
         ``reduction="none"``.
 
     Examples
@@ -167,8 +167,8 @@ def mix_losses(
     partners = criterion(logits, (y if y_other is None else y_other)[permutation])
     if isinstance(lam, Tensor) and lam.ndim > own.ndim:
         raise ValueError(
-            f"criterion must return one loss an example when lam does (reduction='none'), got "
-            f"shapes {list(own.shape)} and {list(lam.shape)}"
+            "criterion must return one loss per example if lam has one value per example "
+            f"(reduction='none'), got shapes {list(own.shape)} and {list(lam.shape)}"
         )
     return combine((lam, 1 - lam), (own, partners))
 
@@ -179,8 +179,8 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     Breaks a stick of length 1: the j-th piece is a share :math:`v_j\sim\mathrm{Beta}(\alpha,
     (k-j)\alpha)` of what is left, with :math:`v_j=F^{-1}(u_j)`, the inverse of Beta's cumulative
     distribution function.  For k = 2 this is mixup's :math:`\lambda\sim\mathrm{Beta}(\alpha,
-    \alpha)`.  The same ``u`` with another ``alpha`` gives weights of the same rank: comparisons of
-    values of ``alpha`` are paired.
+    \alpha)`.  The same ``u`` with another ``alpha`` gives weights of the same rank, so comparisons
+    of values of ``alpha`` are paired.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     Returns
     -------
     Tensor [k, ...]
-        Non-negative, of sum 1 along the first dimension.
+        Non-negative, with sum 1 along the first dimension.
 
     Examples
     --------
@@ -204,7 +204,7 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     >>> dirichlet_weights(u, 0.0)[0]
     tensor([1., 1., 1.], dtype=torch.float64)
     """
-    from scipy.special import betaincinv  # here: importing flatmin takes no longer than torch
+    from scipy.special import betaincinv  # here, so that importing flatmin is fast
 
     rest, weights = torch.ones_like(u[0]), []
     for j, uniform in enumerate(u, 1):
@@ -233,22 +233,21 @@ class Mixup:
     ----------
     alpha : float
         :math:`\alpha\ge0`.  0 is ERM, 1 mixes evenly, :math:`\alpha\to\infty` takes means.  A grid
-        may give one a run.
+        may give one per run.
     k : int
         How many examples are mixed, at least 2.
     partners : {"any", "same", "different"}
-        Who is mixed: any two examples, only examples of the same class, or only of different
+        What is mixed: any two examples, only examples of the same class, or only of different
         classes.  ``"any"`` pairs by a random permutation.  The others draw each partner evenly
-        from those allowed (for ``"same"`` these include the example itself); an example that has
-        none is left as it is.
+        from those allowed (for ``"same"`` these include the example itself); an example without
+        a partner is left as it is.
     per_example : bool
-        Draw the weights for every example, not once for the batch.
+        Draw weights for every example, not once for the batch.
     second_stream : bool
-        Take the partners from a second batch, drawn independently, as from a second loader; not
-        from the same batch.
+        Take the partners from a second batch, drawn independently, as from a second loader.
     smoothing : float
-        :math:`s\in[0,1]`: smooth the labels as well, as :class:`~flatmin.batch.LabelSmoothing` does.  (Before or
-        after the mixing is the same, as the weights sum to one.)
+        :math:`s\in[0,1]`: also smooth the labels, as :class:`~flatmin.batch.LabelSmoothing` does.
+        (Before or after mixing is the same, because the weights sum to one.)
 
     References
     ----------
@@ -293,10 +292,11 @@ class Mixup:
         weights = dirichlet_weights(u, self.alpha).expand(self.k, n)
         (pool,) = y_other or (y,)
         if self.partners == "any":
-            return {"weights": weights, "partners": _anyone(n, len(pool), self.k - 1, generator)}
-        partners, found = _by_class(self.partners, y, pool, self.k - 1, generator)
-        alone = torch.zeros_like(weights).index_fill(0, torch.tensor(0), 1.0)
-        return {"weights": torch.where(found, weights, alone), "partners": partners}
+            partners = _any_partners(n, len(pool), self.k - 1, generator)
+            return {"weights": weights, "partners": partners}
+        partners, exists = _partners_by_class(self.partners, y, pool, self.k - 1, generator)
+        unmixed = torch.zeros_like(weights).index_fill(0, torch.tensor(0), 1.0)
+        return {"weights": torch.where(exists, weights, unmixed), "partners": partners}
 
     def __call__(
         self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
@@ -314,28 +314,25 @@ class Mixup:
         return x, y
 
 
-def _anyone(n: int, m: int, k: int, generator: torch.Generator) -> Tensor:
-    """k partners for each of n examples, out of m: by permutation, if there are as many."""
+def _any_partners(n: int, m: int, k: int, generator: torch.Generator) -> Tensor:
+    """k partners for each of n examples, out of m: by permutation if m = n."""
     if n == m:
         return torch.stack([torch.randperm(n, generator=generator) for _ in range(k)])
     return torch.randint(m, (k, n), generator=generator)
 
 
-def _by_class(
+def _partners_by_class(
     which: str, y: Tensor, pool: Tensor, k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """k partners for each example, of its class or of another; and whether there are any."""
+    """k partners for each example, of its class or of another, and whether any exist."""
     y, pool = (labels.argmax(1) if labels.ndim == 2 else labels for labels in (y, pool))
-    pool, order = pool.cpu().sort()  # a class lies together, the others follow it cyclically
+    pool, order = pool.cpu().sort()  # each class is contiguous; the others follow it cyclically
     first, after = (torch.searchsorted(pool, y.cpu(), right=right) for right in (False, True))
     start, count = (first, after - first)
     if which == "different":
         start, count = after, len(pool) - count
     steps = torch.rand(k, len(y), generator=generator, dtype=torch.float64) * count
     return order[(start + steps.long()) % len(pool)], count > 0
-
-
-# ------------------------------------------------------------------------- in any training loop
 
 
 def _check_permutation(permutation: Tensor, n: int) -> None:

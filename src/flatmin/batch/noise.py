@@ -25,7 +25,7 @@ __all__ = ["Dirac", "Gaussian", "LabelSmoothing"]
 
 @dataclass(frozen=True)
 class Dirac:
-    """All of the vicinity in the example itself: empirical risk minimization.
+    """The vicinity is the example itself: empirical risk minimization.
 
     Examples
     --------
@@ -82,8 +82,8 @@ class Gaussian:
 class LabelSmoothing:
     r"""A vicinity on the labels: :math:`\tilde x=x_i`, :math:`\tilde y=(1-s)\,e_{y_i}+s/K`.
 
-    The expectation of a label that is drawn anew, evenly from all K classes, with probability s;
-    cross-entropy is linear in the target, so the expected loss is the loss of the expectation.
+    The expectation of a label that, with probability s, is redrawn uniformly from all K classes.
+    Cross-entropy is linear in the target, so the expected loss is the loss of the expectation.
 
     Parameters
     ----------

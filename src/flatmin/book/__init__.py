@@ -1,7 +1,7 @@
-"""What the book's chapters and its course share, and nobody else: data sets, networks, claims, statistics.
+"""What the book's chapters and its course share: data sets, networks, claims, statistics.
 
-Figures are in :mod:`flatmin.book.plotting` and :mod:`flatmin.book.explorable`, what is too long for a
-notebook in :mod:`flatmin.book.experiments`, the checks of the assignments in ``flatmin.book.check``.
+Figures are in :mod:`flatmin.book.plotting` and :mod:`flatmin.book.explorable`, experiments too long
+for a notebook in :mod:`flatmin.book.experiments`, checks of assignments in ``flatmin.book.check``.
 """
 
 from .._random import first_seed, seeds

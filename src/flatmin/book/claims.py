@@ -1,7 +1,7 @@
-"""Claims: statements of the book's prose that a cell has just computed.
+"""Claims: statements of the book's prose that a cell has just checked.
 
-``claim`` prints one line that is the same wherever the statement holds, and raises where it does
-not.  The appendix of claims and ``make claims`` are made from these calls.
+``claim`` prints one line, always the same, if the statement holds, and raises if it does not.  The
+appendix of claims and ``make claims`` are made from these calls.
 """
 
 import json
@@ -21,14 +21,14 @@ _texts: dict[str, str] = {}
 
 
 def claim(id: str, text: str, condition: Any) -> None:
-    """State ``text``, which holds because ``condition`` was computed to be true.
+    """State ``text``, which holds because ``condition`` was computed and is true.
 
     Parameters
     ----------
     id : str
-        A name that stays, in lower case with hyphens: ``"flooding-holds-level"``.
+        A permanent name, in lower case with hyphens: ``"flooding-holds-level"``.
     text : str
-        The statement, as the prose makes it, without numbers that change with the seed.
+        The statement as in the prose, without numbers that change with the seed.
     condition : bool
         One truth value (Python, NumPy, torch or xarray), computed in the cell.
 
@@ -42,12 +42,12 @@ def claim(id: str, text: str, condition: Any) -> None:
 
     Notes
     -----
-    Results are looked for among the variables of the caller, and in their lists, tuples and
-    dictionaries.  Those that the caller no longer holds are not seen; ``fit`` warned of them.
+    Results are searched for in the caller's variables, and in their lists, tuples and dictionaries.
+    Those that the caller no longer holds are not found; ``fit`` warned of them.
 
-    Where the environment variable ``FLATMIN_CLAIMS_LOG`` names a file, the outcome is appended to
-    it as a line of JSON and nothing is raised: ``make claims`` asks which claims hold for other
-    seeds, and wants to hear of all of them.
+    If the environment variable ``FLATMIN_CLAIMS_LOG`` names a file, the outcome is appended to it
+    as a line of JSON and nothing is raised: ``make claims`` collects the outcomes of all claims for
+    other seeds.
 
     Examples
     --------
@@ -69,20 +69,20 @@ def claim(id: str, text: str, condition: Any) -> None:
             file.write(json.dumps({"id": id, "text": text, "holds": holds}) + "\n")
     elif diverged:
         raise AssertionError(
-            f"claim {id!r} rests on runs that diverged: {'; '.join(diverged)}. If that is meant, "
-            "train them with fit(..., expect_divergence=True)."
+            f"claim {id!r} rests on runs that diverged: {'; '.join(diverged)}. "
+            "If that is intended, train them with fit(..., expect_divergence=True)."
         )
     elif not holds:
         raise AssertionError(f"claim {id!r} does not hold: {text}")
     print(f"{'✓' if holds else '✗'} {id}: {text}")
 
 
-def _diverged(held: Any, depth: int = 3) -> Iterator[str]:
-    """The runs that diverged unexpectedly in the results of ``fit`` that ``held`` contains."""
-    if isinstance(held, Mapping) and not hasattr(held, "attrs"):
-        held = list(held.values())
-    if isinstance(held, list | tuple) and depth:
-        for thing in list(held):
-            yield from _diverged(thing, depth - 1)
-    elif "diverged_at" in getattr(held, "data_vars", ()):
-        yield from unexpectedly_diverged(held)
+def _diverged(value: Any, depth: int = 3) -> Iterator[str]:
+    """The runs that diverged unexpectedly in the results of ``fit`` that ``value`` contains."""
+    if isinstance(value, Mapping) and not hasattr(value, "attrs"):
+        value = list(value.values())
+    if isinstance(value, list | tuple) and depth:
+        for item in list(value):
+            yield from _diverged(item, depth - 1)
+    elif "diverged_at" in getattr(value, "data_vars", ()):
+        yield from unexpectedly_diverged(value)

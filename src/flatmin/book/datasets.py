@@ -1,4 +1,4 @@
-r"""Data sets: what every chapter trains on, whole and in memory.
+r"""The data sets that the chapters train on, kept in memory as a whole.
 
 Every set is a function that returns a :class:`Data` and takes the same four arguments:
 
@@ -7,18 +7,18 @@ Every set is a function that returns a :class:`Data` and takes the same four arg
     drawn without replacement from its training part: the first ``train_size`` and the last
     ``validation_size`` rows of one permutation. So for one seed a smaller training set is part of
     a larger one, and the validation set does not depend on the size of the training set.
-    ``train_size=None`` takes all that validation leaves.
+    ``train_size=None`` takes all rows that validation leaves.
 ``label_noise``
     The fraction of labels, in [0, 1], that :func:`flip_labels` replaces by a wrong class, in the
     training set and in the validation set. Test labels are always clean. For one seed the inputs
     do not depend on the noise.
 ``seed``
-    A whole number from which everything random follows: the same seed gives the same data.
+    A whole number that determines everything random: the same seed gives the same data.
     The global random states of PyTorch, NumPy and Python are neither read nor changed.
 
-Downloaded sets come from their archives, checked against a SHA-256 sum and kept in the user's
-cache folder (``pooch.os_cache("flatmin")``). If the environment variable ``FLATMIN_DATA`` names a
-folder, they are read from there instead, as the archives unpack, and nothing is downloaded:
+Downloaded archives are checked against a SHA-256 sum and kept in the user's cache folder
+(``pooch.os_cache("flatmin")``). If the environment variable ``FLATMIN_DATA`` names a folder, the
+files of the unpacked archives are read from there instead, and nothing is downloaded:
 ``mnist/train-images-idx3-ubyte.gz`` (or without ``.gz``) and so on, the same under
 ``fashion_mnist/``, ``cifar-10-batches-py/data_batch_1`` and so on, ``cifar-100-python/train`` and
 ``test``.
@@ -63,9 +63,6 @@ __all__ = [
     "two_gaussians",
 ]
 
-# --------------------------------------------------------------------------- what a data set is
-
-
 # ------------------------------------------------------------------ subset, split and label noise
 
 
@@ -85,7 +82,7 @@ def _assemble(
     test: tuple[Tensor, Tensor],
     choice: _Choice,
 ) -> Data:
-    """Draw training and validation rows from the pool and flip labels: see the module's text."""
+    """Draw training and validation rows from the pool and flip labels, as the module describes."""
     size = len(pool[0])
     held_out = whole("validation_size", choice.validation_size, 0)
     train_size = choice.train_size
@@ -163,7 +160,7 @@ def _synthetic(
     test_size: int,
     choice: _Choice,
 ) -> Data:
-    """Two classes; as many examples as are asked for."""
+    """A set of two classes and of any size."""
     pool_size = whole("train_size", choice.train_size, 1) + whole(
         "validation_size", choice.validation_size, 0
     )
@@ -191,7 +188,7 @@ def two_gaussians(
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     test_size : int
         Examples to test on.
     dimension : int
@@ -232,7 +229,7 @@ def sinusoid(
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     test_size : int
         Examples to test on.
 
@@ -269,7 +266,7 @@ def spiral(
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     test_size : int
         Examples to test on.
     noise : float
@@ -303,14 +300,14 @@ def digits(
     seed: int = 0,
     flat: bool = True,
 ) -> Data:
-    """Handwritten digits, 1,797 images of 8×8, which come with scikit-learn.
+    """Handwritten digits from scikit-learn, 1,797 images of 8×8.
 
     The test part is drawn once and is the same for every seed.
 
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     test_size : int
         Examples to test on; the other 1,797 − ``test_size`` are for training and validation.
     flat : bool
@@ -353,13 +350,13 @@ def mnist1d(
     """MNIST-1D (Greydanus & Kobak, ICML 2024): 4,000 + 1,000 sequences of length 40, 10 classes.
 
     Generated, without a network, by the package ``mnist1d`` with its default arguments; its
-    generator's own seed stays as it is, so that every ``seed`` has the same 5,000 sequences.
-    The first call takes about two seconds, later ones in the same process none.
+    generator's own seed is fixed, so that every ``seed`` has the same 5,000 sequences.
+    The first call in a process takes about two seconds.
 
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
 
     Examples
     --------
@@ -378,22 +375,22 @@ def mnist1d(
 
 @functools.lru_cache(maxsize=1)
 def _mnist1d_arrays() -> tuple[np.ndarray, ...]:
-    """Generate MNIST-1D; the package seeds the global generators, so put them back."""
+    """Generate MNIST-1D; the package seeds the global generators, so restore them."""
     with needs("data", "mnist1d()"):
         from mnist1d.data import make_dataset
 
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        made = make_dataset()
+        arrays = make_dataset()
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-    return made["x"], made["y"], made["x_test"], made["y_test"]
+    return arrays["x"], arrays["y"], arrays["x_test"], arrays["y_test"]
 
 
 # ------------------------------------------------------------------------------ downloaded sets
 
-# By the folder that a set unpacks into: the address of an archive, and the SHA-256 sum of each.
+# For the folder that a set unpacks into: the address of its archives, and the SHA-256 sum of each.
 # Addresses and sums are those of torchvision, Keras and TensorFlow Datasets.
 _ARCHIVES = {
     "mnist": (
@@ -426,7 +423,7 @@ _ARCHIVES = {
 
 
 def _download(folder: str, archive: str) -> Path:
-    """The cached archive, downloaded if it is not there or no longer what it should be."""
+    """The cached archive, downloaded if it is missing or corrupt."""
     with needs("data", "a download"):
         import pooch
         import requests
@@ -438,18 +435,18 @@ def _download(folder: str, archive: str) -> Path:
         path.unlink(missing_ok=True)
         warnings.warn(f"{path} was corrupt (wrong SHA-256) and was deleted", stacklevel=2)
     downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16, timeout=60)
-    try:  # into a temporary file, which is moved here only if its sum is right
+    try:  # into a temporary file, moved to `path` only if its sum is right
         pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
     except (requests.RequestException, ValueError) as error:
         raise OSError(
-            f"{path.name} could not be downloaded from {url}, and nothing of it was kept: {error}. "
-            "Try again, or unpack the archive yourself and name its folder in FLATMIN_DATA."
+            f"{path.name} could not be downloaded from {url}, and no part of it was kept: {error}. "
+            "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."
         ) from error
     return path
 
 
 def _local(folder: str, *names: str) -> Path | None:
-    """The first file there is of these names under FLATMIN_DATA; None if that is not set."""
+    """The first of these names that is a file under FLATMIN_DATA; None if that is not set."""
     root = os.environ.get("FLATMIN_DATA")
     if not root:
         return None
@@ -458,7 +455,7 @@ def _local(folder: str, *names: str) -> Path | None:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"{paths[0]} is not there. FLATMIN_DATA is set, so sets are read from that folder and "
+        f"{paths[0]} does not exist. FLATMIN_DATA is set, so sets are read from that folder and "
         "nothing is downloaded: put the file there, or unset FLATMIN_DATA."
     )
 
@@ -478,7 +475,9 @@ def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
         if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < start:
-            raise ValueError(f"it does not start as an IDX file with {dimensions} dimensions does")
+            raise ValueError(
+                f"it does not start as an IDX file with {dimensions} dimensions should"
+            )
         sizes = tuple(int(size) for size in np.frombuffer(raw[4:start], dtype=">u4"))
         if sizes[1:] != shape:
             raise ValueError(f"its items should have shape {shape}, got {sizes[1:]}")
@@ -518,7 +517,7 @@ def mnist(
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     flat : bool
         Inputs of shape [1, 28, 28], or [784] if True; in [0, 1].
 
@@ -539,7 +538,7 @@ def fashion_mnist(
     seed: int = 0,
     flat: bool = False,
 ) -> Data:
-    """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): as :func:`mnist`, of clothes; 31 MB to load.
+    """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): like :func:`mnist`, of clothes; 31 MB.
 
     Parameters and errors are those of :func:`mnist`.
     """
@@ -555,21 +554,21 @@ class _PlainUnpickler(pickle.Unpickler):
                 return np.empty(0).__reduce__()[0]
             case "numpy", "ndarray" | "dtype":
                 return getattr(np, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data needs")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
 
 
 def _cifar_members(folder: str, archive: str, names: list[str]) -> dict[str, bytes]:
-    """The bytes of the wanted members of a CIFAR archive, by the place each comes from."""
+    """The bytes of these members of a CIFAR archive, each by its path."""
     local = [_local(folder, name) for name in names]
     if all(local):
         return {str(path): path.read_bytes() for path in local if path}
     path = _download(folder, archive)
-    found = {}
+    contents = {}
     with tarfile.open(path, "r:gz") as tar:
-        for member in tar:  # in order, once through; nothing is written to the disk
+        for member in tar:  # in one pass; nothing is written to disk
             if member.isfile() and member.name in [f"{folder}/{name}" for name in names]:
-                found[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return {f"{path}: {folder}/{name}": found[f"{folder}/{name}"] for name in names}
+                contents[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return {f"{path}: {folder}/{name}": contents[f"{folder}/{name}"] for name in names}
 
 
 def _cifar_set(
@@ -584,14 +583,14 @@ def _cifar_set(
 ) -> Data:
     """CIFAR-10 and CIFAR-100: members are pickled dictionaries, the last one for testing."""
     batches = []
-    for place, raw in _cifar_members(folder, archive, members).items():
+    for path, raw in _cifar_members(folder, archive, members).items():
         try:
             batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
             x, y = torch.from_numpy(batch[b"data"]), torch.tensor(batch[labels])
             if x.dtype != torch.uint8 or x.shape != (len(y), 3072):
                 raise ValueError(f"{len(y)} labels, but images of shape {list(x.shape)}")
         except Exception as error:
-            raise ValueError(f"{place} is corrupt or cut short: {error!r}") from error
+            raise ValueError(f"{path} is corrupt or cut short: {error!r}") from error
         batches.append((x if flat else x.reshape(-1, 3, 32, 32), y))
     x, y = (torch.cat(part) for part in zip(*batches[:-1], strict=True))
     return _assemble(name, num_classes, (x, y), batches[-1], choice)
@@ -609,7 +608,7 @@ def cifar10(
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
-        As in every set, see :mod:`flatmin.data`.
+        As in every set, see :mod:`flatmin.book.datasets`.
     flat : bool
         Inputs of shape [3, 32, 32], or [3072] if True; in [0, 1].
 
@@ -640,7 +639,7 @@ def cifar100(
     flat: bool = False,
     superclass: bool = False,
 ) -> Data:
-    """CIFAR-100 (Krizhevsky 2009): as :func:`cifar10`, with 100 classes in 20 superclasses.
+    """CIFAR-100 (Krizhevsky 2009): like :func:`cifar10`, with 100 classes in 20 superclasses.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """Explorable figures: sliders over precomputed lines, in plain JavaScript.
 
 Works from a file, in the book, in JupyterLab and in Colab, without server or network.  Where
-scripts do not run, a static picture of one frame stands there instead.
+scripts do not run, a static picture of one frame is shown instead.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ def explorable(
     start: int = 0,
     notes: Sequence[str] = (),
 ) -> HTML:
-    """A figure whose frames one or more sliders move through.
+    """A figure with one or more sliders that choose its frame.
 
     Parameters
     ----------
     id : str
-        The element's id, different for each figure of a page.
+        The element's id, unique on the page.
     panels : sequence of Panel
-        Drawn side by side, below one another on a narrow screen.
+        Drawn side by side, or stacked on a narrow screen.
     knob : str, or sequence of str
-        What the slider turns, e.g. ``"flood level b"``; several names make several sliders.
+        What the slider sets, e.g. ``"flood level b"``; several names make several sliders.
     values : sequence, or a sequence of them
-        The knob's value in each frame, as it is to be read.  With several knobs: the values of
-        each, and one frame for every combination, the last knob running fastest.
+        The slider's value in each frame, as displayed.  With several sliders: the values of each,
+        and one frame per combination, the last slider varying fastest.
     alt : str
         What the figure shows, in words.
     start : int
@@ -89,7 +89,7 @@ def explorable(
     Returns
     -------
     IPython.display.HTML
-        To be a cell's last expression.
+        Displayed as a cell's last expression.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def explorable(
     if not panels:
         raise ValueError("panels must be at least one, got none")
     if not n or (notes and len(notes) != n):
-        raise ValueError(f"notes must be one a value ({n}, at least 1), got {len(notes)}")
+        raise ValueError(f"notes must be one per value ({n}, at least 1), got {len(notes)}")
     if not 0 <= start < n:
         raise ValueError(f"start must be between 0 and {n - 1}, got {start}")
     frames = [[_frames(p, label, n) for label in p.lines] for p in panels]
@@ -139,13 +139,13 @@ def explorable(
             for p, lines in zip(panels, frames)
         ],
     }
-    at = np.unravel_index(start, [len(values) for values in knobs.values()])
-    title = ", ".join(f"{name} = {values[i]}" for (name, values), i in zip(knobs.items(), at))
+    indices = np.unravel_index(start, [len(values) for values in knobs.values()])
+    title = ", ".join(f"{name} = {values[i]}" for (name, values), i in zip(knobs.items(), indices))
     sliders = [
         _SLIDER.format(
             id=f"{id}-knob{k or ''}", name=html.escape(name), last=len(values) - 1, start=i
         )
-        for k, ((name, values), i) in enumerate(zip(knobs.items(), at))
+        for k, ((name, values), i) in enumerate(zip(knobs.items(), indices))
     ]
     parts = {
         "ID": id,
@@ -154,26 +154,25 @@ def explorable(
         "PNG": _static(panels, frames, title, start),
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return HTML(re.sub("@([A-Z]+)@", lambda key: parts[key[1]], _TEMPLATE))
+    return HTML(re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEMPLATE))
 
 
 def _frames(panel: Panel, label: str, n: int) -> list[list[list[float | None]]]:
     """x and y of a line: [n][points], or [1][points] where it is the same in every frame."""
     if label not in panel.colors:
         raise ValueError(f"colors must have one for each line, got none for {label!r}")
-    out = []
+    coordinates = []
     for values in panel.lines[label]:
         values = np.atleast_2d(np.asarray(values, dtype=float))
         if len(values) not in (1, n):
             raise ValueError(
                 f"line {label!r} must have 1 or {n} frames, as many as values, got {len(values)}"
             )
-        out.append([[_round(v) for v in row] for row in values])
-    if len(out[0][0]) != len(out[1][0]):
-        raise ValueError(
-            f"line {label!r} must have as many x as y, got {len(out[0][0])} and {len(out[1][0])}"
-        )
-    return out
+        coordinates.append([[_round(v) for v in row] for row in values])
+    x_points, y_points = (len(frames[0]) for frames in coordinates)
+    if x_points != y_points:
+        raise ValueError(f"line {label!r} must have as many x as y, got {x_points} and {y_points}")
+    return coordinates
 
 
 def _round(value: float) -> float | None:
@@ -187,11 +186,12 @@ def _ticks(limits: tuple[float, float]) -> list[float | None]:
 
 def _static(panels: Sequence[Panel], frames: list[Any], title: str, start: int) -> str:
     fig, axes = plt.subplots(1, len(panels), squeeze=False)
-    at = lambda rows: np.array(rows[start % len(rows)], dtype=float)
+    shown_frame = lambda frames: np.array(frames[start % len(frames)], dtype=float)
     for ax, panel, lines in zip(axes[0], panels, frames):
         for label, (x, y) in zip(panel.lines, lines):
             style = "o" if label in panel.dots else "--" if label in panel.dashed else "-"
-            ax.plot(at(x), at(y), style, color=panel.colors[label], label=label, markersize=4)
+            x, y = shown_frame(x), shown_frame(y)
+            ax.plot(x, y, style, color=panel.colors[label], label=label, markersize=4)
         ax.set(
             title=panel.title,
             xlabel=panel.xlabel,

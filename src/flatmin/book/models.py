@@ -1,4 +1,4 @@
-r"""Networks: the ones the five articles train, as plain modules.
+r"""The networks that the five articles train, as plain modules.
 
 Any of them can be stacked: :func:`torch.func.stack_module_state` with :func:`torch.vmap` over
 :func:`torch.func.functional_call` runs many copies at once, in training and evaluation mode. Batch
@@ -34,7 +34,7 @@ class MLP(nn.Sequential):
     *sizes : int
         Number of inputs, of units in each hidden layer, and of outputs.
     batch_norm : bool
-        Normalize each hidden layer.
+        Normalize in each hidden layer.
     bias : bool
         Whether the linear layers have a bias.
     activation : callable
@@ -88,8 +88,8 @@ class MLP(nn.Sequential):
 class SmallCNN(nn.Sequential):
     """A small convolutional network, as wide as the stiffness paper's (Fort et al., 1901.09491).
 
-    Each layer is a 3×3 convolution → batch norm (if wanted) → ReLU → 2×2 max-pooling. Then comes
-    the mean over the image, so that one network takes images of any size, and a linear layer.
+    Each layer is a 3×3 convolution → batch norm (if wanted) → ReLU → 2×2 max-pooling. Then come
+    the mean over the image, so that images may have any size, and a linear layer.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class SmallCNN(nn.Sequential):
     widths : sequence of int
         Channels of each convolution. k convolutions need images of at least 2^k by 2^k.
     batch_norm : bool
-        Normalize each convolution.
+        Normalize after each convolution.
 
     Raises
     ------
@@ -146,7 +146,7 @@ class ResNet(nn.Module):
     .. math:: x \mapsto \mathrm{ReLU}\big(\mathrm{shortcut}(x) + F(x)\big), \qquad
               F = \text{conv} \to \text{norm} \to \text{ReLU} \to \text{conv} \to \text{norm}.
 
-    Without batch norm the sum of all branches would make activations grow with depth. Then a
+    Without batch norm, adding the branches would make activations grow with depth. There each
     block's branch is multiplied by a learned number that starts at 0, so that every block starts
     as its shortcut (SkipInit: De & Smith, NeurIPS 2020), and convolutions have a bias.
 
@@ -161,7 +161,7 @@ class ResNet(nn.Module):
     width : int
         Channels of the first stage.
     batch_norm : bool
-        Batch norm, or SkipInit.
+        Use batch norm; otherwise SkipInit.
     stages : sequence of int, optional
         Blocks in each stage, in place of ``depth``.
 

@@ -1,4 +1,4 @@
-"""One look for all figures: a colour for each method, error bands, labels on the lines."""
+"""One style for all figures: a colour per method, error bands, labels on the lines."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COLORS", "band", "bars", "label_end", "use_style"]
 
-#: One colour a method throughout the book (from or near Okabe & Ito's palette, for colour-blind
-#: eyes), and two, "other" and "another", for what is no method.
+#: One colour per method throughout the book (from or near Okabe & Ito's palette, for colour-blind
+#: readers), and further ones for everything else.
 COLORS = {
     "ERM": "#5b5b5b",
     "flooding": "#0072b2",
@@ -41,7 +41,7 @@ COLORS = {
 
 
 def use_style() -> None:
-    """Set the book's look for all figures that follow, sharp on dense screens."""
+    """Set the book's style for all figures that follow, sharp on high-resolution screens."""
     plt.rcParams.update(
         {
             "figure.figsize": (7.2, 3.2),
@@ -105,18 +105,19 @@ def band(
     ----------
     ax : Axes
     values : DataArray
-        Dimensions ``seed`` and ``x``, nothing else.
+        With the dimensions ``seed`` and ``x`` only.
     x : str
         The dimension on the horizontal axis.
     color, label, dy :
-        Of the line; the label is written at its right end, shifted up by ``dy`` points.
+        Style of the line; its label is at the right end, shifted up by ``dy`` points.
     **line :
         Passed on to ``Axes.plot``.
 
     Examples
     --------
     >>> import xarray as xr
-    >>> values = xr.DataArray([[0.0, 1.0], [1.0, 2.0]], dims=("seed", "step"), coords={"step": [0, 9]})
+    >>> coords = {"step": [0, 9]}
+    >>> values = xr.DataArray([[0.0, 1.0], [1.0, 2.0]], coords, ("seed", "step"))
     >>> fig, ax = plt.subplots()
     >>> band(ax, values).get_ydata()
     array([0.5, 1.5])
@@ -138,7 +139,7 @@ def bars(
     colors: Mapping[str, str] | None = None,
     unit: float = 1.0,
 ) -> None:
-    """Draw one dot with a 95 % interval a row: ``{row label: DataArray over seeds}``.
+    """Draw one dot with a 95 % interval per row: ``{row label: DataArray over seeds}``.
 
     Parameters
     ----------
@@ -146,7 +147,7 @@ def bars(
     values : dict of str to DataArray
         From top to bottom.
     colors : dict of str to str
-        A colour a row, where it is not grey.
+        The colours of the rows that are not grey.
     unit : float
         What the values are multiplied by, e.g. 100 for per cent.
     """

@@ -1,4 +1,4 @@
-"""Means with error bars: every comparison of the book goes through here."""
+"""Means with confidence intervals, for all comparisons of the book."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
 
     .. math:: \bar v \pm t_{(1+c)/2,\,n-1}\; s/\sqrt n
 
-    For a comparison, pass the *difference* of two paired quantities: runs that share a seed share
-    weights and batches, and what they share cancels.
+    For a comparison, pass the *difference* of two paired quantities: runs with the same seed
+    share weights and batches, and what they share cancels.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
     -------
     Dataset
         ``mean``, ``low``, ``high`` and ``half`` (half the width), without ``dim``.  One NaN among
-        the values makes all four NaN: a run that diverged is not averaged away.
+        the values makes all four NaN: a diverged run is not averaged away.
 
     Examples
     --------
@@ -41,7 +41,7 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
     >>> round(float(m["mean"]), 3), round(float(m["low"]), 3), round(float(m["high"]), 3)
     (2.0, -0.484, 4.484)
     """
-    import xarray as xr  # here: importing flatmin takes no longer than torch
+    import xarray as xr  # here, to keep importing flatmin fast
     from scipy.special import stdtrit
 
     if not isinstance(values, xr.DataArray):
@@ -52,7 +52,7 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
         raise ValueError(f"confidence must lie in (0, 1), got {confidence!r}")
     n = values.sizes[dim]
     if n < 2:
-        raise ValueError(f"values must be at least 2 along {dim!r} for an interval, got {n}")
+        raise ValueError(f"values must have at least 2 along {dim!r} for an interval, got {n}")
     values = values.astype("float64")
     mean = values.mean(dim, skipna=False)
     half = values.std(dim, ddof=1, skipna=False) * stdtrit(n - 1, (1 + confidence) / 2) / n**0.5

@@ -1,15 +1,15 @@
-r"""Gradient penalties: go where the loss is low *and* its gradient is short.
+r"""Gradient penalties: descend to where the loss is low *and* its gradient is small.
 
-One direction stands for the whole family, with :math:`g=\nabla L` and :math:`H` its Hessian:
+One direction covers the whole family, with :math:`g=\nabla L` and :math:`H` its Hessian:
 
 .. math::
     d = g + \lambda H v, \qquad
     v = g \;\text{ descends }\; L + \tfrac\lambda2\|g\|^2, \qquad
     v = g/\|g\| \;\text{ descends }\; L + \lambda\|g\|,
 
-with :math:`Hv` exact, or as the difference of two gradients.  SAM, its unnormalized form, the
-penalized gradient norm, implicit gradient regularization and the two-rate form of flooding are
-members with a name.
+with :math:`Hv` exact, or as the difference of two gradients.  Its members include SAM, its
+unnormalized form, the penalized gradient norm, implicit gradient regularization and the two-rate
+form of flooding.
 """
 
 from collections.abc import Callable
@@ -31,13 +31,13 @@ DIFFERENCES = (None, "forward", "backward", "central")
 
 
 def _unit(v: Params) -> Params:
-    """v / ‖v‖, and zero where v is zero: the step of length 1 that climbs the most."""
+    """v / ‖v‖, or zero if v is zero."""
     return dict(zip(v, dual_norm_perturbation(list(v.values()), rho=1.0), strict=True))
 
 
 @dataclass(frozen=True)
 class GradientPenalty:
-    r"""The gradient place of a recipe: the gradient of a penalized loss.
+    r"""Gradient stage of a recipe: the gradient of a penalized loss.
 
     .. math:: d = g + \lambda D_r v, \qquad v = g \text{ or } g/\|g\|
 
@@ -58,16 +58,16 @@ class GradientPenalty:
     Parameters
     ----------
     penalty : float
-        The weight :math:`\lambda \ge 0`; a grid may give one a run.  At 0 it is the plain gradient.
+        The weight :math:`\lambda \ge 0`; a grid may give one per run.  0 is the plain gradient.
     squared : bool
         ``True``: penalize :math:`\frac\lambda2\|g\|^2`, so :math:`v=g`.
         ``False``: penalize :math:`\lambda\|g\|`, so :math:`v=g/\|g\|` (0 at a zero gradient).
     difference : {None, "forward", "backward", "central"}
-        How :math:`Hv` is found.
+        How :math:`Hv` is computed.
     radius : float, optional
         :math:`r > 0` of a difference; by default :math:`r=\lambda`.  The point moves by
-        :math:`r\|v\|`: in float32 keep that well above the weights' rounding (1e-3 of their size
-        is safe, 1e-6 is noise).
+        :math:`r\|v\|`: in float32 keep that well above the weights' rounding errors (1e-3 of their
+        size is safe, 1e-6 is noise).
 
     Notes
     -----
@@ -76,8 +76,8 @@ class GradientPenalty:
     is the gradient at the displaced point, as in SAM.  Batch statistics (batch normalization) are
     those of the first evaluation.
 
-    A flooded loss may be penalized too: where it ascends both :math:`g` and :math:`H` change
-    sign, and the exact :math:`Hg` does not.
+    A flooded loss may be penalized too: below the level both :math:`g` and :math:`H` change sign,
+    so the exact :math:`Hg` does not.
 
     References
     ----------
@@ -119,46 +119,47 @@ class GradientPenalty:
         def field(params: Params) -> Any:
             return grad_and_value(objective, has_aux=True)(params, buffers)
 
-        toward = (lambda g: g) if self.squared else _unit
+        v_of = (lambda g: g) if self.squared else _unit
         if self.difference is None:
-            found: Any = vjp(field, params, has_aux=True)
-            g, hessian_times, (loss, buffers) = found
-            return plus(g, hessian_times(toward(g))[0], self.penalty), loss, buffers
+            linearized: Any = vjp(field, params, has_aux=True)
+            g, hessian_times, (loss, buffers) = linearized
+            return plus(g, hessian_times(v_of(g))[0], self.penalty), loss, buffers
 
         g, (loss, new_buffers) = field(params)
-        v = toward(g)
+        v = v_of(g)
         r, alpha = (
             (self.penalty, 1.0)
             if self.radius is None
             else (self.radius, self.penalty / self.radius)
         )
-        at = lambda r: field(plus(params, v, r))[0]
+        gradient_at = lambda r: field(plus(params, v, r))[0]
         mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
         if self.difference == "forward":
-            direction = mix(1 - alpha, g, alpha, at(r))
+            direction = mix(1 - alpha, g, alpha, gradient_at(r))
         elif self.difference == "backward":
-            direction = mix(1 + alpha, g, -alpha, at(-r))
+            direction = mix(1 + alpha, g, -alpha, gradient_at(-r))
         else:
-            direction = plus(g, mix(1, at(r), -1, at(-r)), alpha / 2)
+            direction = plus(g, mix(1, gradient_at(r), -1, gradient_at(-r)), alpha / 2)
         return direction, loss, new_buffers
 
-    # The family: who is who.  Each returns a setting of the class above.
+    # Members of the family by name: each returns an instance of the class above.
 
     @classmethod
     def implicit(cls, lr: float) -> "GradientPenalty":
-        r"""What gradient descent of rate :math:`\varepsilon` does by itself, made explicit.
+        r"""The implicit penalty of gradient descent with rate :math:`\varepsilon`, made explicit.
 
         To second order its steps lie on the gradient flow of
-        :math:`L+\frac\varepsilon4\|g\|^2` (Barrett & Dherin, ICLR 2021): :math:`\lambda=\varepsilon/2`.
+        :math:`L+\frac\varepsilon4\|g\|^2` (Barrett & Dherin, ICLR 2021):
+        :math:`\lambda=\varepsilon/2`.
         """
         return cls(number("lr", lr, 0) / 2)
 
     @classmethod
     def two_rates(cls, lr: float, ascent_lr: float) -> "GradientPenalty":
-        r"""What descending with rate :math:`\varepsilon_1` and ascending with
-        :math:`\varepsilon_2<\varepsilon_1` in turn descends (:class:`~flatmin.optimizer.TwoRates`):
+        r"""The penalty of alternating descent with rate :math:`\varepsilon_1` and ascent with rate
+        :math:`\varepsilon_2<\varepsilon_1` (:class:`~flatmin.optimizer.TwoRates`):
         :math:`\lambda=\varepsilon_1\varepsilon_2/(\varepsilon_1-\varepsilon_2)`, with the rate
-        :math:`\varepsilon_1-\varepsilon_2` a pair.
+        :math:`\varepsilon_1-\varepsilon_2` per pair of steps.
         """
         if not 0 <= number("ascent_lr", ascent_lr, 0) < number("lr", lr, 0):
             raise ValueError(f"ascent_lr must be less than lr, got {ascent_lr!r} and {lr!r}")

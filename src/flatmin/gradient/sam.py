@@ -5,11 +5,10 @@ r"""Sharpness-aware minimization: descend the worst loss of the neighbourhood.
     \hat\epsilon = \arg\max_{\|\epsilon\|_p\le\rho} \langle g, \epsilon\rangle, \qquad
     w \leftarrow w - \eta\,\nabla L(w+\hat\epsilon),
 
-with :math:`g=\nabla L(w)`: to first order, the worst point is where the gradient says it is, and
-the derivative of :math:`\hat\epsilon` itself is dropped.  One kernel,
-:func:`dual_norm_perturbation`, stands behind two faces: :class:`SAM` for a stack of runs, with
-:func:`sam_gradient` for ``torch.func``, and :class:`flatmin.loops.SAM` for a training loop of your
-own.
+with :math:`g=\nabla L(w)`: the worst point is found to first order, and the derivative of
+:math:`\hat\epsilon` itself is dropped.  One kernel, :func:`dual_norm_perturbation`, serves
+:class:`SAM` for a stack of runs, :func:`sam_gradient` for ``torch.func``, and
+:class:`flatmin.loops.SAM` for a training loop of your own.
 """
 
 import math
@@ -28,12 +27,12 @@ from .._tree import Params, plus
 
 __all__ = ["SAM", "sam_gradient"]
 
-Found = tuple[Params, Tensor, Params]  # the direction, the loss, the new buffers
+Result = tuple[Params, Tensor, Params]  # the direction, the loss, the new buffers
 
 
 @dataclass(frozen=True)
 class SAM:
-    r"""The gradient place of a recipe: the gradient at the worst point of the neighbourhood.
+    r"""Gradient stage of a recipe: the gradient at the worst point of the neighbourhood.
 
     .. math::
         d = \nabla L\big(w+\hat\epsilon(w)\big), \qquad
@@ -44,44 +43,45 @@ class SAM:
     Parameters
     ----------
     rho : float
-        The radius :math:`\rho\ge0`; a grid may give one a run.  At 0 it is the plain gradient.
+        The radius :math:`\rho\ge0`; a grid may give one per run.  0 is the plain gradient.
     p : float
-        Which norm, in [1, ∞]; a grid may give one a run.
+        The norm, in [1, ∞]; a grid may give one per run.
     adaptive : bool
         ``True``: :math:`T=|w|+\eta`, so that the neighbourhood scales with the weights (Kwon et
         al., ICML 2021).  ``False``: :math:`T=1`.
     eta : float
-        :math:`\eta\ge0` of the adaptive form, which keeps weights of 0 in the game.
+        :math:`\eta\ge0` of the adaptive form; if it is positive, weights of 0 are perturbed, too.
     normalized : bool
         ``False``: :math:`\hat\epsilon=\rho\,T^2g`, not divided by a norm (Andriushchenko &
-        Flammarion, ICML 2022); p plays no part then.
+        Flammarion, ICML 2022); p is then ignored.
     exact : bool
         Keep :math:`d\hat\epsilon/dw`, which SAM drops: the gradient of
-        :math:`w\mapsto L(w+\hat\epsilon(w))`.  Costs about two more.  For p in [1, 2], or ∞.  (At 1
-        and ∞ the direction is constant almost everywhere: there is only T's derivative to keep.)
+        :math:`w\mapsto L(w+\hat\epsilon(w))`.  Costs about two more gradients.  For p in
+        [1, 2], or ∞.  (At 1 and ∞ the direction is constant almost everywhere: only the derivative
+        of T is left.)
     m : int, optional
-        m-SAM: the batch falls into shards of m examples, in order (the last may be smaller); each
-        has an :math:`\hat\epsilon` of its own, and the gradients are averaged over the examples.
+        m-SAM: the batch is split into shards of m examples, in order (the last may be smaller);
+        each has its own :math:`\hat\epsilon`, and the gradients are averaged over the examples.
         ``None``: the batch is one shard.
     chunk_size : int, optional
-        How many shards are computed side by side (``vmap``), to bound memory; 1 is a loop.  By
-        default all.  The result does not depend on it.
+        How many shards are computed at once (``vmap``), to bound memory; 1 is a loop, the default
+        is all.  The result does not depend on it.
 
     Notes
     -----
     With flooding, :math:`\hat\epsilon` comes from the raw loss, and the loss at
-    :math:`w+\hat\epsilon` is flooded: the worst loss of the neighbourhood floats on the level.
-    (Were the first gradient flooded too, :math:`\hat\epsilon` would point downhill below it, and
-    the step descend :math:`|L-b|+\rho\|g\|` in place of :math:`\big|L+\rho\|g\|-b\big|`, to first
-    order: another method.)  With m-SAM every shard is flooded by itself.
+    :math:`w+\hat\epsilon` is flooded: the worst loss of the neighbourhood is held at the level.
+    (If the first gradient were flooded too, :math:`\hat\epsilon` would point downhill below the
+    level, and to first order the step would descend :math:`|L-b|+\rho\|g\|` instead of
+    :math:`\big|L+\rho\|g\|-b\big|`: another method.)  With m-SAM every shard is flooded by itself.
 
-    The loss that is returned is the raw one at :math:`w`, and so are the buffers (batch statistics,
-    dropout's counters); both passes start from the same buffers.  Of several shards, whose batch
-    statistics differ, the buffers are averaged.
+    The returned loss is the raw one at :math:`w`, and the buffers (batch statistics, dropout's
+    counters) are those after the pass at :math:`w`; both passes start from the same buffers.  With
+    several shards, whose batch statistics differ, the buffers are averaged.
 
-    The objective may carry what SAM asks for beyond ``objective(params, buffers)``:
-    ``objective.raw``, the same without the loss place, and for m-SAM ``objective.examples``, the
-    size of the batch, and a third argument ``rows`` (int64) of both: which examples to take.
+    Beyond ``objective(params, buffers)``, SAM uses ``objective.raw``, the same without the loss
+    stage, if it exists.  m-SAM needs ``objective.examples``, the batch size, and in both functions
+    a third argument ``rows`` (int64): which examples to take.
 
     References
     ----------
@@ -114,7 +114,7 @@ class SAM:
                 whole(name, getattr(self, name))
         if self.exact and (isinstance(self.p, Tensor) or 2 < self.p < math.inf):
             raise ValueError(
-                "p must be one number in [1, 2], or inf, where exact is True (between, the "
+                "p must be one number in [1, 2], or inf, if exact is True (in between, the "
                 f"derivative is infinite wherever a gradient is 0), got {self.p!r}"
             )
 
@@ -131,54 +131,55 @@ class SAM:
             ]
         return dict(zip(params, epsilon, strict=True))
 
-    def __call__(self, objective: Callable[..., Any], params: Params, buffers: Params) -> Found:
+    def __call__(self, objective: Callable[..., Any], params: Params, buffers: Params) -> Result:
         raw = getattr(objective, "raw", objective)
         if self.m is None:
-            return self._one(objective, raw, params, buffers)
+            return self._one_shard(objective, raw, params, buffers)
         if not hasattr(objective, "examples"):
             raise TypeError(
                 "objective must have an attribute `examples`, the size of the batch, "
-                f"where m is set, got {objective!r}"
+                f"if m is set, got {objective!r}"
             )
-        return self._shards(objective, raw, params, buffers)
+        return self._all_shards(objective, raw, params, buffers)
 
-    def _one(
+    def _one_shard(
         self,
         objective: Callable[..., Any],
         raw: Callable[..., Any],
         params: Params,
         buffers: Params,
         *rows: Tensor,
-    ) -> Found:
+    ) -> Result:
         g, (loss, new_buffers) = grad_and_value(raw, has_aux=True)(params, buffers, *rows)
 
-        def worst(params: Params, perturbation: Params) -> Any:
+        def perturbed(params: Params, perturbation: Params) -> Any:
             return objective(plus(params, perturbation), buffers, *rows)
 
         if self.exact:
-            climb = lambda params: grad(raw, has_aux=True)(params, buffers, *rows)[0]
-            full = lambda params: worst(params, self.perturbation(params, climb(params)))
-            direction, _ = grad(full, has_aux=True)(params)
+            raw_gradient = lambda params: grad(raw, has_aux=True)(params, buffers, *rows)[0]
+            epsilon = lambda params: self.perturbation(params, raw_gradient(params))
+            worst = lambda params: perturbed(params, epsilon(params))
+            direction, _ = grad(worst, has_aux=True)(params)
         else:
-            direction, _ = grad(worst, has_aux=True)(params, self.perturbation(params, g))
+            direction, _ = grad(perturbed, has_aux=True)(params, self.perturbation(params, g))
         return direction, loss, new_buffers
 
-    def _shards(
+    def _all_shards(
         self, objective: Any, raw: Callable[..., Any], params: Params, buffers: Params
-    ) -> Found:
+    ) -> Result:
         n, m = objective.examples, min(self.m, objective.examples)
         rows = torch.arange(n, device=next(iter(params.values())).device)
         full, rest = rows[: n // m * m].view(-1, m), rows[n // m * m :].view(1, -1)
         parts = [*full.split(self.chunk_size or len(full)), *[rest] * (n % m > 0)]
-        one = lambda rows, buffers: self._one(objective, raw, params, buffers, rows)
-        average: Found | None = None
+        one = lambda rows, buffers: self._one_shard(objective, raw, params, buffers, rows)
+        average: Result | None = None
         for part in parts:
             if len(part) == 1:
-                found = one(part[0], buffers)
-            else:  # each shard has buffers of its own, which it may change in place
+                result = one(part[0], buffers)
+            else:  # each shard has its own buffers, which it may change in place
                 own = {name: b.expand(len(part), *b.shape) for name, b in buffers.items()}
-                found = tree_map(_average, vmap(one)(part, own))
-            average = _add(average, found, part.numel() / n)
+                result = tree_map(_average, vmap(one)(part, own))
+            average = _add(average, result, part.numel() / n)
         return average  # type: ignore[return-value]  # a batch has at least one part
 
 
@@ -186,11 +187,11 @@ def _average(x: Tensor) -> Tensor:
     return x.mean(0) if x.is_floating_point() else x[0]  # counters agree
 
 
-def _add(total: Found | None, found: Found, weight: float) -> Found:
-    """total + weight · found; None is zero."""
+def _add(total: Result | None, part: Result, weight: float) -> Result:
+    """total + weight · part; None is zero."""
     times = lambda x: x * weight if x.is_floating_point() else x
     add = lambda a, x: a + times(x) if x.is_floating_point() else a
-    return tree_map(times, found) if total is None else tree_map(add, total, found)
+    return tree_map(times, part) if total is None else tree_map(add, total, part)
 
 
 def sam_gradient(
@@ -205,7 +206,7 @@ def sam_gradient(
     Parameters
     ----------
     loss : callable
-        ``loss(params) -> scalar``, written with ``torch.func`` in mind.
+        ``loss(params) -> scalar``, which ``torch.func`` can differentiate.
     params : dict of Tensor
         The point :math:`w`.
     rho, p, **settings
@@ -221,5 +222,5 @@ def sam_gradient(
     >>> sam_gradient(lambda params: 0.5 * 3.0 * params["w"] ** 2, {"w": torch.tensor(2.0)}, rho=0.1)
     {'w': tensor(6.3000)}
     """
-    place = SAM(rho, p, **settings)  # type: ignore[arg-type]  # see Recipe: or tensors
-    return place(lambda params, buffers: (loss(params), buffers), params, {})[0]
+    sam = SAM(rho, p, **settings)  # type: ignore[arg-type]  # see Recipe: or tensors
+    return sam(lambda params, buffers: (loss(params), buffers), params, {})[0]

@@ -1,4 +1,4 @@
-"""Flooding for a training loop of your own: a loss module, and gradients that are accumulated."""
+"""Flooding for a training loop of your own: a loss module, and accumulated gradients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,13 +19,13 @@ class FloodingLoss(nn.Module):
     ----------
     loss : callable
         Any loss, e.g. ``nn.CrossEntropyLoss()``.  With ``reduction="none"`` every example is
-        flooded by itself (iFlood) and the mean is taken afterwards.
+        flooded by itself (iFlood), and then the mean is taken.
     flood_level : float or Tensor
         The level, see :func:`flood`.
 
     Notes
     -----
-    Call the raw loss for logging: the flooded one never falls below the level.  Do not use this
+    Log the raw loss: the flooded one never falls below the level.  Do not use this
     module with gradient accumulation: it would flood every microbatch by itself, which is
     another objective (see :func:`flood_gradients_`).
 
@@ -58,14 +58,14 @@ def flood_gradients_(
     Flooding changes a gradient by a sign only:
     :math:`\nabla(|L-b|+b) = \operatorname{sign}(L-b)\,\nabla L`.  So when a batch arrives in
     microbatches (or is spread over several processes), accumulate the gradient of the *raw* mean
-    loss, and multiply once by the sign that the *whole* batch decides.
+    loss, and multiply it once by the sign for the *whole* batch.
 
     Parameters
     ----------
     parameters : iterable of Tensor
         Those whose ``.grad`` holds the gradient of the mean loss of the whole batch and nothing
         else (a penalty that is not to be flooded, such as weight decay, is added afterwards).
-        Parameters without a gradient are left alone.
+        Parameters without a gradient are skipped.
     loss : Tensor
         Scalar: the raw mean loss of the whole batch; in a distributed run, after ``all_reduce``.
     flood_level : float or Tensor

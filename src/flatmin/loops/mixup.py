@@ -14,8 +14,8 @@ from .._tree import Params
 __all__ = ["BatchTransform"]
 
 
-class Vicinity(Protocol):
-    """What sits in the batch place, see :class:`flatmin.Recipe`."""
+class BatchStage(Protocol):
+    """What fills the batch stage, see :class:`flatmin.Recipe`."""
 
     def draw(
         self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
@@ -27,7 +27,7 @@ class Vicinity(Protocol):
 
 
 class BatchTransform:
-    """A vicinity for a training loop of your own: a batch transform, and a collate function.
+    """A batch transform for a training loop of your own, also as a collate function.
 
     Called with a batch of inputs and labels, it returns inputs and (for mixup and label smoothing)
     soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place; the inputs keep
@@ -36,27 +36,28 @@ class BatchTransform:
     Parameters
     ----------
     vicinity : Mixup, Gaussian, LabelSmoothing or Dirac
-        What to draw from.
+        The transform.
     num_classes : int
         K.
     seed : int
-        From which all draws follow: batch number t draws from ``stream(seed, "batch", t)``, which
-        is also what :func:`flatmin.fit` draws for that seed.  Give each process of a distributed
-        run its own.  In a worker of a ``DataLoader``, the worker's own seed, which is new in every
-        epoch, joins it.
+        Determines all draws: batch number t draws from ``stream(seed, "batch", t)``, as
+        :func:`flatmin.fit` does for that seed.  Give each process of a distributed run its own.  In
+        a worker of a ``DataLoader`` the draws also depend on the worker's seed, which is new in
+        every epoch.
 
     Attributes
     ----------
     count : int
-        How many batches have been drawn; set it to go on where an interrupted run stopped.
+        How many batches have been drawn; set it to resume an interrupted run.
 
     Raises
     ------
     TypeError
-        For inputs that are not floating point, or samples that are no pairs.
+        For inputs that are not floating point, or samples that are not pairs.
     ValueError
-        For labels outside 0 … K−1 (on the CPU; a GPU is not waited for).  For labels with an
-        ``ignore_index``, mix the inputs with :func:`~flatmin.mix` and the losses with :func:`~flatmin.mix_losses`.
+        For labels outside 0 … K−1 (checked on a CPU only: the check would wait for a GPU).  For
+        labels with an ``ignore_index``, mix the inputs with :func:`~flatmin.mix` and the losses
+        with :func:`~flatmin.mix_losses`.
 
     Examples
     --------
@@ -78,7 +79,7 @@ class BatchTransform:
     ...     x, y = mixup(*batch, *other)
     """
 
-    def __init__(self, vicinity: Vicinity, num_classes: int, seed: int = 0) -> None:
+    def __init__(self, vicinity: BatchStage, num_classes: int, seed: int = 0) -> None:
         self.vicinity = vicinity
         self.num_classes = whole("num_classes", num_classes)
         self.seed = whole("seed", seed, 0)
@@ -96,7 +97,7 @@ class BatchTransform:
         return self.vicinity(x, y, draw, self.num_classes, *other)
 
     def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
-        """The batch of a list of samples ``(x, y)``: ``DataLoader(..., collate_fn=….collate)``."""
+        """The batch of the samples ``(x, y)``: ``DataLoader(..., collate_fn=….collate)``."""
         batch = default_collate(samples)
         if not isinstance(batch, list | tuple) or len(batch) != 2:
             raise TypeError(f"samples must be pairs (x, y), got {type(samples[0]).__name__}")

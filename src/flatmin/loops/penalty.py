@@ -18,15 +18,15 @@ def gradient_penalty(
 
     .. math:: \tfrac\lambda2\|\nabla L\|^2 \quad\text{or}\quad \lambda\|\nabla L\|
 
-    Its ``backward`` differentiates through the gradient, so it costs about twice another pass.
+    Its ``backward`` differentiates through the gradient, so it costs about two more passes.
 
     Parameters
     ----------
     loss : Tensor
         One number, with its graph.
     parameters : iterable of Tensor
-        With respect to which the gradient is taken; those that need none, or that the loss does
-        not depend on, count as zero.
+        With respect to which the gradient is taken; those that require none, or that the loss
+        does not depend on, count as zero.
     penalty : float or Tensor
         The weight :math:`\lambda\ge0`.
     squared : bool
@@ -48,11 +48,11 @@ def gradient_penalty(
     hyperparameter("penalty", penalty, 0)
     parameters = [w for w in parameters if w.requires_grad]
     if not parameters:
-        raise ValueError("parameters must have at least one that requires a gradient, got none")
+        raise ValueError("parameters must include one that requires a gradient, got none")
     if loss.ndim:
         raise ValueError(f"loss must be one number, got shape {tuple(loss.shape)}")
-    found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    grads = {str(i): g for i, g in enumerate(found) if g is not None}
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    grads = {str(i): g for i, g in enumerate(gradients) if g is not None}
     if not grads:
         return loss * 0
     return (

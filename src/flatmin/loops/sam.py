@@ -1,7 +1,7 @@
-r"""SAM as an optimizer: for a training loop of your own.
+r"""SAM as an optimizer, for a training loop of your own.
 
-The perturbation is that of :mod:`flatmin.gradient.sam`, which derives it; what stands around it here
-keeps the weights safe, whatever happens in the second pass.
+:mod:`flatmin.gradient.sam` derives the perturbation.  The code around it here restores the weights,
+whatever happens in the second pass.
 """
 
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._ball import check_ball, perturbation, total_of
+from .._ball import check_ball, perturbation, total_over_tensors
 
 __all__ = ["SAM"]
 
@@ -27,23 +27,14 @@ Layout = Any  # of a sharded tensor: its mesh and placements; None: not sharded
 RandomState = dict[Any, Tensor]  # by device (None: the CPU), or by module and name of a buffer
 
 
-# -------------------------------------------------------------------------------------- the kernel
-
-
-# ------------------------------------------------------------------------------- the gradient place
-
-
-# ------------------------------------------------------------------------------------ the optimizer
-
-
 def _eager(method: Callable[P, T]) -> Callable[P, T]:
-    """Not traced by ``torch.compile``: what is worth it is the model, and the base's step."""
+    """Not traced by ``torch.compile``: compile the model and the base optimizer's step instead."""
     disabled: Callable[P, T] | None = None
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         nonlocal disabled
-        if disabled is None:  # importing the compiler takes its time, and every optimizer does it
+        if disabled is None:  # not sooner, because importing the compiler is slow
             disabled = torch.compiler.disable(method)
         return disabled(*args, **kwargs)
 
@@ -51,31 +42,31 @@ def _eager(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class SAM(torch.optim.Optimizer):
-    r"""SAM around any optimizer: two passes a step, and the base optimizer takes the step.
+    r"""SAM around any optimizer: two passes per step, and the base optimizer takes the step.
 
     .. math:: w \leftarrow \operatorname{base}\big(w,\ \nabla L(w+\hat\epsilon)\big)
 
     Parameters
     ----------
     base_optimizer : Optimizer
-        Any instance.  Its ``param_groups`` and ``state`` are shared, so that schedulers may be
-        given either, and checkpoints are those of the base optimizer.
+        Any instance.  Its ``param_groups`` and ``state`` are shared, so a scheduler may be given
+        either optimizer, and checkpoints are those of the base optimizer.
     rho : float
         The radius :math:`\rho\ge0`.
     p : float
-        Which norm, in [1, ∞].
+        The norm, in [1, ∞].
     adaptive : bool
         The neighbourhood scales with the weights, :math:`T=|w|+\eta` (ASAM).
     eta : float
         :math:`\eta\ge0` of the adaptive form.
     model : Module, optional
-        The network (as it is called: the ``DistributedDataParallel`` wrapper, where there is one).
-        If it is given, its buffers, such as BatchNorm's statistics, are updated by the first pass
-        alone, and in the two-phase use too, the second pass repeats the first one's random numbers.
+        The network (as it is called: the ``DistributedDataParallel`` wrapper, if there is one).  If
+        it is given, only the first pass updates its buffers, such as BatchNorm's statistics, and
+        the second pass repeats the random numbers of the first in the two-phase use, too.
     per_rank : bool
-        Under ``DistributedDataParallel``: every process climbs its own part of the batch (m-SAM, as
-        in the paper), and one of two all-reduces is saved.  ``step(closure)`` sees to it by
-        ``model.no_sync()``; in the two-phase use put the first pass under it yourself.  ``False``:
+        Under ``DistributedDataParallel``: every process climbs the gradient of its own part of the
+        batch (m-SAM, as in the paper), which saves one of two all-reduces.  ``step(closure)`` runs
+        the first pass under ``model.no_sync()``; in the two-phase use, do so yourself.  ``False``:
         all climb the gradient of the whole batch.
 
     Attributes
@@ -86,29 +77,29 @@ class SAM(torch.optim.Optimizer):
 
     Notes
     -----
-    *Groups.* ``rho``, ``p``, ``adaptive`` and ``eta`` may stand in a parameter group, as ``lr``
-    may.  All groups with one p share one ball, :math:`\|T^{-1}\epsilon\|_p\le1` with
-    :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` in the terms of each group: splitting a group in
-    two changes nothing, and ``rho=0`` leaves a group where it is (biases, say).  The original ASAM
-    code takes biases as not adaptive: give them a group with ``adaptive=False``.
+    *Groups.* ``rho``, ``p``, ``adaptive`` and ``eta`` may be set per parameter group, like ``lr``.
+    All groups with the same p share one ball, :math:`\|T^{-1}\epsilon\|_p\le1` with
+    :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` with each group's settings: splitting a group in
+    two changes nothing, and ``rho=0`` does not perturb a group (biases, say).  The original ASAM
+    code treats biases as not adaptive: give them a group with ``adaptive=False``.
 
-    *What is decided by the base optimizer.*  Weight decay: if it is part of ``base_optimizer``,
-    it is outside of the maximum, and no part of :math:`\hat\epsilon`.  A zero gradient: then
+    *Left to the base optimizer.*  Weight decay: if it is part of ``base_optimizer``, it is outside
+    the maximum, and not part of :math:`\hat\epsilon`.  A zero gradient: then
     :math:`\hat\epsilon=0`, and the base takes the step that it takes at a zero gradient.
 
-    *What is skipped.*  If a gradient is infinite or NaN in either pass, no step is taken, and the
-    weights and the base's state are bitwise what they were.
+    *Skipped steps.*  If a gradient is infinite or NaN in either pass, no step is taken, and the
+    weights and the base's state are bitwise unchanged.
 
     *Clipping* in the closure works: clipping the first gradient does not change
-    :math:`\hat\epsilon`.  So does a scaled loss.
+    :math:`\hat\epsilon`.  A scaled loss works, too.
 
-    *Cost.*  Two forward–backward passes; memory for one copy of the weights, from which they
+    *Cost.*  Two forward–backward passes, and memory for one copy of the weights, from which they
     are restored bitwise whatever happens in the second pass.  (With p≠2, with ``adaptive``, or with
-    groups of different ``rho``, temporaries of the gradient's size live while
-    :math:`\hat\epsilon` is computed.)  Each pass waits for the device once.
+    groups of different ``rho``, computing :math:`\hat\epsilon` takes temporary memory of the
+    gradient's size.)  Each pass waits for the device once.
 
-    *Distributed.*  Sharded parameters (FSDP2, tensor parallel: ``DTensor``) get the norm of the
-    whole.
+    *Distributed.*  The norm of sharded parameters (FSDP2, tensor parallel: ``DTensor``) is that of
+    all shards.
 
     Examples
     --------
@@ -136,10 +127,10 @@ class SAM(torch.optim.Optimizer):
         loss_of(model(x), y).backward()
         optimizer.second_step(zero_grad=True)     # back to w, and the base's step
 
-    Should something fail between the two, ``optimizer.restore()`` brings the weights back.
+    If something fails between the two, ``optimizer.restore()`` brings the weights back.
 
     Gradient accumulation: run all microbatches in the closure.  For m-SAM in one process, pass one
-    closure a shard, ``optimizer.step([closure_1, closure_2])``: each has its own ε̂, and the
+    closure per shard, ``optimizer.step([closure_1, closure_2])``: each has its own ε̂, and the
     gradients are averaged.
 
     float16, with the closure calling ``scaler.scale(loss).backward()``::
@@ -148,8 +139,8 @@ class SAM(torch.optim.Optimizer):
         scaler.update()
 
     or, in two phases, ``scaler.step(optimizer)`` in place of ``second_step()``.  To clip in two
-    phases, ``scaler.unscale_(optimizer)`` goes before; with a closure, a hook of the base sees the
-    unscaled gradient::
+    phases, first call ``scaler.unscale_(optimizer)``; with a closure, use a hook of the base, which
+    sees the unscaled gradient::
 
         def clip(*_):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -163,8 +154,8 @@ class SAM(torch.optim.Optimizer):
         model = DistributedDataParallel(model)
         optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, per_rank=True)
 
-    Lightning: return it from ``configure_optimizers``; automatic optimization passes a closure by
-    itself.  Manual optimization (``self.automatic_optimization = False``)::
+    Lightning: return it from ``configure_optimizers``; automatic optimization passes a closure.
+    Manual optimization (``self.automatic_optimization = False``)::
 
         def training_step(self, batch, batch_idx):
             optimizer = self.optimizers()
@@ -190,8 +181,8 @@ class SAM(torch.optim.Optimizer):
     2021; Kwon et al., *ASAM: Adaptive Sharpness-Aware Minimization*, ICML 2021.
     """
 
-    # GradScaler.step() then calls step() in any case, with the scale and what it found, so that the
-    # weights are restored even where it finds a gradient that is not finite.
+    # With this, GradScaler.step() always calls step() and passes it the scale and what it found, so
+    # the weights are restored even if a gradient is not finite.
     _step_supports_amp_scaling = True
 
     base_optimizer: torch.optim.Optimizer
@@ -219,42 +210,42 @@ class SAM(torch.optim.Optimizer):
         settings = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
         if taken := sorted({*settings} & {*base_optimizer.defaults}):
             raise ValueError(
-                f"base_optimizer must have no hyperparameter of SAM's name, got {taken} in "
+                f"base_optimizer must have no hyperparameter named like SAM's, got {taken} in "
                 f"{type(base_optimizer).__name__}"
             )
         if per_rank and not hasattr(model, "no_sync"):
             raise ValueError(
-                "model must be the DistributedDataParallel module where per_rank is True, "
+                "model must be the DistributedDataParallel module if per_rank is True, "
                 f"got {type(model).__name__}"
             )
-        # What unpickling does: an optimizer's hooks, but no parameters of its own.
+        # As in unpickling: sets up an optimizer's hooks, but no parameters of its own.
         super().__setstate__({"base_optimizer": base_optimizer})
         self.model, self.per_rank, self.skipped = model, per_rank, 0
         self._settings = settings
         self._phase: str | None = None  # between first_step() and its end: "perturbed" or "skip"
-        self._weights, self._buffers = _Store(), _Store()  # what they were before first_step()
-        self._start: RandomState | None = None  # before the first pass, and after it
-        self._after: RandomState | None = None
+        self._weights, self._buffers = _Backup(), _Backup()  # from before first_step()
+        self._random_before: RandomState | None = None  # before the first pass
+        self._random_after: RandomState | None = None  # after the first pass
         for group in self.param_groups:
-            self._complete(group)
+            self._complete_settings(group)
         if model is not None:
             model.register_forward_pre_hook(_BeforeForward(self))
 
-    # The base optimizer's own: nothing is copied, so nothing can differ.
+    # These belong to the base optimizer: nothing is copied, so nothing can differ.
     param_groups, state, defaults = (
         property(
             lambda self, name=name: getattr(self.base_optimizer, name),  # type: ignore[misc]
             lambda self, value, name=name: setattr(self.base_optimizer, name, value),  # type: ignore[misc]
         )
         for name in ("param_groups", "state", "defaults")
-    )  # (mypy infers no lambda with a default)
+    )  # (mypy cannot infer a lambda with a default)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; the group may have ``rho``, ``p``, ``adaptive`` and ``eta``."""
-        self._complete(param_group)
+        self._complete_settings(param_group)
         self.base_optimizer.add_param_group(param_group)
 
-    def _complete(self, group: dict[str, Any]) -> None:
+    def _complete_settings(self, group: dict[str, Any]) -> None:
         for name, value in self._settings.items():
             group.setdefault(name, value)
         check_ball(group["rho"], group["p"], group["eta"])
@@ -263,7 +254,7 @@ class SAM(torch.optim.Optimizer):
         """As in any optimizer."""
         self.base_optimizer.zero_grad(set_to_none)
         if self._phase is None:
-            self._start = None
+            self._random_before = None
 
     # ------------------------------------------------------------------------------ steps
 
@@ -273,13 +264,13 @@ class SAM(torch.optim.Optimizer):
         closure: Callable[[], Any] | Iterable[Callable[[], Any]] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> Any:
-        """Both passes and the base optimizer's step; without a closure, what follows them.
+        """Both passes and the base optimizer's step; without a closure, what follows the passes.
 
         Parameters
         ----------
         closure : callable, or several
             Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss; it is
-            called twice.  Of several, one a shard of the batch, the gradients are averaged.
+            called twice.  With several, one per shard of the batch, the gradients are averaged.
             ``None``: the end of a step in two phases, as :meth:`second_step`.
         scaler : torch.amp.GradScaler, optional
             The one that scales the loss in the closure; call its ``update()`` afterwards.
@@ -296,14 +287,14 @@ class SAM(torch.optim.Optimizer):
                 "step(closure) must get the scaler itself: "
                 "optimizer.step(closure, scaler), then scaler.update()"
             )
-        self.restore()  # of a step that was given up
+        self.restore()  # if a step was given up
         closures = [closure] if callable(closure) else list(closure)
         if not closures:
             raise ValueError(f"closure must be one function, or several, got {closure!r}")
         losses: list[Any] = []
         sums: dict[Tensor, Tensor] = {}
-        for one in closures:
-            loss, finite = self._both_passes(one)
+        for shard_closure in closures:
+            loss, finite = self._both_passes(shard_closure)
             losses.append(loss)
             if not finite:
                 break
@@ -315,18 +306,18 @@ class SAM(torch.optim.Optimizer):
             self._skip(silently=scaled)
         if scaler is not None and scaled:
             if not finite:
-                self._spoil()  # so that the scaler of every process lowers its scale
+                self._make_gradient_infinite()  # so that every process's scaler lowers its scale
             scaler.step(self.base_optimizer)
         elif finite:
             self.base_optimizer.step()
         return losses[0] if callable(closure) else losses
 
     def _both_passes(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
-        """The loss of the first, and whether there was a second, whose gradient is in ``.grad``."""
+        """The loss of the first pass, and whether a second one left its gradient in ``.grad``."""
         before = self._random_state()
         with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
             loss = closure()
-        self._start = before
+        self._random_before = before
         try:
             self.first_step()
             finite = self._phase == "perturbed"
@@ -346,31 +337,31 @@ class SAM(torch.optim.Optimizer):
         Parameters
         ----------
         zero_grad : bool
-            Zero the gradients afterwards, as the second pass needs it.
+            Zero the gradients afterwards, as the second pass requires.
         """
         if self._phase is not None:
             raise RuntimeError(
                 "first_step() was called twice: second_step() must come between, "
                 "or restore() to give up the step"
             )
-        balls = self._balls()
+        groups = self._perturbed_groups()
         weights, grads, layouts = (
-            [x for ball in balls for x in getattr(ball, name)]
+            [x for group in groups for x in getattr(group, name)]
             for name in ("weights", "grads", "layouts")
         )
-        self._weights.make_room(weights, layouts)
-        length = self._weights.length_of(grads)
-        finite = self._agree(math.isfinite(length) or _finite(grads, layouts))
+        self._weights.allocate(weights, layouts)
+        length = self._weights.norm_of(grads)
+        finite = self._finite_in_all_ranks(math.isfinite(length) or _finite(grads, layouts))
         self._weights.save(weights)
         if self.model is not None:
             buffers = [_local(b) for b in self.model.buffers()]
-            self._buffers.make_room(buffers, [None] * len(buffers))
+            self._buffers.allocate(buffers, [None] * len(buffers))
             self._buffers.save(buffers)
-        self._after = self._random_state() if self._start is not None else None
+        self._random_after = self._random_state() if self._random_before is not None else None
         self._phase = "perturbed" if finite else "skip"
         try:
             if finite:
-                _climb(balls, length)
+                _climb(groups, length)
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -395,9 +386,9 @@ class SAM(torch.optim.Optimizer):
         """Back to the weights that :meth:`first_step` found, bitwise, without a step."""
         self._weights.restore()
         self._buffers.restore()
-        if self._after is not None:
-            _set_random_state(self._after)
-        self._phase = self._start = self._after = None
+        if self._random_after is not None:
+            _set_random_state(self._random_after)
+        self._phase = self._random_before = self._random_after = None
 
     def _finish(self) -> None:
         if self._phase is None:
@@ -408,7 +399,7 @@ class SAM(torch.optim.Optimizer):
         scaled = hasattr(self, "found_inf")  # called by a GradScaler
         if not finite or (scaled and self.found_inf) or not _finite(grads, layouts):
             return self._skip(silently=scaled)
-        if grads and scaled and self.grad_scale is not None:  # None: they have been unscaled
+        if grads and scaled and self.grad_scale is not None:  # None: already unscaled
             torch._foreach_mul_(grads, 1 / self.grad_scale.item())
         self.base_optimizer.step()
 
@@ -416,35 +407,35 @@ class SAM(torch.optim.Optimizer):
         self.skipped += 1
         if not silently and self.skipped == 1:
             warnings.warn(
-                "a gradient is infinite or NaN, so the step is skipped; further ones are "
-                "only counted, in the attribute `skipped`",
+                "a gradient is infinite or NaN, so the step is skipped; further skipped "
+                "steps are only counted, in the attribute `skipped`",
                 stacklevel=4,
             )
 
     # ---------------------------------------------------------------------------- gradients
 
-    def _balls(self) -> list["_Ball"]:
-        """The parameters that are to be moved, a ball of settings a group."""
-        balls = []
+    def _perturbed_groups(self) -> list["_PerturbedGroup"]:
+        """The parameters to perturb, with the settings of each group."""
+        groups = []
         for group in self.param_groups:
-            self._complete(group)  # a checkpoint of the base optimizer alone lacks them
-            ball = _Ball(group["rho"], group["p"], group["adaptive"], group["eta"])
-            if ball.rho > 0:
-                ball.fill(group["params"])
-            if ball.weights:
-                balls.append(ball)
-        if self.per_rank and any(x is not None for ball in balls for x in ball.layouts):
+            self._complete_settings(group)  # a checkpoint of the base optimizer lacks them
+            moved = _PerturbedGroup(group["rho"], group["p"], group["adaptive"], group["eta"])
+            if moved.rho > 0:
+                moved.add(group["params"])
+            if moved.weights:
+                groups.append(moved)
+        if self.per_rank and any(x is not None for moved in groups for x in moved.layouts):
             raise ValueError(
-                "per_rank must be False where parameters are sharded: their gradient "
+                "per_rank must be False if parameters are sharded: their gradient "
                 "is that of all processes"
             )
-        return balls
+        return groups
 
     def _gradients(self) -> tuple[list[Tensor], list[Layout]]:
-        every = _Ball()
+        all_groups = _PerturbedGroup()
         for group in self.param_groups:
-            every.fill(group["params"])
-        return every.grads, every.layouts
+            all_groups.add(group["params"])
+        return all_groups.grads, all_groups.layouts
 
     @torch.no_grad()
     def _accumulate(self, sums: dict[Tensor, Tensor], count: int, last: bool) -> None:
@@ -457,21 +448,21 @@ class SAM(torch.optim.Optimizer):
             p.grad = total if p.grad is None else p.grad.copy_(total)
 
     @torch.no_grad()
-    def _spoil(self) -> None:
+    def _make_gradient_infinite(self) -> None:
         for g in self._gradients()[0][:1]:
             g.fill_(math.inf)
 
-    def _agree(self, finite: bool) -> bool:
-        """Whether the gradient is finite in all processes that go on together."""
+    def _finite_in_all_ranks(self, finite: bool) -> bool:
+        """Whether the gradient is finite in all processes that share the step."""
         if not self.per_rank:
-            return finite  # all have the same gradient, or have agreed on its norm
+            return finite  # all processes have the same gradient, or the same norm of it
         flag = torch.tensor(float(finite), device=self.param_groups[0]["params"][0].device)
         torch.distributed.all_reduce(
             flag, torch.distributed.ReduceOp.MIN, getattr(self.model, "process_group", None)
         )
         return bool(flag)
 
-    # ------------------------------------------------------------- what the second pass leaves
+    # ----------------------------------------------------------------------- random numbers
 
     def _random_state(self) -> RandomState:
         devices = {p.device for group in self.param_groups for p in group["params"]}
@@ -491,30 +482,30 @@ class SAM(torch.optim.Optimizer):
         )
 
     def _replay(self) -> None:
-        """From here on, the random numbers of the first pass again; restore() ends it."""
-        _set_random_state(self._start)  # type: ignore[arg-type]  # there is one, or nobody calls
-        self._start = None
+        """Repeat the random numbers of the first pass from here on, until restore()."""
+        _set_random_state(self._random_before)  # type: ignore[arg-type]  # callers check this
+        self._random_before = None
 
     def _before_forward(self) -> None:
         """The model's forward pass is about to begin, in training mode."""
-        if self._phase is None and self._start is None:
-            self._start = self._random_state()
-        elif self._phase is not None and self._start is not None:
+        if self._phase is None and self._random_before is None:
+            self._random_before = self._random_state()
+        elif self._phase is not None and self._random_before is not None:
             self._replay()
 
     # --------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, with SAM's settings in its groups."""
-        self._check_at_rest("state_dict()")
+        self._check_not_perturbed("state_dict()")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From :meth:`state_dict`, or from the base optimizer's alone (the settings stay then)."""
-        self._check_at_rest("load_state_dict()")
-        ours = [{name: group[name] for name in self._settings} for group in self.param_groups]
+        """From :meth:`state_dict`, or from that of the base optimizer alone (settings stay)."""
+        self._check_not_perturbed("load_state_dict()")
+        current = [{name: group[name] for name in self._settings} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
-        for group, settings in zip(self.param_groups, ours, strict=True):
+        for group, settings in zip(self.param_groups, current, strict=True):
             for name, value in settings.items():
                 group.setdefault(name, value)
 
@@ -531,7 +522,7 @@ class SAM(torch.optim.Optimizer):
         return self.base_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_at_rest("pickle or deepcopy")
+        self._check_not_perturbed("pickle or deepcopy")
         kept = {"model": self.model, "per_rank": self.per_rank, "skipped": self.skipped}
         return {"base_optimizer": self.base_optimizer} | self._settings | kept
 
@@ -540,21 +531,21 @@ class SAM(torch.optim.Optimizer):
         self.__init__(**state)  # type: ignore[misc]  # a subclass keeps this signature
         self.skipped = skipped
 
-    def _check_at_rest(self, what: str) -> None:
+    def _check_not_perturbed(self, what: str) -> None:
         if self._phase is not None:
             raise RuntimeError(
-                f"{what} must wait for second_step(): now the weights are moved by "
-                "first_step(); restore() gives up the step"
+                f"{what} must wait for second_step(): first_step() has moved the weights; "
+                "restore() gives up the step"
             )
 
     def __repr__(self) -> str:
         return f"SAM around {self.base_optimizer!r}"
 
 
-# How first_step() does it: on local tensors, with the kernel above.
+# The parts of first_step(), on local tensors.
 
 
-class _Ball:
+class _PerturbedGroup:
     """Parameters that have a gradient, and the settings that they share."""
 
     def __init__(
@@ -565,7 +556,7 @@ class _Ball:
         self.grads: list[Tensor] = []
         self.layouts: list[Layout] = []
 
-    def fill(self, params: Iterable[Any]) -> None:
+    def add(self, params: Iterable[Any]) -> None:
         dtensor = _dtensor()
         for p in params:
             g, layout = p.grad, None
@@ -593,32 +584,32 @@ class _Ball:
         return [torch.tensor(self.rho, device=w.device) for w in self.weights]
 
 
-class _Store:
-    """Room for a copy of some tensors: one piece of memory for all of one type and place."""
+class _Backup:
+    """Copies of tensors, in one piece of memory per dtype, device and layout."""
 
     def __init__(self) -> None:
-        self.kinds: list[tuple[Any, ...]] = []
+        self.allocated: list[tuple[Any, ...]] = []
         self.pieces: dict[tuple[Any, ...], Tensor] = {}
         self.copies: list[Tensor] = []
         self.saved: list[Tensor] = []
 
-    def make_room(self, tensors: list[Tensor], layouts: list[Layout]) -> None:
-        kinds = [(x.shape, x.dtype, x.device, y) for x, y in zip(tensors, layouts, strict=True)]
-        if kinds == self.kinds:
+    def allocate(self, tensors: list[Tensor], layouts: list[Layout]) -> None:
+        wanted = [(x.shape, x.dtype, x.device, y) for x, y in zip(tensors, layouts, strict=True)]
+        if wanted == self.allocated:
             return
         sizes: dict[tuple[Any, ...], list[int]] = {}
-        for shape, *place in kinds:
-            sizes.setdefault(tuple(place), []).append(shape.numel())
+        for shape, *kind in wanted:
+            sizes.setdefault(tuple(kind), []).append(shape.numel())
         self.pieces = {
             (dtype, device, layout): torch.empty(sum(n), dtype=dtype, device=device)
             for (dtype, device, layout), n in sizes.items()
         }
-        views = {place: iter(self.pieces[place].split(n)) for place, n in sizes.items()}
-        self.copies = [next(views[tuple(place)]).view(shape) for shape, *place in kinds]
-        self.kinds = kinds
+        views = {kind: iter(self.pieces[kind].split(n)) for kind, n in sizes.items()}
+        self.copies = [next(views[tuple(kind)]).view(shape) for shape, *kind in wanted]
+        self.allocated = wanted
 
-    def length_of(self, grads: list[Tensor]) -> float:
-        """‖g‖₂, at least in float32, and infinite if a square leaves its range.
+    def norm_of(self, grads: list[Tensor]) -> float:
+        """‖g‖₂, at least in float32, and infinite if a square overflows.
 
         The norm of one piece of memory is far cheaper than the norms of many tensors.
         """
@@ -642,20 +633,20 @@ class _Store:
 
 
 @torch.no_grad()
-def _climb(balls: list[_Ball], length: float) -> None:
+def _climb(groups: list[_PerturbedGroup], length: float) -> None:
     """w ← w + ε̂, in place."""
-    alike = len({ball.rho for ball in balls}) < 2 and not any(ball.adaptive for ball in balls)
-    if alike and all(ball.p == 2 for ball in balls) and 1e-15 < length < 1e15:
-        for ball in balls:  # no square has left float32's range, and no memory is needed
-            torch._foreach_add_(ball.weights, ball.grads, alpha=ball.rho / length)
+    plain = len({group.rho for group in groups}) < 2 and not any(g.adaptive for g in groups)
+    if plain and all(group.p == 2 for group in groups) and 1e-15 < length < 1e15:
+        for group in groups:  # no square has left float32's range, and no memory is needed
+            torch._foreach_add_(group.weights, group.grads, alpha=group.rho / length)
         return
-    for p in dict.fromkeys(ball.p for ball in balls):
-        ours = [ball for ball in balls if ball.p == p]
+    for p in dict.fromkeys(group.p for group in groups):
+        ball = [group for group in groups if group.p == p]
         weights, grads, layouts = (
-            [x for ball in ours for x in getattr(ball, name)]
+            [x for group in ball for x in getattr(group, name)]
             for name in ("weights", "grads", "layouts")
         )
-        rho, scales = (ours[0].rho, None) if alike else (1.0, [t for b in ours for t in b.scales()])
+        rho, scales = (ball[0].rho, None) if plain else (1.0, [t for g in ball for t in g.scales()])
         total = partial(_total_over_shards, layouts=layouts)
         one_device = len({w.device for w in weights}) == 1
         epsilon = perturbation(grads, rho, p, scales, total, foreach=one_device)
@@ -664,47 +655,47 @@ def _climb(balls: list[_Ball], length: float) -> None:
 
 @torch.no_grad()
 def _finite(grads: list[Tensor], layouts: list[Layout]) -> bool:
-    """Whether there is no infinity and no NaN, in any shard."""
+    """Whether no gradient is infinite or NaN, in any shard."""
     kinds = [(g.device, g.dtype) for g in grads]
-    found = {kind: torch.zeros((), device=kind[0]) for kind in set(kinds)}
-    for (device, dtype), flag in found.items():
-        alike = (
+    not_finite = {kind: torch.zeros((), device=kind[0]) for kind in set(kinds)}
+    for (device, dtype), flag in not_finite.items():
+        of_kind = (
             grads
-            if len(found) == 1
+            if len(not_finite) == 1
             else [g for g, kind in zip(grads, kinds, strict=True) if kind == (device, dtype)]
         )
         if device.type in ("cpu", "cuda", "xpu"):  # as GradScaler does it: in one launch
-            torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, torch.ones_like(flag))
+            torch._amp_foreach_non_finite_check_and_unscale_(of_kind, flag, torch.ones_like(flag))
         else:
-            flag.fill_(not all(g.isfinite().all() for g in alike))
+            flag.fill_(not all(g.isfinite().all() for g in of_kind))
     if not any(layouts):
-        return not any(found.values())
-    return not _total_over_shards([found[kind] for kind in kinds], "amax", layouts=layouts)
+        return not any(not_finite.values())
+    return not _total_over_shards([not_finite[kind] for kind in kinds], "amax", layouts=layouts)
 
 
 def _total_over_shards(
     parts: list[Tensor], op: str, power: float = 1, *, layouts: list[Layout]
 ) -> Tensor:
-    """One number of one a tensor, from all shards of those that are sharded."""
+    """One number per tensor reduced to one, over all shards of sharded tensors."""
     if not any(layouts):
-        return total_of(parts, op, power)
+        return total_over_tensors(parts, op, power)
     totals = []
-    for layout in dict.fromkeys(layouts):  # one collective for all tensors that are laid out alike
-        alike = [x for x, y in zip(parts, layouts, strict=True) if y == layout]
-        totals.append(total_of(alike, op, power))
+    for layout in dict.fromkeys(layouts):  # one collective per layout
+        same_layout = [x for x, y in zip(parts, layouts, strict=True) if y == layout]
+        totals.append(total_over_tensors(same_layout, op, power))
         if layout is not None:
             from torch.distributed.tensor import DTensor, Partial, Replicate
 
             mesh, placements = layout
-            how = {"sum": "sum", "amax": "max"}[op]
-            pieces = [Replicate() if x.is_replicate() else Partial(how) for x in placements]
+            reduction = {"sum": "sum", "amax": "max"}[op]
+            pieces = [Replicate() if x.is_replicate() else Partial(reduction) for x in placements]
             part = DTensor.from_local(totals.pop(), mesh, pieces, run_check=False)
             totals.append(part.full_tensor())
-    return total_of(totals, op)
+    return total_over_tensors(totals, op)
 
 
 def _dtensor() -> Any:
-    """The class DTensor; if nobody has imported it, no tensor is one."""
+    """The class DTensor, or () if it was never imported: then no tensor is one."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
@@ -728,7 +719,7 @@ def _set_random_state(states: RandomState) -> None:
 
 
 class _BeforeForward:
-    """A hook that tells SAM of the model's forward passes; a copy of the model has an idle one."""
+    """Tells SAM when the model's forward pass begins; in a copy of the model it does nothing."""
 
     def __init__(self, owner: SAM | None = None) -> None:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None

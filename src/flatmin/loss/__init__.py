@@ -1,4 +1,4 @@
-"""The loss stage: from the losses of the examples to one number."""
+"""The loss stage: from per-example losses to one number."""
 
 from .flooding import Flooding, flood
 

@@ -12,9 +12,9 @@ __all__ = ["Flooding", "flood"]
 def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
     r"""The flooded loss :math:`|\ell - b| + b`, elementwise.
 
-    Above the level :math:`b` its gradient is that of the loss; below, the gradient's negative; at
-    the level itself, zero.  What is flooded is what is passed in: the mean of a batch, the losses
-    of single examples (then average *after* flooding), or one loss for each run of a stack.
+    Above the level :math:`b` its gradient is that of the loss, below it the negative, and at the
+    level zero.  The input may be the mean of a batch, the losses of single examples (then average
+    *after* flooding), or one loss per run of a stack.
 
     Parameters
     ----------
@@ -49,12 +49,12 @@ def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Flooding:
-    r"""The loss place of a recipe, flooded.
+    r"""Flooding as the loss stage of a recipe.
 
     Parameters
     ----------
     flood_level : float
-        The level :math:`b`; a grid may give one a run.
+        The level :math:`b`; a grid may give one per run.
     per_example : bool
         ``False``: :math:`|\bar\ell-b|+b` of the batch's mean (Ishida et al., ICML 2020).
         ``True``: the mean of :math:`|\ell_i-b|+b` (iFlood, Xie et al., ICLR 2022).

@@ -1,4 +1,4 @@
-"""Instruments: what is measured of a trained network, from outside."""
+"""Instruments: measurements of a trained network."""
 
 from .attack import (
     Attack,

@@ -3,9 +3,9 @@ r"""Attacks: the small change of an input that raises its loss most.
 .. math:: \max_{\|\delta\|_p\le\epsilon}\ \ell\big(f(x+\delta),\,y\big), \qquad p\in\{2,\infty\}
 
 :func:`fgsm` takes one step, :func:`pgd` several.  Both are pure functions of a model, inputs and
-labels, and compose with ``torch.func``; :class:`Attack` holds them to a whole stack of networks at
-once.  An attack is *white box* when it uses the gradient of the network that it is tried on, and
-*transferred* when it uses another one's.
+labels, and compose with ``torch.func``; :class:`Attack` applies them to a whole stack of networks
+at once.  An attack is *white box* when it uses the gradient of the network that it attacks, and
+*transferred* when it uses that of another.
 """
 
 import math
@@ -30,7 +30,7 @@ Bounds = tuple[float, float] | None
 
 def steepest(gradient: Tensor, p: float = math.inf) -> Tensor:
     r"""The :math:`\delta` of unit p-norm, for each example, that has the largest
-    :math:`\langle g,\delta\rangle`; 0 where the gradient is.
+    :math:`\langle g,\delta\rangle`; 0 where the gradient is 0.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def steepest(gradient: Tensor, p: float = math.inf) -> Tensor:
 
 
 def project(delta: Tensor, eps: float | Tensor, p: float = math.inf) -> Tensor:
-    r"""The point of the ball :math:`\|\delta\|_p\le\epsilon` closest to ``delta``, by example.
+    r"""For each example, the point of :math:`\|\delta\|_p\le\epsilon` closest to ``delta``.
 
     Examples
     --------
@@ -66,7 +66,7 @@ def project(delta: Tensor, eps: float | Tensor, p: float = math.inf) -> Tensor:
             [ 0.1000,  0.0000]])
     """
     if p == math.inf:
-        return delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both kinds, by whichever eps is
+        return delta.clamp(-eps, eps)  # type: ignore[arg-type]  # two floats or two tensors
     norm = delta.flatten(1).norm(dim=1).reshape(-1, *[1] * (delta.ndim - 1))
     return delta * (eps / norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
 
@@ -89,8 +89,8 @@ def fgsm(
     Parameters
     ----------
     model : callable
-        From inputs [n, ...] to logits [n, K].  A module is put into evaluation mode, and put back
-        afterwards; its buffers and ``.grad`` stay what they are.
+        From inputs [n, ...] to logits [n, K].  A module runs in evaluation mode; its mode, buffers
+        and ``.grad`` are left as they were.
     x : Tensor [n, ...]
         Inputs, floating point; unchanged.
     y : Tensor
@@ -98,7 +98,7 @@ def fgsm(
     eps : float or Tensor
         :math:`\epsilon\ge0`, in the unit of the inputs.
     p : {2, inf}
-        Which norm bounds the change of one example.
+        The norm that bounds the change of an example.
     bounds : (low, high), optional
         Smallest and largest valid entry of an input; the result is clamped to them.
     criterion : callable
@@ -112,8 +112,8 @@ def fgsm(
 
     Notes
     -----
-    Where the loss of an example is exactly 0 in floating point, so is its gradient: a network that
-    is very sure looks robust to any attack by gradient.  Use float64 where that matters.
+    Where the loss of an example is exactly 0 in floating point, so is its gradient: a very
+    confident network looks robust to any gradient-based attack.  Use float64 where that matters.
 
     References
     ----------
@@ -151,12 +151,12 @@ def pgd(
     model, x, y, eps, p, bounds, criterion
         As in :func:`fgsm`.
     steps : int
-        How many.
+        Number of steps.
     step_size : float or Tensor, optional
         :math:`\eta`; default :math:`2\epsilon/\text{steps}`.
     start : Tensor [n, ...] or [restarts, n, ...], optional
         Where :math:`\delta` starts, e.g. from :func:`random_start`; default 0.  With several, each
-        example keeps the one that ends with the highest loss.
+        example keeps the result with the highest loss.
 
     Returns
     -------
@@ -184,8 +184,8 @@ def pgd(
     starts = torch.zeros_like(x)[None] if start is None else start
     if starts.shape[-x.ndim :] != x.shape or starts.ndim > x.ndim + 1:
         raise ValueError(
-            f"start must have shape {list(x.shape)} or [restarts, …] of these, got "
-            f"{list(starts.shape)}"
+            f"start must have shape {list(x.shape)}, optionally after a dimension of restarts, "
+            f"got {list(starts.shape)}"
         )
     losses = lambda x: criterion(model(x), y)
     uphill = grad(lambda x: losses(x).sum())
@@ -200,18 +200,18 @@ def pgd(
             moved = into_the_ball(moved + step_size * steepest(uphill(moved), p))
         return moved
 
-    with torch.no_grad(), evaluation(model):  # `grad` does its work all the same
+    with torch.no_grad(), evaluation(model):  # `grad` works inside no_grad
         first, *others = starts.reshape(-1, *x.shape)
-        found = climb(first)
+        strongest = climb(first)
         for delta in others:
-            again = climb(delta)
-            worse = losses(again) > losses(found)
-            found = torch.where(worse.reshape(-1, *[1] * (x.ndim - 1)), again, found)
-    return found
+            candidate = climb(delta)
+            stronger = losses(candidate) > losses(strongest)
+            strongest = torch.where(stronger.reshape(-1, *[1] * (x.ndim - 1)), candidate, strongest)
+    return strongest
 
 
 def random_start(shape: tuple[int, ...], eps: float, p: float = math.inf, seed: int = 0) -> Tensor:
-    r"""Changes drawn evenly from the ball :math:`\|\delta\|_p\le\epsilon`, for :func:`pgd`.
+    r"""Changes drawn uniformly from the ball :math:`\|\delta\|_p\le\epsilon`, for :func:`pgd`.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ def random_start(shape: tuple[int, ...], eps: float, p: float = math.inf, seed: 
     eps, p
         As in :func:`fgsm`.
     seed : int
-        From which all follows; no global random state is read or changed.
+        Seed of the draws; no global random state is read or changed.
 
     Returns
     -------
@@ -234,7 +234,7 @@ def random_start(shape: tuple[int, ...], eps: float, p: float = math.inf, seed: 
     True
     """
     _check(eps, p)
-    # NumPy's generator, since vmap refuses PyTorch's in an instrument, even an explicit one.
+    # NumPy, because under vmap PyTorch refuses to draw, even from an explicit generator.
     random = np.random.default_rng(whole("seed", seed, 0))
     if p == math.inf:
         return torch.from_numpy(random.uniform(-eps, eps, shape))
@@ -255,11 +255,11 @@ class Attack:
     steps, step_size
         As in :func:`pgd`.  ``Attack(eps, steps=1, step_size=eps)`` is :func:`fgsm`.
     restarts : int
-        How many random starts; 0 starts from the examples themselves.
+        Number of random starts; 0 starts from the examples themselves.
     seed : int
-        Of the random starts.
+        Seed of the random starts.
     source : callable, optional
-        A model, from inputs to logits, whose gradient is used: the attack is transferred from it.
+        A model, from inputs to logits, that the attack is transferred from: its gradient is used.
         Default: white box.
 
     Examples

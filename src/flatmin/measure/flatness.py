@@ -4,12 +4,13 @@ r"""Sharpness: how much the loss rises nearby.
     S_m(w) = \frac1n\sum_{B}|B|\,\max_{\|T^{-1}\epsilon\|_p\le\rho}
     \big[L_B(w+\epsilon) - L_B(w)\big]
 
-over shards B of m examples: the worst neighbour of each shard, not of all examples at once, is what
-m-SAM looks at.  With m=n it is the sharpness of the whole set.  T=1, or :math:`T=|w|+\eta` in the
-adaptive form, whose value does not change when one layer is multiplied and the next divided.
+over shards B of m examples: like m-SAM, it takes the worst-case perturbation of each shard, not of
+all examples at once.  With m=n it is the sharpness of the whole set.  T=1, or
+:math:`T=|w|+\eta` in the adaptive form, whose value does not change when one layer is multiplied
+by a number and the next divided by it.
 
 :func:`sharpness` and :func:`average_sharpness` are for a module, the instruments :class:`Sharpness`
-and :class:`AverageSharpness` hold the same to a whole stack of networks.
+and :class:`AverageSharpness` for a whole stack of networks.
 """
 
 import math
@@ -44,7 +45,7 @@ __all__ = ["AverageSharpness", "Estimate", "Sharpness", "average_sharpness", "sh
 
 @dataclass(frozen=True)
 class _Neighbourhood:
-    r"""The neighbourhood :math:`\{w+Tu:\ \|u\|_p\le\rho\}`; adaptive or not, u is in a plain ball."""
+    r"""The points :math:`\{w+Tu:\ \|u\|_p\le\rho\}`; adaptive or not, u is in a plain ball."""
 
     rho: float
     p: float
@@ -84,26 +85,26 @@ def _sharpness(
     steps: int,
     starts: list[Params],
 ) -> Tensor:
-    r"""The kernel, of one shard: ``loss(w)`` and ``slope(u) = (gradient, loss) at w + Tu``.
+    r"""The kernel, for one shard: ``loss(w)`` and ``slope(u) = (gradient, loss) at w + Tu``.
 
-    The first start is SAM's :math:`\hat\epsilon`.  With ``steps=1`` and no other it is the result;
-    else the highest of all points that were visited, :math:`w` among them.
+    The first start is SAM's :math:`\hat\epsilon`.  With ``steps=1`` and no other start it gives the
+    result; otherwise the highest loss of all visited points does, :math:`w` included.
     """
     zero = {name: torch.zeros_like(x) for name, x in w.items()}
-    g, here = slope(zero)
+    g, loss_at_w = slope(zero)
     u = ball.steepest(g)
     if steps == 1 and not starts:
-        return loss(ball.at(w, u)) - here
-    highest = here
+        return loss(ball.at(w, u)) - loss_at_w
+    highest = loss_at_w
     for start in [u, *starts]:
         u = start
         for _ in range(steps - 1):
             g, value = slope(u)
             highest = torch.maximum(highest, value)
-            step = ball.steepest(g)  # as long as the radius: shorter steps were found to end lower
+            step = ball.steepest(g)  # as long as the radius: shorter steps end lower
             u = ball.project({name: u[name] + step[name] for name in u})
         highest = torch.maximum(highest, loss(ball.at(w, u)))
-    return highest - here
+    return highest - loss_at_w
 
 
 def _over_shards(
@@ -121,29 +122,28 @@ def _over_shards(
     batch_size: int,
     chunk_size: int,
 ) -> Tensor:
-    """The mean over all shards, each with its number of examples."""
+    """The mean over all shards, weighted by their numbers of examples."""
     n = len(x)
     m = min(m or n, n)
     starts = [ball.on_the_edge(normals(w, seed, "sharpness", i)) for i in range(restarts - 1)]
 
-    def of(rows: Tensor) -> Tensor:
+    def shard_sharpness(rows: Tensor) -> Tensor:
         mean = MeanLoss(network, loss, x[rows], y[rows], batch_size)
 
-        def slope(
-            u: Params,
-        ) -> Any:  # one batch after another: the graph of each is gone before the next
+        def slope(u: Params) -> Any:
+            # one batch after another: the graph of each is freed before the next
             climb = grad_and_value(lambda u, *batch: mean.of(ball.at(w, u), *batch))
-            found = [climb(u, *batch) for batch in mean.batches]
-            return {name: sum(g[name] for g, _ in found) for name in u}, sum(v for _, v in found)
+            slopes = [climb(u, *batch) for batch in mean.batches]
+            return {name: sum(g[name] for g, _ in slopes) for name in u}, sum(v for _, v in slopes)
 
         return _sharpness(mean, slope, w, ball, steps, starts)
 
     rows = torch.arange(n, device=x.device)
-    mean = map_rows(of, rows[: n // m * m].view(-1, m), chunk_size).sum() * (m / n)
-    return mean + of(rows[n // m * m :]) * (n % m / n) if n % m else mean
+    mean = map_rows(shard_sharpness, rows[: n // m * m].view(-1, m), chunk_size).sum() * (m / n)
+    return mean + shard_sharpness(rows[n // m * m :]) * (n % m / n) if n % m else mean
 
 
-def _around(
+def _average_rise(
     network: Network,
     loss: Loss,
     w: Params,
@@ -155,13 +155,13 @@ def _around(
     seed: int,
     batch_size: int,
 ) -> Tensor:
-    """How much the loss rises, as the mean of two opposite points of the sphere: [directions]."""
+    """The rise of the loss, averaged over two opposite points of the sphere: [directions]."""
     value = MeanLoss(network, loss, x, y, batch_size)
 
     def rise(i: int) -> Tensor:
         u = ball.on_the_edge(normals(w, seed, "average sharpness", i))
-        other = {name: -v for name, v in u.items()}
-        return (value(ball.at(w, u)) + value(ball.at(w, other))) / 2
+        opposite = {name: -v for name, v in u.items()}
+        return (value(ball.at(w, u)) + value(ball.at(w, opposite))) / 2
 
     return torch.stack([rise(i) for i in range(directions)]) - value(w)
 
@@ -187,49 +187,48 @@ def sharpness(
     chunk_size: int = 16,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""The rise of the loss to the worst neighbour that is found: (m-)sharpness.
+    r"""The rise of the loss under the worst perturbation found: (m-)sharpness.
 
     .. math::
         \frac1n\sum_B |B|\,\max_{\|T^{-1}\epsilon\|_p\le\rho}\big[L_B(w+\epsilon)-L_B(w)\big]
 
-    With ``steps=1`` the neighbour is :math:`w+\hat\epsilon`, as SAM takes it
-    (:func:`~flatmin.dual_norm_perturbation`).  With more, the search goes on from there by
-    projected gradient ascent, each step as long as :math:`\rho`, and again from random points of
-    the ball's edge; what counts is the highest loss on the way, so that the result
-    is not below 0, nor below that of one step.  It is a lower bound of the maximum, and where the
-    loss is convex in the ball at least the first-order rise :math:`\rho\|Tg\|_q`.
+    With ``steps=1`` the perturbation is SAM's :math:`\hat\epsilon`
+    (:func:`~flatmin.dual_norm_perturbation`).  More steps continue from there by projected gradient
+    ascent, each as long as :math:`\rho`; restarts begin at random points of the ball's edge.  The
+    highest loss on the way counts, so the result is neither below 0 nor below that of one step.  It
+    is a lower bound of the maximum, and at least the first-order rise :math:`\rho\|Tg\|_q` where
+    the loss is convex in the ball.
 
     The network is in evaluation mode; batch norm keeps its running statistics.
 
     Parameters
     ----------
     model : Module
-        Neighbours differ in its parameters that require a gradient.
+        Its parameters that require a gradient are perturbed.
     loss : callable
-        ``loss(model(x), y)`` gives one number an example, or their mean.
+        ``loss(model(x), y)`` gives one number per example, or their mean.
     x, y : Tensor
         Examples [n, ...] and targets [n, ...], on the model's device.
     rho : float
         The radius :math:`\rho\ge0`.
     p : float
-        Which norm, in [1, ∞].
+        The norm, in [1, ∞].
     adaptive : bool
         ``True``: :math:`T=|w|+\eta`.  ``False``: :math:`T=1`.
     eta : float
-        :math:`\eta\ge0` of the adaptive form; invariant to a rescaling of layers is the one with 0.
+        :math:`\eta\ge0` of the adaptive form; at 0 it is invariant to rescaling of layers.
     steps, restarts : int
-        How many steps from each start, and how many starts.
+        Number of steps from each start, and of starts.
     m : int, optional
-        How many examples a shard has; they are taken in order, and the last may have fewer.
-        Default: all.
+        Examples per shard, taken in order; the last shard may have fewer.  Default: all.
     seed : int
-        Of the random starts.
+        Seed of the random starts.
     batch_size, chunk_size : int
-        How many examples of a shard, and how many shards, are computed at once.  Each shard has
-        weights of its own.  The result depends on both by rounding only.
+        How many examples of a shard, and how many shards, are computed at once.  Each shard
+        needs its own copy of the weights.  The result depends on both only by rounding.
     dtype : torch.dtype, optional
-        ``torch.float64`` computes with copies in double precision: a rise of less than 1e-6 of the
-        loss is rounding otherwise.
+        ``torch.float64`` computes with copies in double precision: otherwise a rise below 1e-6 of
+        the loss is rounding.
 
     Returns
     -------
@@ -252,7 +251,8 @@ def sharpness(
     >>> sharpness(model, squared, torch.ones(3, 1), torch.ones(3), rho=0.2)
     tensor(0.2200)
 
-    Examples that pull in two directions: together they are at a minimum, and flatter than apart.
+    Two examples that pull in opposite directions: together they are at a minimum, flatter than each
+    alone.
 
     >>> x, y = torch.ones(2, 1), torch.tensor([1.0, -1.0])
     >>> sharpness(model, squared, x, y, 0.2, steps=3), sharpness(model, squared, x, y, 0.2, m=1)
@@ -261,7 +261,7 @@ def sharpness(
     settings = Sharpness(
         rho, p, adaptive, eta, steps, restarts, m, seed, None, loss, batch_size, chunk_size
     )
-    with inspecting(model), torch.no_grad():  # torch.func takes its gradients all the same
+    with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
         return settings(*as_function(model, x, y, dtype))
 
 
@@ -302,7 +302,7 @@ def average_sharpness(
     directions : int
         How many, at least 2.  Both ends of each are averaged, which removes the slope.
     seed : int
-        Of the directions.
+        Seed of the directions.
 
     Returns
     -------
@@ -342,7 +342,7 @@ class Sharpness:
     loss : callable
         From logits [n, K] and targets to losses [n].
     batch_size, chunk_size : int
-        As in :func:`sharpness`; the networks of the stack are side by side besides.
+        As in :func:`sharpness`, for each network of the stack.
 
     Returns
     -------
@@ -409,7 +409,7 @@ class AverageSharpness:
     rho, adaptive, eta, directions, seed, batch_size
         As in :func:`average_sharpness`; all networks get the same directions.
     standard_error : bool
-        Return also the standard error: [2].
+        Also return the standard error: [2].
     examples, loss
         As in :class:`Sharpness`.
 
@@ -439,7 +439,7 @@ class AverageSharpness:
 
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with plain_attention():
-            rise = _around(
+            rise = _average_rise(
                 network,
                 self.loss,
                 params,

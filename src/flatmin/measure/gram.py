@@ -8,18 +8,16 @@ A small step of gradient descent on example 1 changes the loss of example 2 by
 so the sign of :math:`g_1\cdot g_2` says whether the step helps, and the cosine how well the two
 directions agree (Fort, Nowak, Jastrzębski, Narayanan, arXiv 1901.09491).
 
-All pairs of a few thousand examples are wanted, and a network has more parameters than memory has
-room for that many gradients.  But the gradient of a layer is a sum of outer products, of what goes
-in, :math:`a`, with what comes back, :math:`\delta`, and inner products of those factorize: for a
-linear layer with a bias
+The gradients of a few thousand examples do not fit into memory.  But the gradient of a layer is a
+sum of outer products of its input, :math:`a`, and the gradient of its output, :math:`\delta`, and
+inner products of those factorize: for a linear layer with a bias
 
 .. math:: g_i\cdot g_j = (a_i\cdot a_j + 1)\,(\delta_i\cdot\delta_j).
 
-One forward and one backward pass of a batch give all :math:`a` and :math:`\delta`.  How they are
-caught: while the network runs, a :class:`torch.overrides.TorchFunctionMode` sees every operation
-of PyTorch that a parameter enters.  Which parameters are used *only* by operations known here
-(``_OPERATIONS``) is found out, not assumed; the rest get :func:`torch.func.vmap` of
-:func:`torch.func.grad`.
+One forward and one backward pass of a batch give all :math:`a` and :math:`\delta`: while the
+network runs, a :class:`torch.overrides.TorchFunctionMode` sees every operation of PyTorch that uses
+a parameter.  It covers the parameters that are used *only* by operations known here
+(``_OPERATIONS``); the others get :func:`torch.func.vmap` of :func:`torch.func.grad`.
 """
 
 import functools
@@ -79,7 +77,7 @@ class Stiffness:
 
     Notes
     -----
-    A gradient with a NaN makes its own row and column NaN, in all of them, and nothing else.
+    A gradient with a NaN makes its own rows, columns and norm NaN, and nothing else.
     """
 
     gram: Tensor
@@ -114,7 +112,7 @@ def stiffness(
     model : Module
         Any; the first dimension of its input and output counts examples.
     loss : callable
-        ``loss(model(x), y)`` gives one number an example, [n]; e.g.
+        ``loss(model(x), y)`` gives one number per example, [n]; e.g.
         ``nn.CrossEntropyLoss(reduction="none")``.
     x1, y1 : Tensor
         Inputs [n1, ...] and targets [n1, ...], on the model's device.
@@ -123,20 +121,20 @@ def stiffness(
     chunk_size : int, optional
         How many examples go through the network at once.
     memory : float
-        How many bytes to plan with: it sets ``chunk_size`` unless that is given, and how many
-        examples' factors are kept before others stream past them.  A guide, not a limit.
+        How many bytes to plan with: it sets ``chunk_size`` unless that is given, and for how many
+        examples the factors are kept while others stream past.  A guide, not a limit.
 
     Returns
     -------
     Stiffness
         ``.gram``, ``.sign``, ``.cosine`` [n1, n2], and the norms of the gradients.  In single
-        precision for a network in half precision.  Depends on ``chunk_size`` and ``memory`` by
-        rounding only.
+        precision for a network in half precision.  Depends on ``chunk_size`` and ``memory`` only
+        by rounding.
 
     Raises
     ------
     ValueError
-        If sizes disagree, ``loss`` does not return one number an example, no parameter requires a
+        If sizes disagree, ``loss`` does not return one number per example, no parameter requires a
         gradient, or batch norm takes its statistics from the batch even in evaluation mode
         (``track_running_stats=False``): then an example has no gradient of its own.
     TypeError
@@ -144,22 +142,22 @@ def stiffness(
 
     Notes
     -----
-    What is done for a parameter depends on how it is used (by a module or by a plain function).
+    The method for a parameter depends on how it is used (by a module or by a plain function).
     With T the positions at which a layer sees an example (1 for a vector; the length of a sequence;
     the pixels of a convolution's output; summed over all uses if there are several), I its inputs
-    and O its outputs at a position:
+    and O its outputs per position:
 
-    - *Linear* layers and *convolutions* (with groups, stride, padding, dilation; then I and O are a
-      group's, and I counts the pixels of a patch): pairs of positions cost T²(I + O), by the
-      identity above summed over them; forming the gradients of a block of examples costs IO.  The
-      cheaper is taken: the identity for vectors and for small maps of many channels, the
-      gradients for long sequences and for large maps of few channels (made by one convolution
-      with a group an example on a CPU, from patches elsewhere; of their products symmetry then
-      saves half, and nothing more).  With the identity, the bias is one more input that is always 1.
-    - *Embeddings*: the same, where I is the vocabulary and a factor a comparison of two tokens.
+    - *Linear* layers and *convolutions* (with groups, stride, padding, dilation; then I and O are
+      those of a group, and I counts the pixels of a patch): the identity above, summed over pairs
+      of positions, costs T²(I + O); computing the gradients of a block of examples costs IO.  The
+      cheaper is taken: the identity for vectors and for small maps of many channels, the gradients
+      for long sequences and for large maps of few channels (by one convolution with a group per
+      example on a CPU, from patches elsewhere).  With the identity, the bias is one more input
+      that is always 1.
+    - *Embeddings*: the same, where I is the vocabulary and :math:`a\cdot a'` compares two tokens.
     - *Scales and biases* (of layer, group, instance, RMS, and batch norm, or any parameter that
-      is added to or multiplied with activations): small, formed.
-    - *Everything else*, and every parameter with one use that is not listed here (weights of
+      is added to or multiplied with activations): small, so their gradients are computed.
+    - *Everything else*, and every parameter with a use that is not listed here (weights of
       recurrent layers and of ``nn.MultiheadAttention``, transposed convolutions, …):
       ``vmap(grad)``, in chunks; one example after another if ``vmap`` cannot run the model.
 
@@ -167,11 +165,11 @@ def stiffness(
     gradient is the sum over the uses.
 
     Model, mode, buffers, ``.grad`` and global random state are left as they were, also after an
-    exception.  Examples must not otherwise act on each other inside of the model.
+    exception.  Examples must not otherwise influence each other inside the model.
 
-    On a GPU small networks wait for their kernels to be launched, and more of them are launched
-    here than by ``vmap(grad)``, which for some hundred examples can take half the time.  It needs
-    more memory: ``benchmarks/README.md``.
+    On a GPU, kernel launches dominate the time of small networks, and ``vmap(grad)`` needs fewer:
+    for a few hundred examples it can take half the time.  It needs more memory:
+    ``benchmarks/README.md``.
 
     References
     ----------
@@ -181,7 +179,7 @@ def stiffness(
 
     Examples
     --------
-    Of a linear model's squared error the gradient is residual · input:
+    The gradient of a linear model's squared error is residual · input:
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
@@ -209,37 +207,39 @@ def stiffness(
         whole("chunk_size", chunk_size)
     memory = number("memory", memory, 1)
     with evaluation(model), torch.inference_mode(False), torch.no_grad():
-        passes = _Passes(model, loss, x1, y1)
-        chunk = chunk_size or min(256, max(1, int(memory / 4 / passes.bytes_passing)))
-        block = chunk * max(1, int(memory / 2 / passes.bytes_kept / chunk))
+        gradients_of = _ModuleGradients(model, loss, x1, y1)
+        chunk = chunk_size or min(256, max(1, int(memory / 4 / gradients_of.bytes_passing)))
+        block = chunk * max(1, int(memory / 2 / gradients_of.bytes_kept / chunk))
         slices = lambda a, n: [slice(i, min(i + chunk, n)) for i in range(a, n, chunk)]
-        dtype = _full(next(model.parameters())).dtype
+        dtype = _upcast(next(model.parameters())).dtype
         inner = torch.zeros(n1, len(x1 if x2 is None else x2), dtype=dtype, device=x1.device)
-        # of the chunks: squares of the gradients' norms, and units
+        # for each chunk: squares of the gradients' norms, and units
         norms1: list[tuple[Tensor, Tensor]] = []
         norms2: list[tuple[Tensor, Tensor]] = []
         for a in range(0, n1, block):
-            kept = [(rows, passes(x1[rows], y1[rows])) for rows in slices(a, min(a + block, n1))]
-            for i, (rows, features) in enumerate(kept):
-                norms1.append((features.squares, features.unit))
+            kept = [
+                (rows, gradients_of(x1[rows], y1[rows])) for rows in slices(a, min(a + block, n1))
+            ]
+            for i, (rows, gradients) in enumerate(kept):
+                norms1.append((gradients.squares, gradients.unit))
                 if x2 is None:
-                    inner[rows, rows] = _symmetric(_inner(features, features))
-                    for columns, others in kept[i + 1 :]:
-                        inner[rows, columns] = _inner(features, others)
+                    inner[rows, rows] = _symmetric(_inner(gradients, gradients))
+                    for columns, other in kept[i + 1 :]:
+                        inner[rows, columns] = _inner(gradients, other)
                         inner[columns, rows] = inner[rows, columns].mT
             x, y, first = (x1, y1, a + block) if x2 is None or y2 is None else (x2, y2, 0)
             for columns in slices(first, len(x)):
-                others = passes(x[columns], y[columns])
-                for rows, features in kept:
-                    inner[rows, columns] = _inner(features, others)
+                other = gradients_of(x[columns], y[columns])
+                for rows, gradients in kept:
+                    inner[rows, columns] = _inner(gradients, other)
                     if x2 is None:
                         inner[columns, rows] = inner[rows, columns].mT
                 if x2 is not None and a == 0:
-                    norms2.append((others.squares, others.unit))
+                    norms2.append((other.squares, other.unit))
             del kept
     squares1, unit1 = (torch.cat(part) for part in zip(*norms1))
     squares2, unit2 = (torch.cat(part) for part in zip(*(norms1 if x2 is None else norms2)))
-    return _result(inner, squares1, unit1, squares2, unit2)
+    return _as_stiffness(inner, squares1, unit1, squares2, unit2)
 
 
 def network_stiffness(
@@ -259,7 +259,7 @@ def network_stiffness(
     ----------
     network : callable
         ``network(params, x)`` gives the output [n, ...] in evaluation mode, by
-        :func:`torch.func.functional_call` with ``params`` just as they come in.
+        :func:`torch.func.functional_call` with ``params`` passed on unchanged.
     params : dict of Tensor
         Gradients are taken with respect to all of them.
     x1, y1, x2, y2, loss
@@ -287,14 +287,14 @@ def network_stiffness(
         raise ValueError("x2 and y2 must be given both or neither")
     if x2 is not None:
         check_examples("2", x2, y2)
-    with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other attention
-        plan = _functional_plan(network, params, x1)
-        one = _functional_pass(network, params, loss, plan, x1, y1)
+    with sdpa_kernel(SDPBackend.MATH):  # vmap supports no other attention
+        uses = _functional_uses(network, params, x1)
+        one = _functional_gradients(network, params, loss, uses, x1, y1)
         two = one
         if x2 is not None and y2 is not None:
-            two = _functional_pass(network, params, loss, plan, x2, y2)
+            two = _functional_gradients(network, params, loss, uses, x2, y2)
     inner = _inner(one, two) if x2 is not None else _symmetric(_inner(one, one))
-    return _result(inner, one.squares, one.unit, two.squares, two.unit)
+    return _as_stiffness(inner, one.squares, one.unit, two.squares, two.unit)
 
 
 def residual_stiffness(
@@ -305,10 +305,10 @@ def residual_stiffness(
     .. math:: \frac{r_i\cdot r_j}{\|r_i\|\|r_j\|}, \qquad
               r_i = \mathrm{softmax}(z_i) - \mathrm{onehot}(y_i),
 
-    which is the stiffness of the last layer's bias.  It is there before anything is learned: where
+    which is the stiffness of the last layer's bias.  It exists before anything is learned: where
     all K probabilities are equal, the cosine is 1 within a class and −1/(K−1) between classes,
-    whatever the inputs, and even with random labels.  Stiffness says something about a network as
-    far as it differs from this.
+    whatever the inputs, and even with random labels.  Stiffness is informative about a network only
+    as far as it differs from this.
 
     Parameters
     ----------
@@ -327,18 +327,15 @@ def residual_stiffness(
     if (logits2 is None) != (y2 is None):
         raise ValueError("logits2 and y2 must be given both or neither")
 
-    def features(logits: Tensor, y: Tensor) -> _Features:
+    def gradients(logits: Tensor, y: Tensor) -> _ExampleGradients:
         # computed as the cross-entropy's gradient, so that it is rounded as in the bias itself
         residual = grad(lambda z: example_losses(z, y).sum())(logits)
         unit = _unit([residual], len(logits))
-        return _Features({"": _Formed(_full(residual / unit[:, None]))}, unit)
+        return _ExampleGradients({"": _Explicit(_upcast(residual / unit[:, None]))}, unit)
 
-    one = features(logits1, y1)
-    two = one if logits2 is None or y2 is None else features(logits2, y2)
-    return _result(_inner(one, two), one.squares, one.unit, two.squares, two.unit)
-
-
-# ---------------------------------------------------------------------------------------- classes
+    one = gradients(logits1, y1)
+    two = one if logits2 is None or y2 is None else gradients(logits2, y2)
+    return _as_stiffness(_inner(one, two), one.squares, one.unit, two.squares, two.unit)
 
 
 def gradient_norm(
@@ -358,7 +355,7 @@ def gradient_norm(
     Returns
     -------
     Tensor
-        One number, in nats a unit of weight.
+        One number, in nats per unit of weight.
 
     Examples
     --------
@@ -373,6 +370,9 @@ def gradient_norm(
     return norm(grad(loss)(params))
 
 
+# ---------------------------------------------------------------------------------------- classes
+
+
 def class_matrix(
     values: Tensor, classes1: Tensor, classes2: Tensor | None = None, *, num_classes: int
 ) -> Tensor:
@@ -381,7 +381,7 @@ def class_matrix(
     Parameters
     ----------
     values : Tensor
-        One value a pair, [n1, n2], such as ``.cosine`` or ``.sign`` of a :class:`Stiffness`.
+        One value per pair, [n1, n2], such as ``.cosine`` or ``.sign`` of a :class:`Stiffness`.
     classes1, classes2 : Tensor
         The examples' classes, integers in [0, num_classes), [n1] and [n2].  Without ``classes2``,
         rows and columns are the same examples, and the diagonal, where :math:`X_1=X_2`, is left
@@ -412,7 +412,7 @@ def class_matrix(
     sizes = (len(classes1), len(classes1 if classes2 is None else classes2))
     if values.ndim != 2 or values.shape != sizes:
         raise ValueError(
-            f"values must have one row and one column an example, {sizes}, "
+            f"values must have one row and one column per example, {sizes}, "
             f"got shape {tuple(values.shape)}"
         )
     same = classes2 is None
@@ -513,7 +513,7 @@ def input_distance(x1: Tensor, x2: Tensor | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class CriticalLength:
-    """Where stiffness, as a line in the inputs' distance, falls to zero.
+    """Where stiffness, fitted as a line in the inputs' distance, falls to zero.
 
     Attributes
     ----------
@@ -525,7 +525,7 @@ class CriticalLength:
         Its bootstrap interval.  NaN unless the lines of at least ``confidence`` of the resamples
         cross zero within the data.
     crossing : float
-        Share of the resamples whose lines do.
+        Share of the resamples whose lines cross zero within the data.
     slope, intercept : float
         The line, by least squares.
     """
@@ -570,7 +570,7 @@ def critical_length(
     confidence : float
         Coverage of the interval from ``low`` to ``high``, between two quantiles.
     seed : int
-        Of the resamples.
+        Seed of the resamples.
 
     Returns
     -------
@@ -579,8 +579,8 @@ def critical_length(
     Notes
     -----
     The bootstrap draws *examples*, and takes all pairs of those drawn: n examples make n² pairs,
-    but pairs that share an example vary together, and an interval from drawn pairs would be too
-    narrow by far.  An example that is drawn twice makes no pair with itself.
+    but pairs that share an example vary together, and an interval from drawn pairs would be far
+    too narrow.  An example that is drawn twice makes no pair with itself.
 
     Examples
     --------
@@ -604,12 +604,12 @@ def critical_length(
     if same:
         pairs = pairs & ~torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
     nan = math.nan
-    nothing = CriticalLength(nan, nan, nan, 0.0, nan, nan)
+    undefined = CriticalLength(nan, nan, nan, 0.0, nan, nan)
     if not pairs.any():
-        return nothing
+        return undefined
     s, d = values.double(), distance.double()
-    near, far = d[pairs].min(), d[pairs].max()
-    middle = (near + far) / 2  # a centred distance keeps the sums below accurate
+    nearest, farthest = d[pairs].min(), d[pairs].max()
+    middle = (nearest + farthest) / 2  # a centred distance keeps the sums below accurate
     centred = d - middle
     terms = [torch.ones_like(d), centred, centred**2, s, centred * s]
     terms = [torch.where(pairs, term, 0) for term in terms]
@@ -620,25 +620,26 @@ def critical_length(
         slope = (w * wds - wd * ws) / (w * wdd - wd**2)
         intercept = (ws - slope * wd) / w - slope * middle
         xi = -intercept / slope
-        falls_to_zero = (slope < 0) & (near <= xi) & (xi <= far)
+        falls_to_zero = (slope < 0) & (nearest <= xi) & (xi <= farthest)
         return slope, intercept, torch.where(falls_to_zero, xi, math.nan)
 
-    def drawn(n: int, purpose: str) -> Tensor:
+    def draw_counts(n: int, purpose: str) -> Tensor:
         """How often each of n examples is drawn, [B, n]."""
         draws = torch.randint(n, (resamples, n), generator=stream(seed, purpose))
         return torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n)).to(s)
 
-    if near == far:
-        return nothing
-    everyone = [s.new_ones(1, n) for n in sizes]
-    slope, intercept, xi = (float(v) for v in lines(*everyone))
-    weights1 = drawn(sizes[0], "bootstrap of rows")
-    found = lines(weights1, weights1 if same else drawn(sizes[1], "bootstrap of columns"))[2]
-    found = found[~found.isnan()]
-    crossing, low, high = len(found) / resamples, math.nan, math.nan
+    if nearest == farthest:
+        return undefined
+    each_once = [s.new_ones(1, n) for n in sizes]
+    slope, intercept, xi = (float(v) for v in lines(*each_once))
+    weights1 = draw_counts(sizes[0], "bootstrap of rows")
+    weights2 = weights1 if same else draw_counts(sizes[1], "bootstrap of columns")
+    crossings = lines(weights1, weights2)[2]
+    crossings = crossings[~crossings.isnan()]
+    crossing, low, high = len(crossings) / resamples, math.nan, math.nan
     if crossing >= confidence:
         tail = (1 - confidence) / 2
-        low, high = found.quantile(found.new_tensor([tail, 1 - tail])).tolist()
+        low, high = crossings.quantile(crossings.new_tensor([tail, 1 - tail])).tolist()
     return CriticalLength(xi, low, high, crossing, slope, intercept)
 
 
@@ -646,8 +647,8 @@ def critical_length(
 
 
 @dataclass(frozen=True)
-class _Formed:
-    """Gradients themselves, [n, P]."""
+class _Explicit:
+    """The gradients themselves, [n, P]."""
 
     gradient: Tensor
 
@@ -662,14 +663,14 @@ class _Formed:
         return self.gradient.norm(dim=1).square()
 
 
-_AT_ONCE = 2**22  # numbers in the largest temporary table: larger ones no cache holds
+_MAX_TEMPORARY = 2**22  # numbers in a temporary tensor, so that it fits into a cache
 
 
 @dataclass(frozen=True)
-class _Outer:
+class _OuterProducts:
     r"""Gradients as sums of outer products, :math:`\sum_t \delta_t a_t^\top`, for each group.
 
-    ``a`` is [groups, n, T, I], or [groups, n, T] whole numbers that stand for one-hot vectors;
+    ``a`` is [groups, n, T, I], or [groups, n, T] integers that stand for one-hot vectors;
     ``d`` is [groups, n, T, O].  With ``bias``, each a has one more component, which is 1.
     """
 
@@ -685,10 +686,10 @@ class _Outer:
         groups, n1, t1, _ = self.d.shape
         _, n2, t2, _ = other.d.shape
         if t1 == t2 == groups == 1:
-            return _positions(self, other)[0]
-        step = max(1, _AT_ONCE // (groups * t1 * n2 * t2))
+            return _position_products(self, other)[0]
+        step = max(1, _MAX_TEMPORARY // (groups * t1 * n2 * t2))
         parts = [
-            _positions(self.rows(slice(i, i + step)), other)
+            _position_products(self.rows(slice(i, i + step)), other)
             .view(groups, -1, t1, n2, t2)
             .sum((0, 2, 4))
             for i in range(0, n1, step)
@@ -699,23 +700,23 @@ class _Outer:
         if self.d.shape[2] == 1 and self.a.is_floating_point():
             return ((self.a.square().sum(-1) + self.bias) * self.d.square().sum(-1)).sum((0, 2))
         groups, n, t, _ = self.d.shape
-        step = max(1, _AT_ONCE // (groups * t * t))
+        step = max(1, _MAX_TEMPORARY // (groups * t * t))
         parts = [self.rows(slice(i, i + step)) for i in range(0, n, step)]
         return torch.cat(
-            [(_match(p.a, p.a, p.bias) * (p.d @ p.d.mT)).sum((0, 2, 3)) for p in parts]
+            [(_input_products(p.a, p.a, p.bias) * (p.d @ p.d.mT)).sum((0, 2, 3)) for p in parts]
         )
 
-    def rows(self, rows: slice) -> "_Outer":
-        return _Outer(self.a[:, rows], self.d[:, rows], self.bias)
+    def rows(self, rows: slice) -> "_OuterProducts":
+        return _OuterProducts(self.a[:, rows], self.d[:, rows], self.bias)
 
 
-def _positions(one: _Outer, two: _Outer) -> Tensor:
+def _position_products(one: _OuterProducts, two: _OuterProducts) -> Tensor:
     """(a·a' + 1)(δ·δ') for all pairs of positions of all pairs of examples: [groups, nT, n'T']."""
     a1, d1, a2, d2 = (t.flatten(1, 2) for t in (one.a, one.d, two.a, two.d))
-    return (d1 @ d2.mT).mul_(_match(a1, a2, one.bias))
+    return (d1 @ d2.mT).mul_(_input_products(a1, a2, one.bias))
 
 
-def _match(a1: Tensor, a2: Tensor, bias: bool) -> Tensor:
+def _input_products(a1: Tensor, a2: Tensor, bias: bool) -> Tensor:
     """Inner products of the last dimensions, plus 1 for a bias; of one-hot vectors, equality."""
     if not a1.is_floating_point():
         return a1[..., :, None] == a2[..., None, :]
@@ -724,10 +725,10 @@ def _match(a1: Tensor, a2: Tensor, bias: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Features:
-    """All that is kept of n examples: their gradients, divided by ``unit`` [n], part by part."""
+class _ExampleGradients:
+    """The gradients of n examples, divided by ``unit`` [n]; one part per group of parameters."""
 
-    parts: dict[str, _Formed | _Outer]
+    parts: dict[str, _Explicit | _OuterProducts]
     unit: Tensor
 
     @property
@@ -735,7 +736,7 @@ class _Features:
         return _sum(part.squares() for part in self.parts.values())
 
 
-def _inner(one: _Features, two: _Features) -> Tensor:
+def _inner(one: _ExampleGradients, two: _ExampleGradients) -> Tensor:
     return _sum(part.inner(two.parts[name]) for name, part in one.parts.items())
 
 
@@ -747,7 +748,7 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return functools.reduce(operator.add, tensors)  # sum() would copy the first, onto 0
 
 
-def _result(
+def _as_stiffness(
     inner: Tensor, squares1: Tensor, unit1: Tensor, squares2: Tensor, unit2: Tensor
 ) -> Stiffness:
     norms1, norms2 = squares1.clamp(min=0).sqrt(), squares2.clamp(min=0).sqrt()
@@ -759,10 +760,10 @@ def _result(
 
 
 def _unit(gradients: list[Tensor], n: int) -> Tensor:
-    """For each example, the power of two next to its gradient with respect to the output.
+    """For each example, the power of two just below the largest entry of its output's gradient.
 
-    Gradients are linear in it, and divided by it throughout: the inner product of two gradients of
-    a fitted network, 1e-25 each, is then not rounded to zero.  A power of two rounds nothing else.
+    All gradients are divided by it: the inner product of two gradients of a fitted network, 1e-25
+    each, is then not rounded to zero.  Dividing by a power of two itself rounds nothing.
     """
     largest = [g.detach().abs().reshape(n, -1).amax(1) for g in gradients if g.shape[0] == n]
     if not largest:
@@ -776,7 +777,7 @@ def _unit(gradients: list[Tensor], n: int) -> Tensor:
 
 
 class _Operation(NamedTuple):
-    """One call of a known operation: its parameters, and their gradients' parts from its input."""
+    """One call of a known operation: its parameters, and how to get their gradients."""
 
     weight: Any
     bias: Any
@@ -784,17 +785,19 @@ class _Operation(NamedTuple):
     kind: str  # "outer": factors(saved, δ) = a, d;  "scale": factors(saved, δ) = the two gradients
     factors: Callable[[Any, Tensor], tuple[Any, ...]]
     groups: int = 1
-    channel: int = -1  # the dimension of δ that the bias has
-    form: Callable[[Tensor, Tensor], Tensor] | None = None  # a faster way to Σ_t δ_t a_tᵀ
+    channel: int = -1  # the dimension of δ along which the bias lies
+    weight_gradients: Callable[[Tensor, Tensor], Tensor] | None = None  # a faster Σ_t δ_t a_tᵀ
 
 
-def _tokens(t: Tensor) -> Tensor:
+def _by_position(t: Tensor) -> Tensor:
     """[n, ..., I] → [1, n, T, I]."""
     return t.reshape(1, t.shape[0], -1, t.shape[-1])
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Operation:
-    return _Operation(weight, bias, input, "outer", lambda a, delta: (_tokens(a), _tokens(delta)))
+    return _Operation(
+        weight, bias, input, "outer", lambda a, delta: (_by_position(a), _by_position(delta))
+    )
 
 
 def _convolution(
@@ -830,16 +833,18 @@ def _convolution(
             delta.reshape(n, groups, -1, out).movedim(1, 0).mT,
         )
 
-    def form(image: Tensor, delta: Tensor) -> Any:
-        """n gradients as the one gradient of a convolution with n groups."""
-        n, beside = len(delta), lambda t: t.reshape(1, -1, *t.shape[2:])
+    def weight_gradients(image: Tensor, delta: Tensor) -> Any:
+        """All n gradients as the gradient of one convolution with n times as many groups."""
+        n, as_channels = len(delta), lambda t: t.reshape(1, -1, *t.shape[2:])
         shape = (n * weight.shape[0], *weight.shape[1:])
-        make = getattr(torch.nn.grad, f"conv{len(size)}d_weight")
-        image, delta = beside(F.pad(image, sides)), beside(delta)
-        return make(image, shape, delta, stride, 0, dilation, n * groups).reshape(n, -1)
+        gradient_of = getattr(torch.nn.grad, f"conv{len(size)}d_weight")
+        image, delta = as_channels(F.pad(image, sides)), as_channels(delta)
+        gradient = gradient_of(image, shape, delta, stride, 0, dilation, n * groups)
+        return gradient.reshape(n, -1)
 
     faster = input.device.type == "cpu"  # there 1.1 to 2.7 times as fast as patches
-    return _Operation(weight, bias, input, "outer", factors, groups, 1, form if faster else None)
+    special = weight_gradients if faster else None
+    return _Operation(weight, bias, input, "outer", factors, groups, 1, special)
 
 
 def _embedding(
@@ -859,13 +864,13 @@ def _embedding(
     def factors(index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         if padding_idx is not None:
             delta = torch.where((index == padding_idx)[..., None], 0, delta)
-        return index.reshape(1, len(index), -1), _tokens(delta)
+        return index.reshape(1, len(index), -1), _by_position(delta)
 
     return _Operation(weight, None, input, "outer", factors)
 
 
-def _norm(function: Callable[..., Tensor]) -> Callable[..., _Operation | None]:
-    """Layer, group, instance, RMS and batch norm: a scale and a bias after something fixed."""
+def _normalization(function: Callable[..., Tensor]) -> Callable[..., _Operation | None]:
+    """Layer, group, instance, RMS and batch norm: a scale and a bias after a fixed map."""
     signature = inspect.signature(function)
 
     def operation(*args: Any, **kwargs: Any) -> _Operation | None:
@@ -875,12 +880,12 @@ def _norm(function: Callable[..., Tensor]) -> Callable[..., _Operation | None]:
         shape = getattr(weight if weight is not None else bias, "shape", None)
         if shape is None:
             return None
-        if "normalized_shape" not in arguments:  # a value a channel
+        if "normalized_shape" not in arguments:  # one value per channel
             shape = (*shape, *[1] * (input.ndim - 2))
-        plain = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
+        settings = {k: v for k, v in arguments.items() if k not in ("input", "weight", "bias")}
 
         def factors(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-            return _sum_to(delta * function(x, **plain), shape), _sum_to(delta, shape)
+            return _sum_to(delta * function(x, **settings), shape), _sum_to(delta, shape)
 
         return _Operation(weight, bias, input, "scale", factors)
 
@@ -910,8 +915,8 @@ _OPERATIONS: dict[Any, Callable[..., _Operation | None]] = {
     F.linear: _linear,
     **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
     F.embedding: _embedding,
-    **{f: _norm(f) for f in (F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm)},
-    F.batch_norm: _norm(F.batch_norm),
+    **{f: _normalization(f) for f in (F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm)},
+    F.batch_norm: _normalization(F.batch_norm),
 }
 _COMMUTATIVE: dict[Any, Callable[[Tensor, Tensor], _Operation]] = {
     torch.mul: _scale,
@@ -925,27 +930,27 @@ _COMMUTATIVE: dict[Any, Callable[[Tensor, Tensor], _Operation]] = {
 
 
 class _Use(NamedTuple):
-    """One operation of a run of a network; its parameters by name."""
+    """One recorded operation, its parameters by name."""
 
     weight: str | None
     bias: str | None
     shape: Any  # of the weight, if there is one
     operation: _Operation
-    output: Any  # what the tape's ``mark`` said of the output
+    output: Any  # what the recorder's ``on_output`` kept of the output
 
 
-class _Tape(TorchFunctionMode):
-    """Sees every operation while a network runs, and notes those whose gradients it knows.
+class _OperationRecorder(TorchFunctionMode):
+    """Records the known operations on parameters while a network runs.
 
     Parameters
     ----------
     params : dict of Tensor
-        The parameters of interest, as the network will use them.
+        The parameters to follow, the very tensors that the network uses.
     n : int
-        The number of examples: an operation is known if the first dimension of its output is.
-    mark : callable
-        From an output to (what is noted, what the network goes on with).
-    cut : bool
+        The number of examples, which a known operation has as the first dimension of its output.
+    on_output : callable
+        From an output to (what is recorded, what the network continues with).
+    detach : bool
         Detach the parameters of the known operations: what still has a gradient has another use.
     """
 
@@ -953,28 +958,28 @@ class _Tape(TorchFunctionMode):
         self,
         params: Params,
         n: int,
-        mark: Callable[[Any], tuple[Any, Any]] = lambda out: (out.shape, out),
-        cut: bool = False,
+        on_output: Callable[[Any], tuple[Any, Any]] = lambda out: (out.shape, out),
+        detach: bool = False,
     ) -> None:
         super().__init__()
         self.names = {id(p): name for name, p in params.items()}
-        self.n, self.mark, self.cut = n, mark, cut
+        self.n, self.on_output, self.detach = n, on_output, detach
         self.uses: list[_Use] = []
-        self.others: set[str] = set()  # have a use that is not known
+        self.used_otherwise: set[str] = set()  # parameters with a use that is not known
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
             _check_batch_norm(inspect.signature(func).bind(*args, **kwargs).arguments)
-        here = {id(v) for v in tree_leaves((args, kwargs)) if id(v) in self.names}
-        if not here:
+        used = {id(v) for v in tree_leaves((args, kwargs)) if id(v) in self.names}
+        if not used:
             return func(*args, **kwargs)
         operation = self._operation(func, args, kwargs)
-        known = {id(p) for p in operation[:2] if id(p) in here} if operation else set()
-        if self.cut and known:
+        known = {id(p) for p in operation[:2] if id(p) in used} if operation else set()
+        if self.detach and known:
             detached = lambda v: v.detach() if id(v) in known else v
-            args_cut = [detached(v) for v in args]
-            out = func(*args_cut, **{k: detached(v) for k, v in kwargs.items()})
+            detached_args = [detached(v) for v in args]
+            out = func(*detached_args, **{k: detached(v) for k, v in kwargs.items()})
             if out.shape[:1] != (self.n,):
                 out = func(*args, **kwargs)
         else:
@@ -982,12 +987,12 @@ class _Tape(TorchFunctionMode):
         if operation and known and out.shape[:1] == (self.n,):
             weight, bias = (self.names.get(id(p)) for p in operation[:2])
             shape = getattr(operation.weight, "shape", None)
-            noted, out = self.mark(out)
-            bare = operation._replace(weight=None, bias=None)
-            self.uses.append(_Use(weight, bias, shape, bare, noted))
-            here -= known
+            kept, out = self.on_output(out)
+            nameless = operation._replace(weight=None, bias=None)
+            self.uses.append(_Use(weight, bias, shape, nameless, kept))
+            used -= known
         if any(isinstance(v, Tensor) for v in tree_leaves(out)):
-            self.others |= {self.names[i] for i in here}
+            self.used_otherwise |= {self.names[i] for i in used}
         return out
 
     def _operation(self, func: Any, args: Any, kwargs: Any) -> _Operation | None:
@@ -1012,9 +1017,11 @@ def _check_batch_norm(arguments: dict[str, Any]) -> None:
         )
 
 
-def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict[str, _Formed | _Outer]:
-    """The parts of the gradients, from what went into the operations and what came back."""
-    formed: dict[str, list[Tensor]] = defaultdict(list)  # the gradients of each use
+def _parts(
+    uses: list[_Use], deltas: list[Tensor], rest: Tensor
+) -> dict[str, _Explicit | _OuterProducts]:
+    """The parts of the gradients, from the uses and the gradients ``deltas`` of their outputs."""
+    explicit: dict[str, list[Tensor]] = defaultdict(list)  # the gradients of each use
     outer = defaultdict(list)
     for use, delta in zip(uses, deltas, strict=True):
         if use.operation.kind == "outer":
@@ -1023,38 +1030,38 @@ def _parts(uses: list[_Use], deltas: list[Tensor], rest: Tensor) -> dict[str, _F
             gradients = use.operation.factors(use.operation.saved, delta)
             for name, gradient in zip((use.weight, use.bias), gradients):
                 if name is not None:
-                    formed[name].append(_full(gradient))
-    # a bias that always goes with the same weight is one more input of that layer
-    owners = Counter(name for use in uses for name in {use.weight, use.bias})
+                    explicit[name].append(_upcast(gradient))
+    # a bias that is always used with the same weight is one more input of that layer
+    counts = Counter(name for use in uses for name in {use.weight, use.bias})
     together = {
-        (w, b): owners[w] == owners[b] == len(calls)
+        (w, b): counts[w] == counts[b] == len(calls)
         for (w, b), calls in outer.items()
         if None not in (w, b)
     }
     weights: dict[str | None, list[tuple[_Use, Tensor]]] = defaultdict(list)
     for (weight, _), calls in outer.items():
         weights[weight] += calls
-    parts: dict[str, _Formed | _Outer] = {}
+    parts: dict[str, _Explicit | _OuterProducts] = {}
     for weight, calls in weights.items():
-        paired = weight is not None and owners[weight] == len(calls) and _pairs_are_cheaper(calls)
-        riding = {b for (w, b), always in together.items() if w == weight and always and paired}
+        paired = weight is not None and counts[weight] == len(calls) and _pairs_are_cheaper(calls)
+        absorbed = {b for (w, b), always in together.items() if w == weight and always and paired}
         for use, delta in calls:
-            if use.bias is not None and use.bias not in riding:
+            if use.bias is not None and use.bias not in absorbed:
                 channels = delta.movedim(use.operation.channel, -1)
-                gradient = _full(channels).reshape(len(delta), -1, channels.shape[-1]).sum(1)
-                formed[use.bias].append(gradient)
+                gradient = _upcast(channels).reshape(len(delta), -1, channels.shape[-1]).sum(1)
+                explicit[use.bias].append(gradient)
         if paired and weight is not None:
             factors = [use.operation.factors(use.operation.saved, delta) for use, delta in calls]
-            a, d = (_full(_join(part, 2)) for part in zip(*factors))
-            parts[weight] = _Outer(a, d, bool(riding))
+            a, d = (_upcast(_concatenate(part, 2)) for part in zip(*factors))
+            parts[weight] = _OuterProducts(a, d, bool(absorbed))
         elif weight is not None:
-            formed[weight] += [_form(use, delta) for use, delta in calls]
-    formed[""] = [rest]  # no parameter is called "" or "."
-    sums = {name: _sum(gradients) for name, gradients in formed.items()}
+            explicit[weight] += [_weight_gradients(use, delta) for use, delta in calls]
+    explicit[""] = [rest]  # no parameter is called "" or "."
+    sums = {name: _sum(gradients) for name, gradients in explicit.items()}
     small = [name for name, gradient in sums.items() if gradient.shape[1] < 1000]
     if small:  # one matrix product instead of many
         sums["."] = torch.cat([sums.pop(name) for name in small], 1)
-    return parts | {name: _Formed(gradient) for name, gradient in sums.items()}
+    return parts | {name: _Explicit(gradient) for name, gradient in sums.items()}
 
 
 def _sizes(use: _Use, delta: Tensor) -> tuple[int, int, int]:
@@ -1074,21 +1081,22 @@ def _pairs_are_cheaper(calls: list[tuple[_Use, Tensor]]) -> bool:
     return positions**2 * (inputs + outputs) < use.shape.numel() // use.operation.groups
 
 
-def _form(use: _Use, delta: Tensor) -> Tensor:
+def _weight_gradients(use: _Use, delta: Tensor) -> Tensor:
     """The weight's gradients, [n, P]: Σ_t δ_t a_tᵀ."""
     positions, inputs, outputs = _sizes(use, delta)
     saved, groups = use.operation.saved, use.operation.groups
-    step = max(1, _AT_ONCE // (positions * (inputs + outputs) * groups))
+    step = max(1, _MAX_TEMPORARY // (positions * (inputs + outputs) * groups))
     gradients = []
     for i in range(0, len(delta), step):
         rows = slice(i, i + step)
-        if use.operation.form is not None:
-            gradients.append(use.operation.form(_full(saved[rows]), _full(delta[rows])))
+        if use.operation.weight_gradients is not None:
+            image, d = _upcast(saved[rows]), _upcast(delta[rows])
+            gradients.append(use.operation.weight_gradients(image, d))
             continue
         a, d = use.operation.factors(saved[rows], delta[rows])
-        d = _full(d)
+        d = _upcast(d)
         if a.is_floating_point():
-            gradients.append((d.mT @ _full(a)).movedim(0, 1).flatten(1))
+            gradients.append((d.mT @ _upcast(a)).movedim(0, 1).flatten(1))
         else:
             zeros = d.new_zeros(d.shape[1], *use.shape)
             index = a[0][..., None].expand(d[0].shape)
@@ -1096,7 +1104,7 @@ def _form(use: _Use, delta: Tensor) -> Tensor:
     return torch.cat(gradients)
 
 
-def _rest(
+def _gradients_by_vmap(
     network: Network,
     params: Params,
     names: list[str],
@@ -1105,20 +1113,20 @@ def _rest(
     y: Tensor,
     unit: Tensor,
 ) -> Tensor:
-    """Gradients with respect to the parameters with other uses, [n, P], by vmap(grad)."""
+    """Gradients with respect to the parameters ``names``, [n, P], by vmap(grad)."""
     if not names:
-        return _full(unit).new_zeros(len(x), 0)
+        return _upcast(unit).new_zeros(len(x), 0)
 
-    def scaled_loss(some: Params, x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
-        return (loss(network({**params, **some}, x[None]), y[None]) / unit).sum()
+    def scaled_loss(chosen: Params, x: Tensor, y: Tensor, unit: Tensor) -> Tensor:
+        return (loss(network({**params, **chosen}, x[None]), y[None]) / unit).sum()
 
-    some = {name: params[name].detach() for name in names}
-    with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other attention
-        gradients = vmap(grad(scaled_loss), in_dims=(None, 0, 0, 0))(some, x, y, unit)
-    return torch.cat([_full(g).reshape(len(x), -1) for g in gradients.values()], 1)
+    chosen = {name: params[name].detach() for name in names}
+    with sdpa_kernel(SDPBackend.MATH):  # vmap supports no other attention
+        gradients = vmap(grad(scaled_loss), in_dims=(None, 0, 0, 0))(chosen, x, y, unit)
+    return torch.cat([_upcast(g).reshape(len(x), -1) for g in gradients.values()], 1)
 
 
-def _rest_in_a_loop(
+def _gradients_in_a_loop(
     network: Network,
     params: Params,
     names: list[str],
@@ -1127,18 +1135,18 @@ def _rest_in_a_loop(
     y: Tensor,
     unit: Tensor,
 ) -> Tensor:
-    """The same, for what vmap cannot run (torch.nn.LSTM, a branch that depends on the data)."""
-    some = [params[name] for name in names]
+    """The same for what vmap cannot run, such as torch.nn.LSTM or a branch that depends on data."""
+    chosen = [params[name] for name in names]
     rows = []
     for i in range(len(x)):
         losses = loss(network(params, x[i : i + 1]), y[i : i + 1]) / unit[i]
-        gradient = torch.autograd.grad(losses.sum(), some, materialize_grads=True)
-        rows.append(torch.cat([_full(g).flatten() for g in gradient]))
+        gradient = torch.autograd.grad(losses.sum(), chosen, materialize_grads=True)
+        rows.append(torch.cat([_upcast(g).flatten() for g in gradient]))
     return torch.stack(rows)
 
 
-class _Passes:
-    """Forward and backward passes of a module: ``passes(x, y)`` gives features of the examples."""
+class _ModuleGradients:
+    """Gradients of a module's loss: called with examples, it gives each example's."""
 
     @torch.enable_grad()
     def __init__(self, model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> None:
@@ -1148,7 +1156,8 @@ class _Passes:
         self.loss = loss
         self.calls: list[tuple[str | None, str | None]] | None = None
         renormalized = any(getattr(m, "max_norm", None) is not None for m in model.modules())
-        own = lambda p: p.detach().clone() if renormalized else p.detach()  # in place, as it runs
+        # max_norm changes weights in place
+        own = lambda p: p.detach().clone() if renormalized else p.detach()
         self.params = {
             name: own(p).requires_grad_(p.requires_grad) for name, p in model.named_parameters()
         }
@@ -1156,136 +1165,143 @@ class _Passes:
         if not trainable:
             raise ValueError("model must have a parameter that requires a gradient, got none")
 
-        # Two runs, of 2 and of 3 copies of an example: a dimension that follows counts examples.
-        # The parameters of known operations are cut off there: what still gets a gradient has
-        # another use as well.
+        # Two runs, on 2 and on 3 copies of an example: a dimension that changes counts examples.
+        # The parameters of known operations are detached there: those that still get a gradient
+        # have another use as well.
         rest = set()
         for n in (2, 3):
-            with _Tape(trainable, n, cut=True) as tape:
-                output = self.network(self.params, _copies(x, n))
-            losses = _check_losses(loss(output, _copies(y, n)), n)
+            with _OperationRecorder(trainable, n, detach=True) as recorder:
+                output = self.network(self.params, _repeat_first(x, n))
+            losses = _check_losses(loss(output, _repeat_first(y, n)), n)
             if losses.requires_grad:
-                found = torch.autograd.grad(losses.sum(), [*trainable.values()], allow_unused=True)
-                rest |= {name for name, g in zip(trainable, found) if g is not None}
+                weights = [*trainable.values()]
+                gradients = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+                rest |= {name for name, g in zip(trainable, gradients) if g is not None}
         self.rest = sorted(rest)
         self.known = {name: p for name, p in trainable.items() if name not in rest}
 
-        formed = losses.new_zeros(n, sum(trainable[name].numel() for name in rest))
-        deltas = [losses.new_zeros(use.output) for use in tape.uses]
-        parts = _parts(tape.uses, deltas, formed).values()
+        others = losses.new_zeros(n, sum(trainable[name].numel() for name in rest))
+        deltas = [losses.new_zeros(use.output) for use in recorder.uses]
+        parts = _parts(recorder.uses, deltas, others).values()
         kept = [t.numel() * t.element_size() for part in parts for t in part.tensors]
         self.bytes_kept = sum(kept) // n + 1
-        inputs = [use.operation.saved for use in tape.uses if use.operation.saved is not None]
-        numbers = sum(t.numel() for t in inputs) + 3 * sum(u.output.numel() for u in tape.uses)
+        inputs = [use.operation.saved for use in recorder.uses if use.operation.saved is not None]
+        numbers = sum(t.numel() for t in inputs) + 3 * sum(u.output.numel() for u in recorder.uses)
         self.bytes_passing = numbers * losses.element_size() // n + self.bytes_kept
 
     @torch.enable_grad()
-    def __call__(self, x: Tensor, y: Tensor) -> _Features:
+    def __call__(self, x: Tensor, y: Tensor) -> _ExampleGradients:
         n = len(x)
 
-        def mark(
-            out: Tensor,
-        ) -> tuple[
-            Any, Tensor
-        ]:  # its place in autograd's graph, which no in-place operation later moves
+        def on_output(out: Tensor) -> tuple[Any, Tensor]:
+            # its edge in autograd's graph, which no later in-place operation changes
             return (get_gradient_edge(out) if out.requires_grad else None, out.shape), out
 
-        with _Tape(self.known, n, mark) as tape:
+        with _OperationRecorder(self.known, n, on_output) as recorder:
             output = self.network(self.params, x)
-        self.calls = self.calls or tape.calls
-        if tape.calls != self.calls:
+        self.calls = self.calls or recorder.calls
+        if recorder.calls != self.calls:
             raise ValueError("model must use its parameters in the same way for all inputs")
         losses = _check_losses(self.loss(output, y), n)
-        unit, deltas = self._backward(losses, output, [use.output for use in tape.uses])
-        others = (self.network, self.params, self.rest, self.loss, x, y, unit)
+        unit, deltas = self._backward(losses, output, [use.output for use in recorder.uses])
+        arguments = (self.network, self.params, self.rest, self.loss, x, y, unit)
         try:
-            rest = _rest(*others)
+            rest = _gradients_by_vmap(*arguments)
         except RuntimeError:
-            rest = _rest_in_a_loop(*others)
+            rest = _gradients_in_a_loop(*arguments)
         with torch.no_grad():
-            return _Features(_parts(tape.uses, deltas, rest), unit)
+            return _ExampleGradients(_parts(recorder.uses, deltas, rest), unit)
 
     @staticmethod
-    def _backward(losses: Tensor, output: Any, places: list[Any]) -> tuple[Tensor, list[Tensor]]:
-        """The units of the losses' gradients, and the δ at each place of the graph."""
+    def _backward(losses: Tensor, output: Any, recorded: list[Any]) -> tuple[Tensor, list[Tensor]]:
+        """The units of the losses' gradients, and δ of each recorded (edge, shape)."""
 
-        def gradients(at: list[Any], weights: Tensor, **options: Any) -> list[Tensor | None]:
-            if not (at and losses.requires_grad):
-                return [None] * len(at)
-            return [*torch.autograd.grad(losses, at, weights, allow_unused=True, **options)]
+        def gradients(inputs: list[Any], weights: Tensor, **options: Any) -> list[Tensor | None]:
+            if not (inputs and losses.requires_grad):
+                return [None] * len(inputs)
+            return [*torch.autograd.grad(losses, inputs, weights, allow_unused=True, **options)]
 
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         ones = torch.ones_like(losses)
-        reached = [g for g in gradients(outputs, ones, retain_graph=True) if g is not None]
-        unit = _unit(reached, len(losses)) if reached else ones.detach()
-        edges = [edge for edge, _ in places if edge is not None]
-        found = iter(gradients(edges, 1 / unit))
-        deltas = [next(found) if edge is not None else None for edge, _ in places]
+        of_outputs = [g for g in gradients(outputs, ones, retain_graph=True) if g is not None]
+        unit = _unit(of_outputs, len(losses)) if of_outputs else ones.detach()
+        edges = [edge for edge, _ in recorded if edge is not None]
+        of_edges = iter(gradients(edges, 1 / unit))
+        deltas = [next(of_edges) if edge is not None else None for edge, _ in recorded]
         zeros = lambda shape: unit.new_zeros(shape)
-        return unit, [zeros(shape) if d is None else d for d, (_, shape) in zip(deltas, places)]
+        return unit, [zeros(shape) if d is None else d for d, (_, shape) in zip(deltas, recorded)]
 
 
-class _Plan(NamedTuple):
-    """What :class:`_Passes` finds out, for a pure function."""
+class _FunctionalUses(NamedTuple):
+    """How a pure function uses its parameters, as :class:`_ModuleGradients` finds for a module."""
 
-    known: dict[str, Tensor]
+    known: dict[str, Tensor]  # parameters of known operations only
     rest: list[str]
     shapes: list[torch.Size]  # of the operations' outputs, for one example
 
 
-def _functional_plan(network: Network, params: Params, x: Tensor) -> _Plan:
-    # Under vmap nothing tells whether a gradient exists. But there every use is an operation.
-    others, seen = set(), []
+def _functional_uses(network: Network, params: Params, x: Tensor) -> _FunctionalUses:
+    # Under vmap nothing shows whether a gradient exists, but there every use is an operation.
+    used_otherwise, known_uses = set(), []
     for n in (2, 3):
-        with _Tape(params, n) as tape:
-            network(params, _copies(x, n))
-        seen.append({name for use in tape.uses for name in (use.weight, use.bias)})
-        others |= tape.others
-    known = (seen[0] & seen[1]) - others
-    shapes = [u.output[1:] for u in tape.uses if {u.weight, u.bias} & known]
-    return _Plan({k: p for k, p in params.items() if k in known}, sorted({*params} - known), shapes)
+        with _OperationRecorder(params, n) as recorder:
+            network(params, _repeat_first(x, n))
+        known_uses.append({name for use in recorder.uses for name in (use.weight, use.bias)})
+        used_otherwise |= recorder.used_otherwise
+    known = (known_uses[0] & known_uses[1]) - used_otherwise
+    shapes = [u.output[1:] for u in recorder.uses if {u.weight, u.bias} & known]
+    rest = sorted({*params} - known)
+    return _FunctionalUses({k: p for k, p in params.items() if k in known}, rest, shapes)
 
 
-def _functional_pass(
-    network: Network, params: Params, loss: Loss, plan: _Plan, x: Tensor, y: Tensor
-) -> _Features:
+def _functional_gradients(
+    network: Network,
+    params: Params,
+    loss: Loss,
+    parameter_uses: _FunctionalUses,
+    x: Tensor,
+    y: Tensor,
+) -> _ExampleGradients:
     n = len(x)
     uses: list[_Use] = []
 
     def run(probes: list[Tensor]) -> Any:
         """Probes are zeros, added to the operations' outputs: their gradients are the δ."""
         probe = iter(probes)
-        with _Tape(plan.known, n, mark=lambda out: (None, out + next(probe))) as tape:
+        add_probe = lambda out: (None, out + next(probe))
+        with _OperationRecorder(parameter_uses.known, n, add_probe) as recorder:
             output = network(params, x)
-        uses.extend(tape.uses)
+        uses.extend(recorder.uses)
         losses = _check_losses(loss(output, y), n)
-        saved = [use.operation.saved for use in tape.uses]
+        saved = [use.operation.saved for use in recorder.uses]
         return losses, (output, [losses if t is None else t for t in saved])
 
     dtype = next(iter(params.values())).dtype
-    probes = [torch.zeros(n, *shape, dtype=dtype, device=x.device) for shape in plan.shapes]
-    found: Any = vjp(run, probes, has_aux=True)
-    _, backward, (output, saved) = found
+    probes = [
+        torch.zeros(n, *shape, dtype=dtype, device=x.device) for shape in parameter_uses.shapes
+    ]
+    result: Any = vjp(run, probes, has_aux=True)
+    _, backward, (output, saved) = result
     unit = _unit([grad(lambda output: loss(output, y).sum())(output)], n)
     (deltas,) = backward(1 / unit)
     uses = [u._replace(operation=u.operation._replace(saved=s)) for u, s in zip(uses, saved)]
-    rest = _rest(network, params, plan.rest, loss, x, y, unit)
-    return _Features(_parts(uses, deltas, rest), unit)
+    rest = _gradients_by_vmap(network, params, parameter_uses.rest, loss, x, y, unit)
+    return _ExampleGradients(_parts(uses, deltas, rest), unit)
 
 
-# ------------------------------------------------------------------------------------------ checks
+# -------------------------------------------------------------------------------- small helpers
 
 
-def _copies(t: Tensor, n: int) -> Tensor:
+def _repeat_first(t: Tensor, n: int) -> Tensor:
     return torch.cat([t[:1]] * n)
 
 
-def _join(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)  # cat copies even one
+def _concatenate(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)  # cat would copy
 
 
-def _full(t: Tensor) -> Tensor:
-    """Half precision is too short for sums of products."""
+def _upcast(t: Tensor) -> Tensor:
+    """Half precision to single: half is too short for sums of products."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
@@ -1293,6 +1309,6 @@ def _check_losses(losses: Any, n: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss must return one number an example (reduction='none'), shape ({n},), got {got}"
+            f"loss must return one number per example (reduction='none'), shape ({n},), got {got}"
         )
     return losses

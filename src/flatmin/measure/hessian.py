@@ -3,12 +3,12 @@ r"""The Hessian's spectrum: how curved the loss is, and in how many directions.
 .. math:: H = \nabla^2 L(w), \qquad Hv = \nabla\big(\nabla L(w)\cdot v\big)
 
 A network's Hessian is too large to be written down, but its product with a vector costs only a few
-gradients (:func:`hvp`, :func:`hessian_operator`).  :func:`lanczos` makes of k products a matrix of
-k×k that has the outer eigenvalues of H, with error bounds (:func:`eigenvalues`), and, from random
-vectors, its density (:func:`spectral_density`).  :func:`trace` needs products alone.
+gradients (:func:`hvp`, :func:`hessian_operator`).  :func:`lanczos` turns k products into a
+k×k matrix that has the outer eigenvalues of H, with error bounds (:func:`eigenvalues`), and, from
+random vectors, its density (:func:`spectral_density`).  :func:`trace` needs only products.
 
 The instruments :class:`HessianEigenvalues`, :class:`HessianTrace` and :class:`HessianDensity` do
-the same, with the same kernels, to a whole stack of networks at once.
+the same, with the same kernels, for a whole stack of networks at once.
 """
 
 import math
@@ -64,10 +64,10 @@ def hvp(f: Callable[[Point], Tensor], params: Point, v: Point, mode: str = "reve
     f : callable
         ``f(params) -> scalar``.
     params, v : Tensor or dict of Tensor
-        The point and the vector, of one structure.
+        The point and the vector, of the same structure.
     mode : {"reverse", "forward"}
-        The first form, by two passes backward, or the second, by a forward derivative of the
-        backward pass (which not every operation of PyTorch has).
+        The first form, by two backward passes, or the second, by a forward derivative of the
+        backward pass (which not every operation of PyTorch supports).
 
     Returns
     -------
@@ -89,7 +89,7 @@ def hvp(f: Callable[[Point], Tensor], params: Point, v: Point, mode: str = "reve
 
 
 def _reverse(f: Callable[[Point], Tensor], params: Point) -> Callable[[Point], Point]:
-    """v ↦ Hv: the gradient is taken once, and each product is one more pass back through it."""
+    """v ↦ Hv: the gradient is taken once, and each product is one more backward pass through it."""
     back = vjp(grad(f), params)[1]
     return lambda v: back(v)[0]
 
@@ -111,7 +111,7 @@ def _plain_reverse(
 
 @dataclass(frozen=True)
 class HessianOperator:
-    """A symmetric matrix that is known by its products: ``operator(v)`` is Hv.
+    """A symmetric matrix, given by its products with vectors: ``operator(v)`` is Hv.
 
     Attributes
     ----------
@@ -124,7 +124,7 @@ class HessianOperator:
     shapes : dict
         ``{name: shape}`` of the parameters, in the order in which a vector holds them.
     gradient : Tensor [P], optional
-        The loss's gradient at the same point, where it was to be had for nothing.
+        The loss's gradient at the same point, if the operator computes it anyway.
     """
 
     products: Product
@@ -135,13 +135,13 @@ class HessianOperator:
     gradient: Tensor | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        """Hv, of one vector [P] or of each of several, [..., P]."""
+        """Hv for one vector [P] or several, [..., P]."""
         if v.shape[-1:] != (self.size,):
             raise ValueError(f"v must have shape [..., {self.size}], got {tuple(v.shape)}")
         return self.products(v.reshape(-1, self.size)).reshape(v.shape)
 
     def unflatten(self, v: Tensor) -> Params:
-        """A vector [P] as a dict, like the parameters: to walk along an eigenvector, say."""
+        """A vector [P] as a dict like the parameters, for example to move along an eigenvector."""
         if self.shapes is None:
             raise ValueError("shapes must be given for a vector to become a dict, got None")
         return unflatten(v, self.shapes)
@@ -161,27 +161,28 @@ def hessian_operator(
 
     .. math:: Hv = \sum_B \frac{|B|}{n}\,\nabla^2 L_B(w)\,v
 
-    exactly: the batches add up, each with its size, also the last and smaller one.  The module
-    computes as it predicts (evaluation mode), and is left as it was: mode, buffers, ``.grad``.
+    exactly: each batch B counts by its size, also a smaller last one.  The module runs in
+    evaluation mode; its mode, buffers and ``.grad`` are left as they were.
 
     Parameters
     ----------
     model : Module
-        The Hessian is taken with respect to those of its parameters that require a gradient, at
-        the values that they have now.
+        The Hessian is taken with respect to its parameters that require a gradient, at their
+        current values.
     loss : callable
-        ``loss(model(x), y)`` gives one number an example, or their mean.
+        ``loss(model(x), y)`` gives one number per example, or their mean.
     x, y : Tensor
         Examples [n, ...] and targets [n, ...], on the model's device.
     batch_size : int
         How many examples at once.  If that is all of them, the graph of the gradient is made once
-        and kept, so that a product costs one pass backward through it.
+        and kept, so that a product costs one backward pass through it.
     mode : {"reverse", "forward"}
-        As in :func:`hvp`.  ``"reverse"`` is plain autograd: it takes every model that PyTorch can
-        differentiate twice.  ``"forward"`` can be several times faster for convolutions on a GPU.
+        As in :func:`hvp`.  ``"reverse"`` is plain autograd: it works for every model that PyTorch
+        can differentiate twice.  ``"forward"`` can be several times faster for convolutions on a
+        GPU.
     dtype : torch.dtype, optional
-        ``torch.float64`` computes with copies in double precision.  Default: the model's own, and
-        single precision for one in half.
+        ``torch.float64`` computes with copies in double precision.  Default: the model's own, or
+        single precision if that is half.
 
     Returns
     -------
@@ -189,7 +190,7 @@ def hessian_operator(
 
     Notes
     -----
-    At a kink (of a ReLU) PyTorch takes the derivative of one side.  Attention runs by its plain
+    At a kink (of a ReLU) PyTorch takes the derivative of one side.  Attention uses its plain
     kernel, the only one with second derivatives.
 
     Examples
@@ -212,19 +213,19 @@ def hessian_operator(
         network, params, x, y = as_function(model, x, y, dtype)
         shapes, w = {name: p.shape for name, p in params.items()}, flatten(params)
         mean = MeanLoss(network, loss, x, y, batch_size)
-        make = (lambda f, w: (_forward(f, w), None)) if mode == "forward" else _plain_reverse
-        product = lambda x, y: make(lambda w: mean.of(unflatten(w, shapes), x, y), w)
+        derive = (lambda f, w: (_forward(f, w), None)) if mode == "forward" else _plain_reverse
+        of_batch = lambda x, y: derive(lambda w: mean.of(unflatten(w, shapes), x, y), w)
         one_graph = mode == "reverse" and len(mean.batches) == 1
-        kept, gradient = product(*mean.batches[0]) if one_graph else (None, None)
+        kept_product, gradient = of_batch(*mean.batches[0]) if one_graph else (None, None)
 
     def products(vs: Tensor) -> Tensor:
-        if kept is not None:
-            return torch.stack([kept(v) for v in vs])
+        if kept_product is not None:
+            return torch.stack([kept_product(v) for v in vs])
         with inspecting(model), torch.enable_grad():
             total = torch.zeros_like(vs)
             for batch in mean.batches:
-                one, _ = product(*batch)
-                total += torch.stack([one(v) for v in vs])
+                product, _ = of_batch(*batch)
+                total += torch.stack([product(v) for v in vs])
         return total
 
     return HessianOperator(products, len(w), w.dtype, w.device, shapes, gradient)
@@ -234,14 +235,14 @@ def hessian_operator(
 
 
 class Lanczos(NamedTuple):
-    r"""What :func:`lanczos` found after k steps: :math:`Q^\top HQ=T`, tridiagonal.
+    r"""The result of k steps of :func:`lanczos`: :math:`Q^\top HQ=T`, tridiagonal.
 
     Attributes
     ----------
     alpha : Tensor [..., k]
         T's diagonal.
     beta : Tensor [..., k]
-        T's off-diagonal, and last the length of what is left over, :math:`\|HQ-QT\|`.
+        T's off-diagonal, and last the length of the remainder, :math:`\|HQ-QT\|`.
     basis : Tensor [..., k, P]
         Q: orthonormal rows.
     """
@@ -251,22 +252,23 @@ class Lanczos(NamedTuple):
     basis: Tensor
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The Ritz values :math:`\theta_i`, and how good they are.
+        r"""The Ritz values :math:`\theta_i`, and their accuracy.
 
         Returns
         -------
         values : Tensor [..., k]
-            T's eigenvalues, ascending; in double precision, as all three.  NaN if T is not finite.
+            T's eigenvalues, ascending; all three in double precision.  NaN if T is not finite.
         vectors : Tensor [..., k, k]
             T's eigenvectors :math:`s_i`, its columns; :math:`y_i=Q^\top s_i` is the Ritz vector.
         residuals : Tensor [..., k]
-            :math:`\|Hy_i-\theta_iy_i\|=\beta_k|s_{ki}|`: H has an eigenvalue this near.
+            :math:`\|Hy_i-\theta_iy_i\|=\beta_k|s_{ki}|`: H has an eigenvalue within this
+            distance.
         """
         alpha, beta = self.alpha.double(), self.beta.double()
         off = torch.diag_embed(beta[..., :-1], 1)
         T = torch.diag_embed(alpha) + off + off.mT
         finite = T.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-        values, vectors = torch.linalg.eigh(torch.where(finite, T, 0))  # which refuses a NaN
+        values, vectors = torch.linalg.eigh(torch.where(finite, T, 0))  # eigh refuses NaN
         values = torch.where(finite.squeeze(-1), values, math.nan)
         return values, vectors, beta[..., -1:] * vectors[..., -1, :].abs()
 
@@ -279,9 +281,9 @@ def lanczos(
     .. math:: \beta_j q_{j+1} = Hq_j - \alpha_j q_j - \beta_{j-1}q_{j-1}, \qquad
               \alpha_j = q_j\cdot Hq_j
 
-    In floating point the :math:`q_j` do not stay orthogonal by themselves: directions that were
-    found return, and an eigenvalue shows several times, as its own ghost.  Here each new vector is
-    made orthogonal to *all* before it.
+    In floating point the :math:`q_j` do not stay orthogonal by themselves: directions already found
+    return, and copies of an eigenvalue appear ("ghosts").  Here each new vector is made orthogonal
+    to *all* before it.
 
     Parameters
     ----------
@@ -289,12 +291,11 @@ def lanczos(
         From [..., P] to [..., P], the products with a symmetric matrix: a
         :class:`HessianOperator`, or ``lambda v: v @ matrix``.
     v0 : Tensor [..., P]
-        Where to start; not 0.  Leading dimensions are so many runs side by side; ``vmap`` works
-        too.
+        The first vector; not 0.  Leading dimensions count independent runs; ``vmap`` works too.
     steps : int
-        How many products; more than P are not taken.
+        How many products, at most P.
     stop : callable, optional
-        Called after each step with what was found; true ends it.
+        Called with the result after each step; true ends the iteration.
 
     Returns
     -------
@@ -302,9 +303,10 @@ def lanczos(
 
     Notes
     -----
-    *Breakdown.*  Where nothing is left over (:math:`\beta_j` is 0 up to rounding: most of what is
-    left lies in the span of the vectors before), all that can be reached from ``v0`` is found.  Then :math:`\beta_j=0`, and the search goes on from another
-    vector, orthogonal to all before: so an eigenvalue that is there twice is found twice.
+    *Breakdown.*  Where the remainder is 0 up to rounding (most of it lies in the span of the
+    vectors before), these span all that can be reached from ``v0``.  Then :math:`\beta_j=0`, and
+    the iteration continues from another vector, orthogonal to all before: so a double eigenvalue is
+    found twice.
 
     References
     ----------
@@ -314,8 +316,8 @@ def lanczos(
     Examples
     --------
     >>> H = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
-    >>> found = lanczos(lambda v: v @ H, torch.ones(3), steps=2)
-    >>> found.alpha                                # 7/3 is the mean of the eigenvalues
+    >>> result = lanczos(lambda v: v @ H, torch.ones(3), steps=2)
+    >>> result.alpha                               # 7/3 is the mean of the eigenvalues
     tensor([2.3333, 2.8095])
     >>> lanczos(lambda v: v @ H, torch.ones(3), steps=3).ritz()[0].float().round(decimals=4)
     tensor([1., 2., 4.])
@@ -323,33 +325,33 @@ def lanczos(
     size, tiny = v0.shape[-1], torch.finfo(v0.dtype).tiny
     steps = min(whole("steps", steps), size)
     length = lambda v: torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    other = torch.from_numpy(np.random.default_rng(0).standard_normal(size)).to(v0)
+    spare = torch.from_numpy(np.random.default_rng(0).standard_normal(size)).to(v0)
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
     largest = torch.zeros_like(v0[..., :1])
     q = v0 / length(v0)
     for j in range(steps):
         w = matvec(q)
-        if j == 0:  # like w: under vmap it is w that there is one of a run
-            room = steps if stop is None else min(steps, 16)
-            basis = w.new_zeros(*w.shape[:-1], room, size)
+        if j == 0:  # like w, which vmap may batch where v0 is not
+            capacity = steps if stop is None else min(steps, 16)
+            basis = w.new_zeros(*w.shape[:-1], capacity, size)
         elif j == basis.shape[-2]:
             basis = torch.cat([basis, torch.zeros_like(basis)], -2)
         basis[..., j, :] = q
-        found = basis[..., : j + 1, :]
+        vectors = basis[..., : j + 1, :]
         alpha.append((w * q).sum(-1))
         largest = torch.maximum(largest, length(w))
         w = w - alpha[j][..., None] * q
         if j:
             w = w - beta[j - 1][..., None] * basis[..., j - 1, :]
-        both = torch.stack([w, other.roll(j).expand_as(w)], -2)
-        left, instead = _orthogonal(both, found).unbind(-2)
+        both = torch.stack([w, spare.roll(j).expand_as(w)], -2)
+        remainder, replacement = _orthogonal(both, vectors).unbind(-2)
         rounding = torch.maximum(length(w) / 2, 10 * torch.finfo(w.dtype).eps * largest)
-        broken = length(left) <= rounding
-        beta.append(torch.where(broken, 0, length(left)).squeeze(-1))
-        q = torch.where(broken, instead, left)
+        breakdown = length(remainder) <= rounding
+        beta.append(torch.where(breakdown, 0, length(remainder)).squeeze(-1))
+        q = torch.where(breakdown, replacement, remainder)
         q = q / length(q).clamp_min(tiny)
-        result = Lanczos(torch.stack(alpha, -1), torch.stack(beta, -1), found)
+        result = Lanczos(torch.stack(alpha, -1), torch.stack(beta, -1), vectors)
         if stop is not None and stop(result):
             break
     return result
@@ -373,7 +375,7 @@ class Eigenvalues(NamedTuple):
     errors : Tensor [k]
         There is an eigenvalue within this distance of the value.
     vectors : Tensor [k, P]
-        Unit vectors that belong to them.
+        Their Ritz vectors, of unit length.
     """
 
     values: Tensor
@@ -392,9 +394,9 @@ def eigenvalues(
 ) -> Eigenvalues:
     r"""The largest and the smallest eigenvalues, by :func:`lanczos`.
 
-    It starts from a random vector.  Where the operator knows the gradient, it is added, one part to
-    one: gradients of networks in training lie mostly in the space of the largest eigenvalues, which
-    saves about one product in six, and the random part still reaches every direction.
+    It starts from a random vector, plus the gradient, in equal parts, where the operator has it:
+    gradients of networks in training lie mostly in the space of the largest eigenvalues, which
+    saves about one product in six.  The random part still reaches every direction.
 
     Parameters
     ----------
@@ -406,7 +408,7 @@ def eigenvalues(
     max_steps : int
         The most products; if they do not suffice, there is a warning.
     seed : int
-        Of the first vector.
+        Seed of the first vector.
 
     Returns
     -------
@@ -415,9 +417,10 @@ def eigenvalues(
     Notes
     -----
     ``errors`` are residuals :math:`r=\|Hy-\theta y\|`, which bound the distance to an eigenvalue
-    without any assumption (and not less than 10 roundings of the largest).  Of a symmetric matrix
+    without any assumption (and are at least 10 roundings of the largest).  For a symmetric matrix
     the value is better than that: its error is at most :math:`r^2` over the distance to the next
-    eigenvalue.  No method with products only can exclude that the first vector misses a direction.
+    eigenvalue.  No method that uses only products can exclude that the first vector misses a
+    direction.
 
     References
     ----------
@@ -430,41 +433,41 @@ def eigenvalues(
     tensor([ 2.,  1., -3.])
     """
     hessian = _operator(hessian)
-    k = _check_ends(top, bottom, hessian.size)
+    k = _check_counts(top, bottom, hessian.size)
     if whole("max_steps", max_steps) < k:
         raise ValueError(f"max_steps must be at least top + bottom = {k}, got {max_steps!r}")
     number("tol", tol, 0)
 
-    def good(found: Lanczos) -> bool:
-        if not found.beta[-1].isfinite():
+    def converged(result: Lanczos) -> bool:
+        if not result.beta[-1].isfinite():
             raise ValueError("hessian must have finite products, got NaN or infinity")
-        if len(found.alpha) < k:
+        if len(result.alpha) < k:
             return False
-        values, errors, _ = _ends(found, top, bottom)
+        values, errors, _ = _outer_eigenvalues(result, top, bottom)
         return bool((errors <= tol * values.abs().max()).all())
 
     v0 = _vectors(1, hessian, seed, "eigenvalues", "normal")[0]
     if hessian.gradient is not None:
         v0 = F.normalize(v0, dim=0) + F.normalize(hessian.gradient, dim=0)
-    found = lanczos(hessian, v0, max_steps, good)
-    values, errors, vectors = _ends(found, top, bottom)
-    if not good(found):
+    result = lanczos(hessian, v0, max_steps, converged)
+    values, errors, vectors = _outer_eigenvalues(result, top, bottom)
+    if not converged(result):
         warnings.warn(
             f"after {max_steps} steps the errors of the eigenvalues are up to "
             f"{errors.max():.2g}: give more steps, or a tol above {tol:g}",
             stacklevel=2,
         )
-    vectors = vectors.mT.to(found.basis.dtype) @ found.basis
+    vectors = vectors.mT.to(result.basis.dtype) @ result.basis
     return Eigenvalues(values.to(hessian.dtype), errors.to(hessian.dtype), vectors)
 
 
-def _ends(found: Lanczos, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values from both ends, descending; their errors; their vectors [..., steps, k]."""
-    values, vectors, residuals = found.ritz()
-    rounding = 10 * torch.finfo(found.alpha.dtype).eps * values.abs().amax(-1, keepdim=True)
-    ends = [*range(-1, -1 - top, -1), *range(bottom - 1, -1, -1)]
+def _outer_eigenvalues(result: Lanczos, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The outer Ritz values, descending; their errors; their vectors [..., steps, k]."""
+    values, vectors, residuals = result.ritz()
+    rounding = 10 * torch.finfo(result.alpha.dtype).eps * values.abs().amax(-1, keepdim=True)
+    indices = [*range(-1, -1 - top, -1), *range(bottom - 1, -1, -1)]
     errors = torch.maximum(residuals, rounding)
-    return values[..., ends], errors[..., ends], vectors[..., ends]
+    return values[..., indices], errors[..., indices], vectors[..., indices]
 
 
 # ------------------------------------------------------------------------------------------- trace
@@ -477,7 +480,7 @@ class Trace(NamedTuple):
     ----------
     value, standard_error : float
     probes : int
-        How many random vectors the standard error rests on.
+        How many random vectors the standard error is computed from.
     """
 
     value: float
@@ -499,21 +502,21 @@ def trace(
               + \mathbb E\,u\cdot Hu, \qquad u=(1-QQ^\top)z, \quad z_i=\pm1
 
     The columns of Q span H times a few random vectors, so they hold most of the large eigenvalues,
-    which are counted exactly; what random signs z have to estimate (Hutchinson's estimator) is the
-    small rest.  It is unbiased.
+    which are counted exactly; random signs z estimate only the small rest (Hutchinson's estimator).
+    It is unbiased.
 
     Parameters
     ----------
     hessian : HessianOperator, or Tensor [P, P]
     tol : float
-        It stops, after at least 16 probes, when the 95 % confidence interval reaches at most
-        ``tol`` times the estimate to each side.
+        It stops, after at least 16 probes, when half the width of the 95 % confidence interval is
+        at most ``tol`` times the estimate.
     sketch : int
         How many columns Q has; 0 is Hutchinson's estimator.  They cost two products each.
     max_probes : int
         The most probes; if they do not suffice, there is a warning.
     seed : int
-        Of all random vectors.
+        Seed of all random vectors.
 
     Returns
     -------
@@ -527,12 +530,12 @@ def trace(
 
     Examples
     --------
-    Of a diagonal matrix every z gives the trace itself:
+    For a diagonal matrix every z gives the exact trace:
 
     >>> trace(torch.diag(torch.tensor([1.0, 2.0, 4.0])), sketch=0)
     Trace(value=7.0, standard_error=0.0, probes=16)
     """
-    from scipy.special import stdtrit  # here: importing flatmin takes no longer than torch
+    from scipy.special import stdtrit  # here, to keep importing flatmin fast
 
     hessian = _operator(hessian)
     number("tol", tol, 0)
@@ -584,7 +587,7 @@ class Density(NamedTuple):
     nodes : Tensor [probes, steps]
         Where the eigenvalues are.
     weights : Tensor [probes, steps]
-        Which share of them; each row sums to 1.
+        The share of eigenvalues at each; every row sums to 1.
     """
 
     nodes: Tensor
@@ -642,10 +645,10 @@ def spectral_density(
     steps, probes : int
         k, and how many vectors (of random signs) are averaged.
     seed : int
-        Of the vectors.
+        Seed of the vectors.
     memory : float
-        How many bytes to plan with for the vectors that Lanczos keeps: it sets how many probes
-        run side by side on a GPU.  A CPU takes them one by one.
+        Bytes to plan with for the vectors that Lanczos keeps: it sets how many probes run side by
+        side on a GPU.  On a CPU they run one by one.
 
     Returns
     -------
@@ -669,14 +672,14 @@ def spectral_density(
     steps = min(whole("steps", steps), hessian.size)
     vs = _vectors(whole("probes", probes), hessian, seed, "density", "signs")
     bytes_each = steps * hessian.size * vs.element_size()
-    most = max(1, int(number("memory", memory, 1) / bytes_each))
-    side_by_side = 1 if vs.device.type == "cpu" else most  # one basis has more room in a cache
+    at_most = max(1, int(number("memory", memory, 1) / bytes_each))
+    side_by_side = 1 if vs.device.type == "cpu" else at_most  # one basis fits a cache better
     parts = [_quadrature(lanczos(hessian, v, steps)) for v in vs.split(side_by_side)]
     return Density(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _quadrature(found: Lanczos) -> tuple[Tensor, Tensor]:
-    values, vectors, _ = found.ritz()
+def _quadrature(result: Lanczos) -> tuple[Tensor, Tensor]:
+    values, vectors, _ = result.ritz()
     return values, vectors[..., 0, :] ** 2
 
 
@@ -685,7 +688,7 @@ def _quadrature(found: Lanczos) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Instrument:
-    """What the instruments of this room share."""
+    """What the instruments of the Hessian share."""
 
     examples: int | None = None
     seed: int = 0
@@ -713,7 +716,7 @@ class _Instrument:
 class HessianEigenvalues(_Instrument):
     """Instrument: the outer eigenvalues of the Hessian, of many networks at once.
 
-    For ``Networks.measure`` and, if it is a single one, for :func:`flatmin.fit`
+    For ``Networks.measure`` and, for a single eigenvalue, :func:`flatmin.fit`
     (``instruments={"lambda_max": HessianEigenvalues()}``).
 
     Parameters
@@ -723,11 +726,11 @@ class HessianEigenvalues(_Instrument):
     steps : int
         How many Lanczos steps.
     errors : bool
-        Return also the errors: [2, k].
+        Also return the errors: [2, k].
     examples : int, optional
         How many examples of the split; default: all.
     seed : int
-        Of the first vector, which is the same for all networks.
+        Seed of the first vector, which is the same for all networks.
     loss : callable
         From logits [n, K] and targets to losses [n].
 
@@ -753,15 +756,15 @@ class HessianEigenvalues(_Instrument):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        k = _check_ends(self.top, self.bottom)
+        k = _check_counts(self.top, self.bottom)
         if whole("steps", self.steps) < k:
             raise ValueError(f"steps must be at least top + bottom = {k}, got {self.steps!r}")
 
     def of(self, hessian: HessianOperator) -> Tensor:
-        _check_ends(self.top, self.bottom, hessian.size)
+        _check_counts(self.top, self.bottom, hessian.size)
         v0 = _vectors(1, hessian, self.seed, "eigenvalues", "normal")[0]
-        found = lanczos(hessian, v0, self.steps)
-        values, errors, _ = _ends(found, self.top, self.bottom)
+        result = lanczos(hessian, v0, self.steps)
+        values, errors, _ = _outer_eigenvalues(result, self.top, self.bottom)
         values = torch.stack([values, errors]) if self.errors else values
         return values.squeeze(-1) if self.top + self.bottom == 1 else values
 
@@ -775,7 +778,7 @@ class HessianTrace(_Instrument):
     probes, sketch : int
         How many random vectors, and how many columns of Q.
     standard_error : bool
-        Return also the standard error: [2].
+        Also return the standard error: [2].
     examples, seed, loss
         As in :class:`HessianEigenvalues`.
 
@@ -829,8 +832,8 @@ class HessianDensity(_Instrument):
 
     def of(self, hessian: HessianOperator) -> Tensor:
         vs = _vectors(self.probes, hessian, self.seed, "density", "signs")
-        found = [_quadrature(lanczos(hessian, v, self.steps)) for v in vs]
-        return torch.stack([torch.stack(part) for part in zip(*found, strict=True)])
+        quadratures = [_quadrature(lanczos(hessian, v, self.steps)) for v in vs]
+        return torch.stack([torch.stack(part) for part in zip(*quadratures, strict=True)])
 
 
 # ------------------------------------------------------------------------------ vectors and checks
@@ -839,7 +842,7 @@ class HessianDensity(_Instrument):
 def _vectors(
     count: int, like: HessianOperator, seed: int, purpose: str, kind: str, index: int = 0
 ) -> Tensor:
-    """Random vectors [count, P], normal or of signs; by NumPy, as vmap refuses PyTorch's."""
+    """Random vectors [count, P], normal or of signs; from NumPy, as vmap refuses PyTorch's."""
     random = numpy_stream(whole("seed", seed, 0), purpose, index)
     shape = (count, like.size)
     normal = kind == "normal"
@@ -857,7 +860,7 @@ def _operator(hessian: HessianOperator | Tensor) -> HessianOperator:
     return HessianOperator(lambda vs: vs @ hessian, len(hessian), hessian.dtype, hessian.device)
 
 
-def _check_ends(top: int, bottom: int, size: float = math.inf) -> int:
+def _check_counts(top: int, bottom: int, size: float = math.inf) -> int:
     k = whole("top", top, 0) + whole("bottom", bottom, 0)
     if not 1 <= k <= size:
         allowed = "at least 1" if k < 1 else f"at most {size}, the number of parameters"

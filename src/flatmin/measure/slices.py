@@ -4,11 +4,11 @@ r"""Loss landscapes: the loss along a few directions in weight space.
 
 A network with ReLUs computes the same function when one layer is multiplied by 10 and the next
 divided by it, but the second network's loss looks ten times flatter in the first layer, since a
-step of length 1 is ten times smaller beside its weights.  Filter normalization takes that away:
+step of length 1 is ten times smaller relative to its weights.  Filter normalization removes that:
 every filter of a direction is as long as the filter of the network that it is added to.
 
-The grid is evaluated many points at once (``torch.func.vmap``): :func:`loss_slice` is for a module,
-:class:`LossSlice` holds the same to a whole stack of networks.
+Many points of the grid are evaluated at once (``torch.func.vmap``).  :func:`loss_slice` is for a
+module, :class:`LossSlice` for a whole stack of networks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +42,8 @@ def filter_normalized(direction: Mapping[str, Tensor], params: Mapping[str, Tens
 
     .. math:: d_{l,i} \leftarrow \frac{d_{l,i}}{\|d_{l,i}\|}\,\|w_{l,i}\|
 
-    with :math:`w_{l,i}` the i-th filter of layer l: what leads to one output channel, or unit.  It
-    is the i-th entry along the first dimension.  Parameters of fewer than two dimensions (biases,
+    with :math:`w_{l,i}` the i-th filter of layer l: the weights of one output channel, or unit,
+    the i-th entry along the first dimension.  Parameters of fewer than two dimensions (biases,
     and scales of norms) do not move.
 
     Parameters
@@ -54,7 +54,7 @@ def filter_normalized(direction: Mapping[str, Tensor], params: Mapping[str, Tens
     Returns
     -------
     dict of Tensor
-        Zero for a filter of zeros, in either.
+        Zero where the filter of either is zero.
 
     References
     ----------
@@ -72,12 +72,12 @@ def filter_normalized(direction: Mapping[str, Tensor], params: Mapping[str, Tens
     _check_direction("direction", direction, params)
     length = lambda w: torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True)
 
-    def like(d: Tensor, w: Tensor) -> Tensor:
+    def normalized(d: Tensor, w: Tensor) -> Tensor:
         if w.ndim < 2:
             return torch.zeros_like(w)
         return d * (length(w) / length(d).clamp_min(torch.finfo(d.dtype).tiny))
 
-    return {name: like(direction[name], w) for name, w in params.items()}
+    return {name: normalized(direction[name], w) for name, w in params.items()}
 
 
 def random_direction(params: Mapping[str, Tensor], seed: int = 0, index: int = 0) -> Params:
@@ -88,8 +88,8 @@ def random_direction(params: Mapping[str, Tensor], seed: int = 0, index: int = 0
     params : dict of Tensor
         The weights, e.g. ``dict(model.named_parameters())``.
     seed, index : int
-        From which all follows; other indices give further directions.  In a network of many weights
-        two of them are nearly orthogonal.
+        Seed, and which of its directions.  In a network of many weights two directions are nearly
+        orthogonal.
 
     Examples
     --------
@@ -113,12 +113,12 @@ def _slice(
 ) -> Tensor:
     """The kernel: ``value`` at every point of the grid."""
 
-    def at(point: Tensor) -> Tensor:
+    def value_at(point: Tensor) -> Tensor:
         step = lambda name: sum(c * d[name] for c, d in zip(point, directions, strict=True))
         return value({name: w + step(name) for name, w in params.items()})
 
     grid = torch.stack(torch.meshgrid(*coordinates, indexing="ij"), -1)
-    values = map_rows(at, grid.reshape(-1, len(directions)), chunk_size)
+    values = map_rows(value_at, grid.reshape(-1, len(directions)), chunk_size)
     return values.reshape(grid.shape[:-1])
 
 
@@ -143,19 +143,19 @@ def loss_slice(
     Parameters
     ----------
     model : Module
-        At the origin.
+        The network at the origin.
     loss : callable
-        ``loss(model(x), y)`` gives one number an example, or their mean.
+        ``loss(model(x), y)`` gives one number per example, or their mean.
     x, y : Tensor
         Examples [n, ...] and targets [n, ...], on the model's device.
     directions : sequence of dict of Tensor
-        One for a line, two for a plane; each has one tensor for every parameter that requires a
+        One for a line, two for a plane; each has a tensor for every parameter that requires a
         gradient, e.g. from :func:`random_direction`, or another network's weights minus these.
     coordinates : sequence of Tensor
-        For each direction the steps along it, [A], [B], …; in units of the direction.
+        The steps along each direction, [A], [B], …, in units of the direction.
     batch_size, chunk_size : int
         How many examples, and how many points of the grid, are computed at once.  With a
-        ``chunk_size`` of 1 ``vmap`` is not used.  The result depends on both by rounding only.
+        ``chunk_size`` of 1 ``vmap`` is not used.  The result depends on both only by rounding.
     dtype : torch.dtype, optional
         ``torch.float64`` computes with copies in double precision.
 
@@ -167,7 +167,7 @@ def loss_slice(
     Raises
     ------
     ValueError
-        If a direction does not fit the parameters, or there is not one vector of coordinates a
+        If a direction does not fit the parameters, or there is not one vector of coordinates per
         direction.
 
     Examples
@@ -185,7 +185,7 @@ def loss_slice(
         network, params, x, y = as_function(model, x, y, dtype)
         if not 1 <= len(directions) == len(coordinates):
             raise ValueError(
-                "coordinates must be one vector a direction, "
+                "coordinates must be one vector per direction, "
                 f"got {len(coordinates)} for {len(directions)}"
             )
         like = next(iter(params.values()))
@@ -195,9 +195,9 @@ def loss_slice(
             if not isinstance(c, Tensor) or c.ndim != 1:
                 raise ValueError(f"coordinates must be tensors of one dimension, got {c!r}")
         to = lambda t: t.detach().to(like.device, like.dtype)
-        along = [{name: to(d[name]) for name in params} for d in directions]
+        converted = [{name: to(d[name]) for name in params} for d in directions]
         value = MeanLoss(network, loss, x, y, batch_size)
-        return _slice(value, params, along, [to(c) for c in coordinates], chunk_size)
+        return _slice(value, params, converted, [to(c) for c in coordinates], chunk_size)
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,17 @@ class LossSlice:
     radius : float
         The slice goes from -radius to radius; at 1 each filter has moved by its own length.
     points : int
-        How many coordinates a direction; an odd number has the network itself in the middle.
+        Number of coordinates per direction; an odd one has the network itself in the middle.
     dimensions : {1, 2}
         A line or a plane.
     seed : int
-        Of the directions.
+        Seed of the directions.
     examples : int, optional
         How many examples of the split; default: all.
     loss : callable
         From logits [n, K] and targets to losses [n].
     batch_size, chunk_size : int
-        As in :func:`loss_slice`; the networks of the stack are side by side besides.
+        As in :func:`loss_slice`, for each network of the stack.
 
     Examples
     --------
@@ -271,7 +271,7 @@ class LossSlice:
             return _slice(value, params, directions, coordinates, self.chunk_size)
 
 
-# ------------------------------- the loss as a function of the weights, also for the other measures
+# ------------------------------------------------------------------------------------------ checks
 
 
 def _check_direction(

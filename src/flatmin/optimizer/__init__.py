@@ -1,7 +1,7 @@
 """The optimizer stage: from the direction to the step.
 
-These are ``torch.optim``'s update rules as pure functions, so that a stack of runs can be stepped at
-once and every run can have a learning rate, momentum or weight decay of its own.
+These are ``torch.optim``'s update rules as pure functions, so that a stack of runs can be stepped
+at once and every run can have its own learning rate, momentum or weight decay.
 """
 
 from .._schedule import lr_factor

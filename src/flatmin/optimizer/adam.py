@@ -23,7 +23,8 @@ class Adam:
     Parameters
     ----------
     lr, beta1, beta2, eps : float
-        As above; ``weight_decay`` is added to the gradient, ``schedule`` as in :class:`~flatmin.optimizer.SGD`.
+        As above; ``weight_decay`` is added to the gradient, ``schedule`` as in
+        :class:`~flatmin.optimizer.SGD`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Gradient descent, with momentum or with a rate down and a rate up."""
+"""Gradient descent with momentum, or with separate rates for descent and ascent."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,9 +81,9 @@ class TwoRates:
         \varepsilon_t = \begin{cases} -\varepsilon_2 & \text{each period's last step} \\
         \varepsilon_1 & \text{otherwise} \end{cases}
 
-    Flooding without a level, from the start.  A step down and a step up together (``period=2``)
-    make one step of rate :math:`\varepsilon_1-\varepsilon_2` on
-    :math:`L+\frac{\varepsilon_1\varepsilon_2}{2(\varepsilon_1-\varepsilon_2)}\|g\|^2`, but for
+    This is flooding without a level, from the start.  A step down and a step up together
+    (``period=2``) make one step of rate :math:`\varepsilon_1-\varepsilon_2` on
+    :math:`L+\frac{\varepsilon_1\varepsilon_2}{2(\varepsilon_1-\varepsilon_2)}\|g\|^2`, up to
     :math:`O(\varepsilon^3)`; at equal rates they descend :math:`\|g\|^2` alone.
 
     Parameters
@@ -91,9 +91,9 @@ class TwoRates:
     lr, ascent_lr : float
         The rates :math:`\varepsilon_1 \ge 0` down and :math:`\varepsilon_2 \ge 0` up.
     period : int
-        At least 2; 2 takes turns.
+        At least 2; 2 alternates.
     weight_decay : float
-        :math:`\lambda \ge 0`; part of what is descended and ascended.
+        :math:`\lambda \ge 0`; added to the gradient in both kinds of step.
     schedule : str or callable
         Multiplies both rates, as in :class:`SGD`.
 

@@ -25,7 +25,7 @@ def test_a_caption_is_plain_words(name):
         assert len(words) > 40 and not re.search(r"[`*\n]|  ", words)
 
 
-def test_a_record_of_many_levels_is_drawn_against_them():
+def test_a_record_of_many_levels_is_drawn_against_the_level():
     few, many = (experiments.record(RECORDED, size) for size in ("demo", "reduced"))
     assert display.caption(RECORDED, few) != display.caption(RECORDED, many)
     figure = experiments.plot(RECORDED, many)
@@ -38,19 +38,21 @@ def test_a_record_of_many_levels_is_drawn_against_them():
     plt.close(figure)
 
 
-def test_a_record_is_drawn_with_where_it_comes_from():
+def test_a_record_is_shown_with_its_origin():
     text = experiments.full_scale(RECORDED).data
     [(image, alt)] = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)"', text)
     assert base64.b64decode(image).startswith(b"\x89PNG") and alt == display.caption(
         RECORDED, experiments.record(RECORDED)
     )
     width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', text).groups())
-    assert 300 < width < 1200 and 100 < height < 1200  # known before it is loaded: nothing jumps
+    assert (
+        300 < width < 1200 and 100 < height < 1200
+    )  # the size is known before the picture loads, so nothing moves
     assert display.origin(experiments.record(RECORDED)) in text
 
 
 @pytest.mark.parametrize("size", [None, "paper"])
-def test_without_a_record_it_says_so_and_how_to_make_one(size, monkeypatch, tmp_path):
+def test_without_a_record_the_command_that_makes_one_is_shown(size, monkeypatch, tmp_path):
     monkeypatch.setattr(experiments.records, "FOLDERS", [tmp_path])
     text = experiments.full_scale(RECORDED, size).data
     command = f"python -m flatmin.book.experiments {RECORDED}" + (" --size paper" if size else "")

@@ -1,4 +1,4 @@
-"""The experiments that measure: what they record is what the instruments say of the networks."""
+"""The experiments with instruments: their records equal direct measurements of the networks."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from flatmin.pipeline import example_losses
 MODULES = {
     m.__name__.rpartition(".")[2]: m for m in (stiffness_training, sam_spectrum, m_sharpness)
 }
-CASES = (1, 2, 2)  # data, networks, labels; then come moments, rates, seeds, measures, pairs
+CASES = (1, 2, 2)  # data, networks, labels; then follow moments, rates, seeds, measures, pairs
 SHAPES = {
     "stiffness_training": {
         "within": (*CASES, 2, 1, 2, 2, 3),
@@ -49,8 +49,8 @@ def _alone():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """The tiny size of each, all units, on a CPU; ``counted`` says what gradients they counted."""
-    out, found = tmp_path_factory.mktemp("records"), {}
+    """The tiny size of each experiment, on a CPU; ``counted`` is the number of gradients."""
+    out, made = tmp_path_factory.mktemp("records"), {}
     for name, module in MODULES.items():
         counted, run_unit = [], module.run_unit
 
@@ -61,9 +61,9 @@ def records(tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "run_unit", counting)
-            found[name] = experiments.run(name, "tiny", out=out, device="cpu")
-        found[name].attrs["counted"] = sum(counted)
-    return found
+            made[name] = experiments.run(name, "tiny", out=out, device="cpu")
+        made[name].attrs["counted"] = sum(counted)
+    return made
 
 
 def work_in(path):
@@ -76,7 +76,7 @@ def settings_of(module, **changes):
 
 
 def pure(model):
-    """A module as an instrument takes it: ``network(params, x)``, and its parameters."""
+    """A module in the form for instruments: ``network(params, x)``, and its parameters."""
     return (lambda p, x: functional_call(model, p, (x,))), {
         name: p.detach() for name, p in model.named_parameters()
     }
@@ -174,12 +174,12 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
             for measure, values in (("cosine", cosine), ("sign", np.sign(cosine))):
                 ours = mean_over(values, *classes, relation, one == two)
                 theirs = float(found[name].sel(pairs=pairs, measure=measure))
-                # a sign may turn where the cosine is a rounding
+                # a sign may differ where the cosine is only rounding error
                 np.testing.assert_allclose(theirs, ours, atol=2e-3 if measure == "sign" else 2e-5)
 
 
-def test_stiffness_goes_on_where_it_was_stopped(records, tmp_path):
-    """After the first moment, in a step of the second: then from there, bitwise on a CPU."""
+def test_stiffness_resumes_where_it_was_stopped(records, tmp_path):
+    """Stopped after the first moment, during the second, and resumed bitwise on a CPU."""
     settings = settings_of(stiffness_training)
     unit = {"data": "synthetic", "network": "CNN", "labels": "true"}
     first, stop = work_in(tmp_path), 300  # one moment counts 64 + 200
@@ -270,7 +270,7 @@ def test_the_residual_network_can_be_stacked():
 # ----------------------------------------------------------------------------------- spectrum
 
 
-def test_spectrum_is_what_the_instruments_say_of_the_network(records, tmp_path):
+def test_spectrum_is_that_of_the_instruments(records, tmp_path):
     settings = settings_of(sam_spectrum)
     data, method = vision.load("synthetic", 48), settings["methods"]["SAM"]
     recipe = Recipe(gradient=SAM(0.05), optimizer=SGD(0.05, 0.9, 5e-4, schedule="cosine"))
@@ -306,7 +306,7 @@ def test_at_loss_is_exact_for_powers_of_the_loss():
     expected = 7 * xr.DataArray(levels, dims="level") ** power * xr.ones_like(loss.isel(epoch=0))
     expected = expected.where(xr.DataArray(levels, dims="level") >= loss.min("epoch"))
     xr.testing.assert_allclose(found.drop_vars("level"), expected.transpose(*found.dims))
-    assert found.isnull().sum() == 2  # the slower seed never comes down to the last level
+    assert found.isnull().sum() == 2  # the slower seed never reaches the last level
 
 
 def test_at_loss_takes_the_first_time():
@@ -319,7 +319,7 @@ def test_at_loss_takes_the_first_time():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_all_runs_come_by_common_levels(dtype):
+def test_all_runs_reach_the_common_levels(dtype):
     falling = np.random.default_rng(0).random((3, 4)).astype(dtype).cumprod(1)
     loss = xr.DataArray(falling, dims=("seed", "step"))
     levels = sam_spectrum.common_levels(loss, "step")
@@ -380,7 +380,7 @@ def made_up_record():
         {k: draw() for k in ("train_error", "train_loss", "validation_error")}, coords
     )
     gap = random.random(shape)
-    gap[:, 0] = gap[:1, 0]  # radius 0 is SGD, whatever m
+    gap[:, 0] = gap[:1, 0]  # radius 0 is SGD for every m
     record["test_error"] = record.train_error + xr.DataArray(gap, dims=dims)
     record["sharpness"] = xr.DataArray(
         np.stack([np.exp(gap), -gap, random.random(shape)]), dims=("measured_m", *dims)
@@ -388,7 +388,7 @@ def made_up_record():
     return record
 
 
-def test_correlation_is_that_of_ranks_and_counts_sgd_once():
+def test_correlation_is_of_ranks_and_counts_sgd_once():
     record = made_up_record()
     record["test_error"][2, 3, 1] = np.nan  # a run that diverged
     found = m_sharpness.correlation(record)
@@ -404,7 +404,7 @@ def test_correlation_is_that_of_ranks_and_counts_sgd_once():
         np.testing.assert_allclose(float(found.sel(measured_m=16, seed=seed)), expected)
 
 
-def test_partial_correlation_is_that_of_what_is_left():
+def test_partial_correlation_is_that_of_the_residuals():
     record = made_up_record().isel(rho=slice(1, None))
     found = m_sharpness.correlation(record, "train_loss").sel(measured_m=16, seed=0)
     one = record.sel(seed=0)
@@ -419,7 +419,7 @@ def test_partial_correlation_is_that_of_what_is_left():
 
 def test_radius_is_chosen_by_validation():
     record = made_up_record()
-    record["validation_error"][0, 0] = np.nan  # one that diverged is never chosen
+    record["validation_error"][0, 0] = np.nan  # a diverged run is never chosen
     best = m_sharpness.best_radius(record)
     for m in record.m.values:
         mean = record.validation_error.sel(m=m).mean("seed", skipna=False)

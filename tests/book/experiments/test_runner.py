@@ -1,4 +1,4 @@
-"""The engine of the experiments: killed at any moment, sharded, short of memory; the flooding study."""
+"""The experiment runner: killed at any moment, sharded, short of memory; the flooding study."""
 
 import functools
 import importlib.util
@@ -118,14 +118,14 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reference(toy, tmp_path, monkeypatch):
-    """What an undisturbed run of one process gives."""
+    """The record of an uninterrupted run in one process."""
     with monkeypatch.context() as unlogged:
         unlogged.setenv("TOY_LOG", os.devnull)
         return run("toy", "tiny", out=tmp_path / "reference")
 
 
 def units_in(folder):
-    """How many units are finished."""
+    """The number of finished units."""
     return len([p for p in (folder / "toy.parts").glob("*") if p.is_file() and p.suffix != ".part"])
 
 
@@ -204,38 +204,40 @@ def test_the_record_is_what_the_units_return(toy):
         np.testing.assert_array_equal(whole.walk.sel(unit), alone.walk)
     check(whole)
     assert whole.attrs["experiment"] == "toy" and whole.attrs["size"] == "tiny"
-    assert whole.attrs["data"] == "none for a; none for b"  # what parts disagree on stands there
+    assert whole.attrs["data"] == "none for a; none for b"  # the parts' different values are joined
     assert json.loads(whole.attrs["seeds"]) == [0, 1, 2] and whole.attrs["cost"] == 180
     assert json.loads(whole.attrs["settings"]) == settings | {"seeds": [0, 1, 2]}
     assert whole.attrs["seconds"] > 6 * 30 * 0.001
     assert [path.name for path in toy.out.glob("*.nc.xz")] == ["toy-tiny.nc.xz"]
-    assert len([*(toy.out / "toy.parts").iterdir()]) == 6  # no folder, no half-written file is left
+    assert (
+        len([*(toy.out / "toy.parts").iterdir()]) == 6
+    )  # no folder and no half-written file is left
 
 
 def test_nothing_is_done_twice(toy):
     first = run("toy", "tiny", out=toy.out)
     assert same(first, run("toy", "tiny", out=toy.out))
     assert len(toy.log("start")) == 6 and len(toy.log("step")) == 180
-    more = run("toy", "tiny", out=toy.out, seeds=5)  # the units of three seeds are there already
+    more = run("toy", "tiny", out=toy.out, seeds=5)  # three of the seeds are already done
     assert len(toy.log("start")) == 10 and same(more.sel(seed=[0, 1, 2]), first)
     assert more.attrs["size"] == "tiny, seeds=5"
 
 
-def test_other_settings_are_other_units(toy):
+def test_other_settings_give_other_units(toy):
     run("toy", "tiny", out=toy.out)
     short = run("toy", "tiny", out=toy.out, settings={"steps": 29})
     assert len(toy.log("start")) == 12 and short.sizes["step"] == 29
     assert short.attrs["size"] == "tiny, steps=29"
 
 
-def test_units_that_are_no_grid(toy, monkeypatch):
+def test_units_that_are_not_a_grid(toy, monkeypatch):
     chosen = [{"method": "b", "seed": 4}, {"method": "a", "seed": 2}, {"method": "b", "seed": 1}]
     monkeypatch.setattr(toy.module, "units", lambda settings: chosen)
     whole = run("toy", "tiny", out=toy.out)
     assert list(whole.method.values) == ["b", "a"] and list(whole.seed.values) == [4, 2, 1]
-    there = whole.walk.notnull().all("step")
+    present = whole.walk.notnull().all("step")
     assert [dict(method=m, seed=s) in chosen for m in "ba" for s in (4, 2, 1)] == [
-        *there.values.flat
+        *present.values.flat
     ]
 
 
@@ -255,7 +257,7 @@ def test_a_damaged_part_is_computed_again(toy, spoil):
     assert len(toy.log("start")) == 7
 
 
-def test_a_part_of_another_rank_that_is_damaged(toy, monkeypatch):
+def test_a_damaged_part_of_another_rank_is_an_error(toy, monkeypatch):
     run("toy", "tiny", out=toy.out)
     part = toy.out / "toy.parts" / runner.plan("toy", "tiny").file({"method": "a", "seed": 1})
     part.write_bytes(b"x")
@@ -293,7 +295,7 @@ def test_a_damaged_checkpoint_starts_its_unit_anew(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted(records.FOLDERS[1].glob("*.nc.xz")), ids=lambda path: path.name
 )
-def test_every_record_keeps_the_schema(path):
+def test_every_record_follows_the_schema(path):
     known = records.read(path)
     check(known)
     size = known.attrs["size"].split(",")[0]
@@ -301,7 +303,7 @@ def test_every_record_keeps_the_schema(path):
     empty = {
         k for k, v in known.variables.items() if v.dtype.kind == "f" and not np.isfinite(v).any()
     }
-    assert empty <= {"xi", "within_group"}  # no line that comes down to zero; no super-classes
+    assert empty <= {"xi", "within_group"}  # no line falls to zero; no super-classes
 
 
 @pytest.mark.parametrize("key", records.SCHEMA)
@@ -313,7 +315,7 @@ def test_the_schema_names_what_is_missing(key):
 
 
 @pytest.mark.parametrize("name", records.NAMES)
-def test_every_experiment_keeps_the_contract(name):
+def test_every_experiment_has_the_required_parts(name):
     module = records.experiment(name)
     assert (
         {"tiny", "reduced", "paper"} <= {*module.SETTINGS} and module.SOURCE and module.plot.__doc__
@@ -337,7 +339,7 @@ def test_killed_at_any_moment(toy, reference, every, tmp_path):
     while True:
         finished, before = units_in(toy.out), len(toy.log("start"))
         pid = child(tmp_path / "output", *words)
-        if kills < 4:  # after so many steps of the 180; later after some time
+        if kills < 4:  # after a number of the 180 steps; later kills come after some time
             steps = len(toy.log("step")) + moments.randint(0, 30)
             until(lambda steps=steps: len(toy.log("step")) >= steps)
         time.sleep(
@@ -355,7 +357,7 @@ def test_killed_at_any_moment(toy, reference, every, tmp_path):
 
 @forks
 @pytest.mark.parametrize("key", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_loses_no_step(toy, reference, key, tmp_path):
+def test_a_stop_request_saves_and_loses_no_step(toy, reference, key, tmp_path):
     words = ["toy", "--size", "tiny", "--out", str(toy.out), "--set", "every=1000"]
     for steps in (10, 45, 100, 150):
         pid = child(tmp_path / "output", *words)
@@ -364,7 +366,9 @@ def test_asked_to_stop_it_saves_and_loses_no_step(toy, reference, key, tmp_path)
         assert exit_code(pid) == 130
         last = (tmp_path / "output").read_text().splitlines()[-1]
         done = units_in(toy.out)
-        assert last == f"toy: interrupted, {done} of 6 units are done; the same command goes on"
+        assert (
+            last == f"toy: interrupted, {done} of 6 units are done; run the same command to resume"
+        )
     assert exit_code(child(tmp_path / "output", *words)) == 0
     steps = toy.log("step")
     assert len(steps) == len({*steps}) == 180
@@ -372,19 +376,19 @@ def test_asked_to_stop_it_saves_and_loses_no_step(toy, reference, key, tmp_path)
 
 
 @forks
-def test_asked_twice_it_stops_at_once(toy, tmp_path):
+def test_a_second_stop_request_stops_at_once(toy, tmp_path):
     words = ["toy", "--size", "tiny", "--out", str(toy.out), "--set", "pause=60"]
     pid = child(tmp_path / "output", *words)
     until(lambda: toy.log("start"))
     started = time.monotonic()
     while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
-        os.kill(pid, signal.SIGINT)  # again and again: two that wait are one
+        os.kill(pid, signal.SIGINT)  # repeatedly, as two pending signals count as one
         time.sleep(0.2)
     assert exit_code(pid) == 130 and time.monotonic() - started < 30
     assert "interrupted, 0 of 6" in (tmp_path / "output").read_text()
 
 
-def test_a_raise_between_the_steps_keeps_what_is_done(toy, reference, monkeypatch):
+def test_an_exception_keeps_finished_units(toy, reference, monkeypatch):
     done = toy.module.run_unit
 
     def breaks(unit, settings, work):
@@ -416,20 +420,20 @@ def test_several_processes_equal_one(toy, reference, ranks, tmp_path):
     assert [exit_code(pid) for pid in pids] == [0] * ranks
     assert len(toy.log("start")) == 6 and toy.log("again") == []
     assert same(reference, records.read(toy.out / "toy-tiny.nc.xz"))
-    said = [(tmp_path / f"{rank}").read_text().splitlines()[-1] for rank in range(ranks)]
-    assert "wrote" in said[0] and all("this rank's units are done" in line for line in said[1:])
+    last = [(tmp_path / f"{rank}").read_text().splitlines()[-1] for rank in range(ranks)]
+    assert "wrote" in last[0] and all("this rank's units are done" in line for line in last[1:])
 
 
 @forks
-def test_a_rank_that_died_is_named_and_the_rest_goes_on(toy, reference, tmp_path):
+def test_the_units_of_a_dead_rank_are_named_and_can_be_computed(toy, reference, tmp_path):
     words = ["toy", "--size", "tiny", "--out", str(toy.out)]
     alone = child(tmp_path / "0", *words, "--patience", "0.3", RANK="0", WORLD_SIZE="2")
     assert exit_code(alone) == 1
     waits, last = (tmp_path / "0").read_text().splitlines()[-2:]
-    assert waits == "toy: waits for 3 units of other ranks"
+    assert waits == "toy: waiting for 3 units of other ranks"
     assert last == (
         "toy: no sign of life from other ranks for 0.3 s, and 3 of 6 units are missing: "
-        "method=a seed=1; method=b seed=0; method=b seed=2. The same command goes on with these."
+        "method=a seed=1; method=b seed=0; method=b seed=2. Run the same command to compute these."
     )
     assert same(reference, run("toy", "tiny", out=toy.out)) and len(toy.log("start")) == 6
 
@@ -498,7 +502,7 @@ def test_out_of_memory_halves_and_goes_on(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    with pytest.warns(UserWarning, match="out of memory: goes on with . at once"):
+    with pytest.warns(UserWarning, match="out of memory: retrying with . at a time"):
         assert work.chunks(hungry, 13) == "done"
     assert sizes == [13, 6, 3] and work.gradients == sum(counted) == 5
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
@@ -523,13 +527,13 @@ def test_estimate_and_list_run_nothing(toy, capsys):
         "method=c seed=0",
         "method=c seed=1",
         "method=c seed=2",
-        'toy, tiny, methods=["c"]: 3 units, 90 gradients of an example, '
-        "for its time there is no record to judge by",
+        'toy, tiny, methods=["c"]: 3 units, 90 single-example gradients, '
+        "no record to estimate the time from",
     ]
     assert main(["flooding_synthetic", "--estimate", "--seeds", "5"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "flooding_synthetic, demo, seeds=5: 6 units, 4.3e+06 gradients of an example, "
-        "about 18 min at the rate of the record on cpu, if a gradient takes as long; a larger network's takes longer"
+        "flooding_synthetic, demo, seeds=5: 6 units, 4.3e+06 single-example gradients, "
+        "about 18 min at the rate of the record on cpu, for the same time per gradient; a larger network takes longer"
     )
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -553,8 +557,11 @@ BAD = {
     "list": (["toy", "--set", "methods=a"], r"methods must be a list like \[\"a\"\], got 'a'"),
     "truth": (["toy", "--set", "steps=true"], "steps must be a number like 1, got True"),
     "seeds": (["toy", "--seeds", "0"], "seeds must be a whole number >= 1, got 0"),
-    "no units": (["toy", "--set", "methods=[]"], "units must be some, all different"),
-    "same units": (["toy", "--set", 'methods=["a", "a"]'], "units must be some, all different"),
+    "no units": (["toy", "--set", "methods=[]"], "units must be a list, not empty, of different"),
+    "same units": (
+        ["toy", "--set", 'methods=["a", "a"]'],
+        "units must be a list, not empty, of different",
+    ),
 }
 
 
@@ -578,7 +585,7 @@ def test_processes_share_a_gpu(device, gpus, processes, sharing, monkeypatch):
     assert runner._sharing(torch.device(device), processes) == sharing
 
 
-def test_of_a_shared_device_the_share_counts(tmp_path, monkeypatch):
+def test_only_the_share_of_a_shared_device_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.Work, "seconds", property(lambda self: 60.0))
     alone = run("flooding_synthetic", "tiny", out=tmp_path / "alone")
     monkeypatch.setattr(runner, "_sharing", lambda device, processes: 8)
@@ -611,7 +618,7 @@ def test_labels_in_the_result_are_an_error(toy, monkeypatch):
 SMALL = {"sets": ["sinusoid"], "optimizers": ["SGD"], "width": 6, "steps": 6, "evaluations": 2}
 
 
-def test_the_study_is_fit(tmp_path):
+def test_the_study_equals_fit(tmp_path):
     settings = {"sets": ["spiral"], "label_noise": [0.05, 0.1], "optimizers": ["SGD"]}
     whole = run("flooding_synthetic", "tiny", out=tmp_path, settings=settings)
     assert dict(whole.sizes) == {
@@ -636,7 +643,9 @@ def test_the_study_is_fit(tmp_path):
     here = whole.sel(set="spiral", label_noise=0.05, optimizer="SGD", flood_level=0.3)
     np.testing.assert_allclose(here.validation_error, alone.validation_error, rtol=1e-6)
     for name in ("train_loss", "test_loss"):
-        np.testing.assert_allclose(here[name], alone[name], rtol=2**-16)  # as they are recorded
+        np.testing.assert_allclose(
+            here[name], alone[name], rtol=2**-16
+        )  # the precision of the record
     plt.close(records.plot("flooding_synthetic", whole))
 
 
@@ -656,7 +665,7 @@ def test_the_demo_has_the_dimensions_that_the_chapter_draws(tmp_path):
 
 
 def test_the_record_is_what_the_code_computes(tmp_path):
-    """Its first steps, that is."""
+    """Compares the first steps."""
     first = run(
         "flooding_synthetic",
         "demo",
@@ -689,7 +698,7 @@ def test_the_study_stops_within_a_stack_and_loses_no_step(tmp_path, monkeypatch)
     arguments = {"settings": SMALL | {"chunk_size": 3}, "device": "cpu"}
     whole = run("flooding_synthetic", "tiny", out=tmp_path / "whole", **arguments)
     progress, steps = runner.Work.progress, itertools.count()
-    stopping = {3, 9, 15}  # in the first stack, at its end, in the second
+    stopping = {3, 9, 15}  # in the first stack, at its end, and in the second
 
     def stops(work, gradients):
         work._stop += [signal.SIGINT] * (next(steps) in stopping)
@@ -729,7 +738,7 @@ def test_the_study_with_little_memory(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fifty_steps_on_cpu_and_gpu_agree_to_float32(tmp_path, monkeypatch):
-    """As long as float32 on the CPU is near float64; then rounding has grown, and they part, too."""
+    """While float32 on the CPU is near float64; later, rounding makes all of them differ."""
     settings = {"steps": 50, "evaluations": 10, "width": 100}
 
     def losses(device, dtype):

@@ -42,7 +42,7 @@ def work(tmp_path):
 
 
 class Stopping(experiments.Work):
-    """The engine's own, which is asked to stop once so many gradients are counted."""
+    """The runner's Work, with a request to stop after a number of gradients."""
 
     def __init__(self, path, after=math.inf, device="cpu"):
         super().__init__(torch.device(device), path, [], tqdm(disable=True))
@@ -56,7 +56,7 @@ class Stopping(experiments.Work):
 
 
 def noise_images(train=23, validation=6, test=11, side=8, noise=0.3):
-    """Images that are no bytes, three classes, some wrong labels; 23 do not divide by 10."""
+    """Float images, three classes, some wrong labels; 23 is not divisible by 10."""
     generator = torch.Generator().manual_seed(0)
     parts = {}
     for name, n in {"train": train, "validation": validation, "test": test}.items():
@@ -113,7 +113,7 @@ def test_each_epoch_and_seed_has_its_own_changes_and_all_of_them_occur():
         assert not torch.equal(change, vision.augmentation(seed, epoch, 2000))
 
 
-# ----------------------------------------------------------------------------- the loop is the loop
+# -------------------------------------------------------------------------------- the training loop
 
 RECIPES = {
     "sgd": (CNN, Recipe(optimizer=SGD(0.1))),
@@ -208,7 +208,7 @@ def test_same_as_a_plain_loop(what, work):
 
 
 @pytest.mark.parametrize("after", [10, 130, 150, 191])
-def test_an_interrupted_run_goes_on_to_the_same_bits(after, tmp_path):
+def test_an_interrupted_run_resumes_bitwise(after, tmp_path):
     data = vision.synthetic(train_size=20, label_noise=0.2)
     model = lambda: mixup_corrupt.PreActResNet(width=2, stages=(1, 1), dropout=0.3)
     recipe = Recipe(Flooding(1.0), SAM(0.05), SGD(0.05, 0.9, schedule="cosine"), batch=Mixup(1.0))
@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(after, tmp_path):
         assert torch.equal(other.state_dict()[key], weight)
 
 
-def test_measure_sees_the_model_in_evaluation_mode_and_training_goes_on(work):
+def test_measure_gets_the_model_in_evaluation_mode_and_training_continues(work):
     modes = []
     network, _ = vision.train(
         CNN,
@@ -284,13 +284,13 @@ def test_a_step_does_not_wait_for_the_device(work):
     network = vision._network(model, True, torch.float32)
     shown = vision.Images(data, "cpu", augment=True)
     batches = vision._batches(shown, recipe, 0, 0, 8, 0)
-    first = next(batches)  # here an epoch's random numbers are made, on the CPU
+    first = next(batches)  # this draws the epoch's random numbers, on the CPU
     with Waits():
         for batch in (first, *batches):
             vision._step(network, recipe, optimizer, *batch, 10)
 
 
-def test_bfloat16_is_between_images_and_logits_only():
+def test_bfloat16_is_used_only_between_images_and_logits():
     model = initial_module(CNN, 0)
     x = DATA.x_train.float()
     low, high = (vision._network(model.eval(), bf16, torch.float32)(x) for bf16 in (True, False))
@@ -299,11 +299,11 @@ def test_bfloat16_is_between_images_and_logits_only():
     torch.testing.assert_close(low, high, rtol=0.05, atol=0.05)
 
 
-# --------------------------------------------------------------------------------------- its books
+# ------------------------------------------------------------------------------ recorded results
 
 
 class Knows(nn.Module):
-    """Reads the class off the first pixel, with certainty p."""
+    """Reads the class from the first pixel, and gives it probability p."""
 
     def __init__(self, p=0.9):
         super().__init__()
@@ -314,7 +314,7 @@ class Knows(nn.Module):
 
 
 @pytest.mark.parametrize("size", [7, 1000])
-def test_wrong_labels_are_kept_apart_from_true_ones(size, work):
+def test_results_on_wrong_and_true_labels_are_separate(size, work):
     data = vision.synthetic(100, 40, label_noise=0.3)
     x = {
         f"x_{split}": torch.zeros_like(data.split(split)[0])
@@ -350,21 +350,21 @@ def test_wrong_labels_are_kept_apart_from_true_ones(size, work):
     assert few.train_error.item() == pytest.approx(first.item())
 
 
-def test_a_loss_that_is_not_finite_is_no_result(work):
+def test_a_loss_that_is_not_finite_gives_no_result(work):
     data = dataclasses.replace(DATA, x_test=DATA.x_test * math.nan)
     _, found = vision.train(CNN, data, Recipe(), work, epochs=1, evaluate_at=[0], **EXACT)
     assert found.test_loss.isnull().all() and found.test_error.isnull().all()
     assert found.train_error.notnull().all()
 
 
-def test_bootstrapping_trains_anew_on_the_labels_that_the_network_predicts(tmp_path):
+def test_bootstrapping_retrains_on_the_labels_that_the_network_predicts(tmp_path):
     todo = experiments.plan("sam_label_noise", "tiny")
     unit = {"recipe": "SAM", "variant": 0, "label_noise": 0.4, "seed": 0}
     found = sam_label_noise.run_unit(unit, todo.settings, Stopping(tmp_path / "one"))
     given, predicted = found.sel(labels="given"), found.sel(labels="predicted")
     assert given.wrong_labels.item() == pytest.approx(26 / 64)  # round(0.4 · 64) of 64
     assert predicted.wrong_labels.item() == pytest.approx(given.train_clean_error[-1].item())
-    for name in ("train_clean_error", "test_loss"):  # from the same weights
+    for name in ("train_clean_error", "test_loss"):  # starting from the same weights
         assert given[name][0] == predicted[name][0]
     with pytest.raises(KeyboardInterrupt):  # in the second training
         sam_label_noise.run_unit(unit, todo.settings, Stopping(tmp_path / "two", 2 * 128 + 64))
@@ -373,7 +373,7 @@ def test_bootstrapping_trains_anew_on_the_labels_that_the_network_predicts(tmp_p
     assert again.gradients == 4 * 128
 
 
-def test_predict_is_the_largest_logit_of_each_image_as_it_is(work):
+def test_predict_is_the_largest_logit_of_each_unaugmented_image(work):
     data = vision.synthetic(train_size=30)
     model = initial_module(lambda: SmallCNN(3, 10, batch_norm=True), 0)
     std, mean = torch.std_mean(data.x_train, (0, 2, 3), keepdim=True)
@@ -382,7 +382,7 @@ def test_predict_is_the_largest_logit_of_each_image_as_it_is(work):
     assert torch.equal(vision.predict(model, data, work, evaluation_batch_size=7), expected)
 
 
-def test_dropout_leaves_the_initial_weights_alone():
+def test_dropout_does_not_change_the_initial_weights():
     one, other = (
         initial_module(lambda p=p: mixup_corrupt.PreActResNet(width=4, dropout=p), 0)
         for p in (0.0, 0.5)
@@ -418,7 +418,7 @@ def test_dropout_leaves_the_initial_weights_alone():
         ),
     ],
 )
-def test_what_cannot_be_is_refused(more, message, work):
+def test_impossible_settings_are_refused(more, message, work):
     arguments = {"model": CNN, "data": DATA, "recipe": Recipe(), "epochs": 2} | more
     with pytest.raises(ValueError, match=message):
         vision.train(work=work, **arguments)
@@ -427,7 +427,7 @@ def test_what_cannot_be_is_refused(more, message, work):
 # ----------------------------------------------------------------------------------- the data
 
 
-def test_load_reads_once_and_draws_as_the_sets_do():
+def test_load_reads_once_and_draws_like_the_data_sets():
     data = vision.load("synthetic", 100, 50, 0.2, seed=3)
     x, y = data.split("train_clean")
     made, labels = vision._made_up()[0]
@@ -439,8 +439,8 @@ def test_load_reads_once_and_draws_as_the_sets_do():
         vision.load("imagenet")
 
 
-def test_only_the_official_files_have_the_official_name(tmp_path, monkeypatch):
-    assert vision.provenance("cifar10") == "CIFAR-10"  # downloaded, against a checksum
+def test_only_the_official_files_get_the_official_name(tmp_path, monkeypatch):
+    assert vision.data_source("cifar10") == "CIFAR-10"  # downloaded and verified by a checksum
     inside, sums = vision.OFFICIAL["cifar10"]
     assert len(sums) == 6
     for root in ("copy", "official"):
@@ -448,15 +448,15 @@ def test_only_the_official_files_have_the_official_name(tmp_path, monkeypatch):
         for name in sums:
             (tmp_path / root / inside / name).write_bytes(b"images")
     monkeypatch.setenv("FLATMIN_DATA", str(tmp_path / "copy"))
-    assert vision.provenance("cifar10") == "a copy of CIFAR-10, not its official files"
-    assert vision.provenance("mnist") == "MNIST"
+    assert vision.data_source("cifar10") == "a copy of CIFAR-10, not its official files"
+    assert vision.data_source("mnist") == "MNIST"
     (tmp_path / "copy" / inside / "PROVENANCE").write_text("JPEG copy of CIFAR-10\nfrom …\n")
-    vision._provenance.cache_clear()
-    assert vision.provenance("cifar10") == "JPEG copy of CIFAR-10"
+    vision._data_source.cache_clear()
+    assert vision.data_source("cifar10") == "JPEG copy of CIFAR-10"
     md5 = "59b514174bffe4ae402b3d63aad79fe0"  # of b"images"
     monkeypatch.setitem(vision.OFFICIAL, "cifar10", (inside, dict.fromkeys(sums, md5)))
     monkeypatch.setenv("FLATMIN_DATA", str(tmp_path / "official"))
-    assert vision.provenance("cifar10") == "CIFAR-10"
+    assert vision.data_source("cifar10") == "CIFAR-10"
 
 
 # ------------------------------------------------------------------------------- the experiments
@@ -474,7 +474,7 @@ def test_the_tiny_experiment_runs_and_is_drawn(name, tmp_path, monkeypatch):
     assert record.attrs["data"] == "made-up images"
     assert record.attrs["cost"] == sum(counted)
     for values in (record.test_error, record.train_clean_loss):
-        if name == "sam_label_noise":  # this one alone is not bootstrapped
+        if name == "sam_label_noise":  # only this recipe is not bootstrapped
             twice = values.sel(recipe="SGD, twice the epochs", labels="predicted")
             assert twice.isnull().all()
             values = values.sel(labels="given")
@@ -491,7 +491,7 @@ def _own_style():
         yield
 
 
-def test_of_several_strengths_the_best_is_drawn():
+def test_the_best_of_several_strengths_is_drawn():
     names = list(mixup_corrupt.SETTINGS["paper"]["recipes"])
     errors = np.full((4, 3, 2, 2, 3), np.nan)  # recipe, variant, label_noise, seed, epoch
     errors[0, 0] = 0.5  # ERM has one strength
@@ -509,12 +509,12 @@ def test_of_several_strengths_the_best_is_drawn():
     plt.close(figure)
 
 
-def test_the_papers_size_is_the_papers():
+def test_the_paper_size_is_that_of_the_papers():
     cost = {name: experiments.plan(name, "paper").cost for name in EXPERIMENTS}
     assert cost["double_descent"] == 21 * 5 * 500 * 40_000
     assert cost["mixup_corrupt"] == (1 + 4 + 4 + 12) * 3 * 5 * 200 * 50_000
-    a_run = 4 * 5 * 200 * 50_000  # noises, seeds, epochs, images
-    assert cost["sam_label_noise"] == (2 + 2 + 4 * 2 + 2 * 2) * a_run
+    per_recipe = 4 * 5 * 200 * 50_000  # noises, seeds, epochs, images
+    assert cost["sam_label_noise"] == (2 + 2 + 4 * 2 + 2 * 2) * per_recipe
     radii = {
         noise: sam_label_noise._recipe(
             {"recipe": "SAM", "variant": 0, "label_noise": noise},

@@ -1,6 +1,6 @@
-"""Checks for the assignments: each says what is wrong with an answer, and how it can be seen.
+"""Checks for the assignments: each says what is wrong with an answer, and shows where.
 
-Write the function that a question asks for, and hand it over:
+Write the function that a question asks for, and pass it to the check:
 
 >>> from flatmin.book import check
 >>> def lucky(n, M):
@@ -10,8 +10,8 @@ Write the function that a question asks for, and hand it over:
   ✗ a few networks, a few examples
 ...
 
-A check calls the function with inputs of its own.  It survives errors, endless loops (there is a
-time limit) and functions that change their inputs, and says so.  See the book's page on
+A check calls the function with its own inputs.  It survives errors, endless loops (there is a time
+limit) and functions that change their inputs, and reports them.  See the book's page on
 assignments.
 """
 

@@ -48,7 +48,7 @@ def fraction_up(trial: Trial) -> None:
 def flooded(trial: Trial) -> None:
     """The flooded loss of a batch, of its mean or example by example."""
     losses, b = trial.rand(6), trial.number(0.4, 0.6)
-    losses[:3] = 0.1 * losses[:3]  # on both sides of the level
+    losses[:3] = 0.1 * losses[:3]  # losses on both sides of the level
     losses[3:] += 0.7
     by_mean = (losses.mean() - b).abs() + b
     by_example = ((losses - b).abs() + b).mean()
@@ -97,24 +97,24 @@ def accumulate(trial: Trial) -> None:
         model = trial.filled(lambda: nn.Linear(4, 3))
         parts = list(zip(x.split(sizes), y.split(sizes)))
         weights = list(model.parameters())
-        of = lambda value, weights=weights: torch.autograd.grad(value, weights)
+        gradient = lambda value, weights=weights: torch.autograd.grad(value, weights)
         single = torch.stack([loss(model(a), c) for a, c in parts]).detach()
         mean = loss(model(x), y).item()
-        # a level with microbatches on both of its sides, if there are several
+        # a level with microbatches on both sides, if there are several
         b = mean + (1 if below else -1) * 0.3 * max(float((single - mean).abs().max()), 0.1)
         sign = -1 if below else 1
-        g = of(loss(model(x), y))
-        each = of(sum(len(c) * ((loss(model(a), c) - b).abs() + b) for a, c in parts) / 12)
-        unweighted = of(sum(loss(model(a), c) for a, c in parts) / len(parts))
-        total = of(sum(loss(model(a), c) for a, c in parts))
+        g = gradient(loss(model(x), y))
+        each = gradient(sum(len(c) * ((loss(model(a), c) - b).abs() + b) for a, c in parts) / 12)
+        unweighted = gradient(sum(loss(model(a), c) for a, c in parts) / len(parts))
+        total = gradient(sum(loss(model(a), c) for a, c in parts))
         stale = [trial.randn(*w.shape) for w in weights]
         for w, old in zip(weights, stale):
             w.grad = old.clone()
-        seen: list[int] = []
+        batch_sizes: list[int] = []
         before = [w.detach().clone() for w in weights]
 
-        def counted(z, target, seen=seen):
-            seen.append(len(target))
+        def counted(z, target, batch_sizes=batch_sizes):
+            batch_sizes.append(len(target))
             return loss(z, target)
 
         inputs = {"model": model, "loss": counted, "microbatches": parts, "flood_level": b}
@@ -132,7 +132,7 @@ def accumulate(trial: Trial) -> None:
             input=shown,
         )
         trial.require(
-            max(seen, default=0) <= max(sizes),
+            max(batch_sizes, default=0) <= max(sizes),
             "The microbatches were put together into "
             "one batch, which is what does not fit into memory.",
             input=shown,
@@ -212,7 +212,7 @@ def _flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def flooding_effect(trial: Trial) -> None:
-    """What flooding changes in the test loss and in the test error."""
+    """How flooding changes the test loss and the test error."""
     trial.experiment(
         _flooding_effect,
         atol=0.01,

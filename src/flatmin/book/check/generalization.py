@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from scipy.stats import t as student
+from scipy.stats import t as student_t
 
 from ...optimizer import SGD
 from ...pipeline import Recipe
@@ -24,8 +24,8 @@ def lucky(trial: Trial) -> None:
         ("more networks than ways to label", 3, 40 * few),
         ("sixty examples, a million networks", 60, 10**6 + few),
     ):
-        one = 2.0**-n
-        want = -math.expm1(M * math.log1p(-one))
+        chance = 2.0**-n
+        want = -math.expm1(M * math.log1p(-chance))
         trial(
             part,
             {"n": n, "M": M},
@@ -33,12 +33,12 @@ def lucky(trial: Trial) -> None:
             rtol=1e-9,
             atol=0,
             rivals={
-                "That is the chance of one network; M of them are tried.": one,
+                "That is the chance of one network; M of them are tried.": chance,
                 "That is how many such networks are expected, which is more than the chance that there "
-                "is one, and can exceed 1.": M * one,
-                "That is the chance that there is none.": (1 - one) ** M,
+                "is one, and can exceed 1.": M * chance,
+                "That is the chance that there is none.": (1 - chance) ** M,
                 "In double precision 1 - 2**-60 is 1, and all is lost. math.log1p and math.expm1 were "
-                "made for this.": 1 - (1 - one) ** M,
+                "made for this.": 1 - (1 - chance) ** M,
             },
             hint="What is the chance that all M networks make at least one error?",
         )
@@ -77,10 +77,10 @@ def paired_interval(trial: Trial) -> None:
     for part, n in (("five pairs", 5), ("twelve pairs", 12)):
         common = 3 * trial.randn(n)
         a, b = common + 0.5 * trial.randn(n), common + 0.5 * trial.randn(n) + 1
-        d, q = a - b, student.ppf(0.975, n - 1)
+        d, q = a - b, student_t.ppf(0.975, n - 1)
         s, mean = d.std(), d.mean()
-        unpaired = student.ppf(0.975, 2 * n - 2) * ((a.var() + b.var()) / n).sqrt()
-        other = student.ppf(0.975, n - 1) * ((a.var() + b.var()) / n).sqrt()
+        unpaired = student_t.ppf(0.975, 2 * n - 2) * ((a.var() + b.var()) / n).sqrt()
+        unpaired_n = student_t.ppf(0.975, n - 1) * ((a.var() + b.var()) / n).sqrt()
         together = "The intervals of the two means were put together as if nothing were shared. "
         together += "Runs that share a seed are pairs: take the differences first."
         trial(
@@ -98,13 +98,13 @@ def paired_interval(trial: Trial) -> None:
                 "of n is missing.": (mean, q * s),
                 "The t distribution has n - 1 degrees of freedom, not n.": (
                     mean,
-                    student.ppf(0.975, n) * s / n**0.5,
+                    student_t.ppf(0.975, n) * s / n**0.5,
                 ),
                 "That leaves 10 % outside: two-sided 95 % needs the quantile 0.975.": (
                     mean,
-                    student.ppf(0.95, n - 1) * s / n**0.5,
+                    student_t.ppf(0.95, n - 1) * s / n**0.5,
                 ),
-                together: [(mean, unpaired), (mean, other)],
+                together: [(mean, unpaired), (mean, unpaired_n)],
                 "The differences are a - b.": (-mean, q * s / n**0.5),
             },
             rtol=1e-4,
@@ -115,7 +115,9 @@ def paired_interval(trial: Trial) -> None:
 def stopped_early(trial: Trial) -> None:
     """Each run's test error at the step at which its own validation loss is lowest."""
     validation, test = trial.rand(4, 9), trial.rand(4, 9)
-    validation[torch.arange(4), torch.tensor([2, 5, 7, 3])] -= 1  # every run turns elsewhere
+    validation[torch.arange(4), torch.tensor([2, 5, 7, 3])] -= (
+        1  # every run has its minimum at another step
+    )
     rows = torch.arange(4)
     trial(
         "four runs, nine evaluations",
@@ -164,7 +166,7 @@ def _memorization(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def memorization(trial: Trial) -> None:
-    """What random labels change in the training error and in the test error."""
+    """How random labels change the training error and the test error."""
     trial.experiment(
         _memorization,
         atol=0.01,

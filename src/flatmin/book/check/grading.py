@@ -1,8 +1,7 @@
-"""The machine behind every check: call an answer safely, compare what came back, say what is wrong.
+"""The machinery behind every check: call an answer safely, compare its result, say what is wrong.
 
-A check is a function that poses trials.  Each trial names what it tries, the inputs, what should
-come back, and *rivals*: what comes back if one of the usual mistakes was made, with a hint for
-each.
+A check is a function that poses trials.  Each trial has a name, the inputs, the result that should
+come back, and *rivals*: the results of common mistakes, with a hint for each.
 """
 
 import copy
@@ -60,7 +59,7 @@ class Report:
         return f"<{self.name}: {'passed' if self else 'not passed'}>"
 
     def _ipython_display_(self) -> None:
-        """Nothing: the text has been printed."""
+        """Show nothing: the text has been printed."""
 
 
 # --------------------------------------------------------------------------------- calling safely
@@ -74,10 +73,10 @@ class OutOfTime(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise :class:`OutOfTime` in the body after so many seconds.
 
-    In the main thread of Linux and macOS (Jupyter, Colab, scripts) by an alarm, which also ends a
-    sleep, and rings again every second.  On Windows and in other threads by an exception that
-    arrives between two lines of Python.  A single long call into compiled code ends in its own
-    time, and a bare ``except:`` inside of an endless loop swallows the exception.
+    In the main thread of Linux and macOS (Jupyter, Colab, scripts) an alarm raises it, which also
+    ends a sleep and rings again every second.  On Windows and in other threads it is raised between
+    two lines of Python.  A single long call into compiled code is not interrupted, and a bare
+    ``except:`` inside an endless loop swallows the exception.
     """
     running = True
 
@@ -87,7 +86,7 @@ def time_limit(seconds: float) -> Iterator[None]:
             if running:
                 raise OutOfTime
 
-        before = signal.signal(signal.SIGALRM, ring)
+        old_handler = signal.signal(signal.SIGALRM, ring)
         signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         try:
             try:
@@ -96,17 +95,17 @@ def time_limit(seconds: float) -> Iterator[None]:
                 running = False
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.signal(signal.SIGALRM, old_handler)
         return
 
     thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
 
-    def late() -> None:
+    def interrupt() -> None:
         with lock:
             if running:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(OutOfTime))
 
-    timer = threading.Timer(seconds, late)
+    timer = threading.Timer(seconds, interrupt)
     timer.daemon = True
     timer.start()
     try:
@@ -118,9 +117,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _where(error: BaseException, answer: Callable[..., Any]) -> str:
-    """The last line of the student's own code on the way to an error."""
-    home = getattr(getattr(answer, "__code__", None), "co_filename", None)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == home]
+    """The last line of the student's own code in an error's traceback."""
+    filename = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
     if not frames:
         return ""
     text = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
@@ -143,7 +142,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def show(value: Any) -> str:
-    """A value in one line, if it can be."""
+    """A value as text, in one line if possible."""
     if isinstance(value, Tensor):
         value = value.detach()
         if value.numel() == 1:
@@ -177,19 +176,19 @@ def difference(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> s
             return f"a dict with the keys {list(want)} should have come back"
         if missing := [key for key in want if key not in got]:
             return f"the dict that came back lacks {missing}"
-        found = (difference(got[key], want[key], rtol, atol) for key in want)
-        return next((f"at {key!r}: {text}" for key, text in zip(want, found) if text), "")
+        texts = (difference(got[key], want[key], rtol, atol) for key in want)
+        return next((f"at {key!r}: {text}" for key, text in zip(want, texts) if text), "")
     if isinstance(want, tuple):
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"{len(want)} values should have come back"
-        found = (difference(g, w, rtol, atol) for g, w in zip(got, want))
-        return next((f"item {i}: {text}" for i, text in enumerate(found) if text), "")
+        texts = (difference(g, w, rtol, atol) for g, w in zip(got, want))
+        return next((f"item {i}: {text}" for i, text in enumerate(texts) if text), "")
     if isinstance(want, str):
         return "" if isinstance(got, str) and got == want else f"it should be {want!r}"
     if got is None:
         return "None came back: is a `return` missing?"
     got_, want_ = _tensor(got), _tensor(want)
-    assert want_ is not None, "a check wants a tensor, or what becomes one"
+    assert want_ is not None, "want must be a tensor, or convertible to one"
     if got_ is None:
         kind = "tensor" if want_.ndim else "number"
         return f"a {kind} should have come back, not {type(got).__name__}"
@@ -224,7 +223,7 @@ def changed(before: Any, after: Any) -> bool:
 
 
 class Trial:
-    """One run of a check on one answer, with random numbers of its own."""
+    """One run of a check on one answer, with its own random numbers."""
 
     def __init__(
         self, answer: Callable[..., Any], seed: int, seconds: float, report: Report
@@ -251,7 +250,7 @@ class Trial:
         return model
 
     def number(self, low: float, high: float) -> float:
-        """A random number of two digits after the point, to be read and typed."""
+        """A random number with two decimals, easy to read and to type."""
         return round(low + (high - low) * float(self.rand()), 2)
 
     def call(
@@ -263,7 +262,8 @@ class Trial:
     ) -> Any:
         """What the answer returns for copies of the inputs.
 
-        Inputs named in ``changes`` are its to change.  ``through(answer)`` is called in its place.
+        It may change the inputs named in ``changes``.  ``through(answer)``, if given, is called
+        instead.
         """
         self.begin(part)
         given = {k: v if k in changes else copy.deepcopy(v) for k, v in inputs.items()}
@@ -300,7 +300,7 @@ class Trial:
         return got
 
     def begin(self, part: str) -> None:
-        """What follows belongs to this part; the one before has passed."""
+        """Begin this part; the one before has passed."""
         if self.report.part and part != self.report.part:
             self.report.passed_parts.append(self.report.part)
         self.report.part = part
@@ -319,17 +319,17 @@ class Trial:
         atol: float = 1e-8,
         **lines: Any,
     ) -> None:
-        """Fail unless ``got`` is ``want``; the hint is that of the rival it equals, else ``hint``.
+        """Fail unless ``got`` equals ``want``, with the hint of the rival it equals, or ``hint``.
 
         A rival that is a list stands for any of its entries.
         """
         text = difference(got, want, rtol, atol)
         if not text:
             return
-        for says, rival in (rivals or {}).items():
+        for rival_hint, rival in (rivals or {}).items():
             rival = rival if isinstance(rival, list) else [rival]
             if any(not difference(got, each, rtol, atol) for each in rival):
-                hint = says
+                hint = rival_hint
                 break
         raise Mistake(
             text[0].upper() + text[1:] + ".", **lines, got=show(got), wanted=show(want), hint=hint
@@ -358,17 +358,17 @@ class Trial:
         seeds: int = 5,
         atol: float = 1e-3,
     ) -> None:
-        """An answer ``{quantity: (differences, verdict)}`` of five paired runs.
+        """Check an answer ``{quantity: (differences, verdict)}`` from paired runs.
 
-        First the differences must be those of ``truth(seeds)``, {quantity: differences}; then each
-        verdict must be what the 95 % interval of its own differences says.
+        First the differences must equal ``truth(seeds)``, {quantity: differences}; then each
+        verdict must follow from the 95 % interval of the answer's own differences.
         """
         numbers = [100 * self.seed + k for k in range(seeds)]
         got = self.call("it runs", {"seeds": numbers})
         want, shown = truth(tuple(numbers)), f"seeds = {numbers}"
         self.begin("the differences, seed by seed")
         if not _is_experiment(got, want):
-            keys = ", ".join(f"{key!r}: (one number a seed, 'lower')" for key in want)
+            keys = ", ".join(f"{key!r}: (one number per seed, 'lower')" for key in want)
             raise Mistake(
                 "A dict should have come back: {quantity: (differences, verdict)}.",
                 got=show(got),
@@ -378,7 +378,7 @@ class Trial:
         self.compare(
             differences,
             want,
-            {says: f(want) for says, f in (rivals or {}).items()},
+            {rival_hint: f(want) for rival_hint, f in (rivals or {}).items()},
             atol=atol,
             rtol=0,
             input=shown,
@@ -404,7 +404,7 @@ def _is_experiment(got: Any, want: Mapping[str, Any]) -> bool:
 
 
 def verdict_of(differences: Any) -> tuple[float, float, str]:
-    """The 95 % interval of the mean of paired differences, and what it says."""
+    """The 95 % interval of the mean of paired differences, and the verdict that follows from it."""
     values = np.asarray(_tensor(differences), dtype=float)
     m = mean_interval(xr.DataArray(values, dims="seed"))
     low, high = float(m.low), float(m.high)
@@ -419,14 +419,14 @@ class Check:
     answer : callable
         The function that answers the question.
     seed : int
-        Of the check's random inputs.  The autograder uses others than 0.
+        Seed of the check's random inputs.  The autograder uses seeds other than 0.
     """
 
     __name__: str  # of the function
 
-    def __init__(self, ask: Callable[[Trial], None], seconds: float) -> None:
-        update_wrapper(self, ask)
-        self.ask, self.seconds = ask, seconds
+    def __init__(self, pose: Callable[[Trial], None], seconds: float) -> None:
+        update_wrapper(self, pose)
+        self.pose, self.seconds = pose, seconds
 
     def run(self, answer: Callable[..., Any], seed: int = 0) -> Report:
         """The report, without printing it."""
@@ -441,7 +441,7 @@ class Check:
                     hint=f"Pass the function itself: check.{name}({name}).",
                 )
             trial = Trial(answer, seed, self.seconds, report)
-            self.ask(trial)
+            self.pose(trial)
             trial.begin("")
         except Mistake as mistake:
             report.mistake = mistake
@@ -463,13 +463,13 @@ class Check:
 
 
 @overload
-def question(ask: Callable[[Trial], None]) -> Check: ...
+def question(pose: Callable[[Trial], None]) -> Check: ...
 
 
 @overload
 def question(*, seconds: float = 10) -> Callable[[Callable[[Trial], None]], Check]: ...
 
 
-def question(ask: Callable[[Trial], None] | None = None, *, seconds: float = 10) -> Any:
-    """Make a check of a function that poses trials; a call of the answer may take ``seconds``."""
-    return Check(ask, seconds) if ask else lambda ask: Check(ask, seconds)
+def question(pose: Callable[[Trial], None] | None = None, *, seconds: float = 10) -> Any:
+    """Make a check from a function that poses trials; a call of the answer may take ``seconds``."""
+    return Check(pose, seconds) if pose else lambda pose: Check(pose, seconds)

@@ -46,14 +46,14 @@ def expected_mixing(trial: Trial) -> None:
 
 @question
 def mixed_loss(trial: Trial) -> None:
-    """The loss on mixed labels from two ordinary losses, with one λ an example."""
+    """The loss on mixed labels from two ordinary losses, with one λ per example."""
     z, y = trial.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
-    partners = torch.arange(6).roll(-1)  # of other classes, all of them
+    partners = torch.arange(6).roll(-1)  # all of other classes
     equal, each = torch.full((6,), 0.3, dtype=torch.float64), trial.rand(6)
     one = F.one_hot(y, 4).double()
     soft = lambda lam: lam[:, None] * one + (1 - lam)[:, None] * one[partners]
     ce = lambda target: F.cross_entropy(z, target)
-    for part, lam in (("the same λ for all", equal), ("one λ an example", each)):
+    for part, lam in (("the same λ for all", equal), ("one λ per example", each)):
         inputs = {"logits": z, "labels": y, "partners": partners, "lam": lam}
         trial(
             part,
@@ -80,9 +80,9 @@ def mixed_loss(trial: Trial) -> None:
 
 @question(seconds=30)
 def dirichlet_mixup(trial: Trial) -> None:
-    """Mix k examples with Dirichlet weights, one vector of weights an example."""
+    """Mix k examples with Dirichlet weights, one vector of weights per example."""
     n, k, K = 24, 3, 4
-    eye = torch.eye(n, dtype=torch.float64)  # so row i of the result holds the weights of mixture i
+    eye = torch.eye(n, dtype=torch.float64)  # row i of the result holds the weights of mixture i
     y = torch.arange(n) % K
     alpha = trial.number(0.2, 0.5)
     one = F.one_hot(y, K).double()
@@ -110,11 +110,11 @@ def dirichlet_mixup(trial: Trial) -> None:
         )
     weights, targets = got[0].double(), got[1].double()
     close = lambda a, b: torch.allclose(a, b, atol=1e-5)
-    seen = "x was the unit matrix, so row i of the mixed x holds the weights of mixture i"
+    shown = "x was the unit matrix, so row i of the mixed x holds the weights of mixture i"
     trial.require(
         (weights > -1e-6).all() and close(weights.sum(1), torch.ones(n).double()),
         "The weights of a mixture should not be negative, and sum to 1.",
-        input=seen,
+        input=shown,
         got=f"sums {weights.sum(1)[:4].tolist()} …",
         hint="Draw from a Dirichlet distribution, or divide by the sum.",
     )
@@ -122,7 +122,7 @@ def dirichlet_mixup(trial: Trial) -> None:
     trial.require(
         close(sums, torch.ones(n).double()),
         "The mixed labels do not sum to 1.",
-        input=seen,
+        input=shown,
         got=f"sums {sums[:4].tolist()} …",
         hint="λ was drawn for each class on its own? A label is mixed with the weights "
         "of its example's mixture.",
@@ -131,7 +131,7 @@ def dirichlet_mixup(trial: Trial) -> None:
     trial.require(
         close(targets, wanted),
         "The labels were not mixed with the weights of the inputs.",
-        input=seen,
+        input=shown,
         got=f"label 0: {targets[0].tolist()}",
         wanted=f"label 0: {wanted[0].tolist()}",
         hint="The same weights and the same partners, for inputs and labels. λ drawn "
@@ -158,7 +158,7 @@ def dirichlet_mixup(trial: Trial) -> None:
     )
     own = many.diagonal(dim1=1, dim2=2)  # [draw, example]
     trial.require((own > 0).double().mean() > 0.95, "The example itself is missing in its mixture.")
-    trial.begin("one vector of weights an example")
+    trial.begin("one vector of weights per example")
     distinct = sum(len(draws.round(decimals=6).unique()) for draws in own) / len(own)
     trial.require(
         distinct > n / 2,
@@ -166,7 +166,7 @@ def dirichlet_mixup(trial: Trial) -> None:
         hint="Draw k weights for every example: [n, k].",
     )
     trial.begin("the distribution of the weights")
-    # with chance 2/n a partner is the example itself: less than the margins below
+    # a partner is the example itself with probability 2/n: within the margins below
     mean, mixing = float(own.mean()), float((own * (1 - own)).mean())
     A = k * alpha
     want = alpha * (A - alpha) / (A * (A + 1))
@@ -190,8 +190,8 @@ def dirichlet_mixup(trial: Trial) -> None:
 def shrunk(trial: Trial) -> None:
     """The data on which mixup is empirical risk minimization, up to a perturbation of mean zero."""
     x, one = trial.randn(8, 3) + 2, F.one_hot(torch.arange(8) % 4, 4).double()
-    to = lambda c, v: v.mean(0) + c * (v - v.mean(0))
-    both = lambda c: (to(c, x), to(c, one))
+    shrink = lambda c, v: v.mean(0) + c * (v - v.mean(0))
+    both = lambda c: (shrink(c, x), shrink(c, one))
     for part, alpha in (("α = 1", 1.0), ("another α", trial.number(0.2, 0.7))):
         theta = 0.5 + 4**-alpha / (alpha * beta_function(alpha, alpha))
         trial(
@@ -206,7 +206,7 @@ def shrunk(trial: Trial) -> None:
                     theta * one,
                 ),
                 "The labels were left as they are; they shrink with the inputs.": (
-                    to(theta, x),
+                    shrink(theta, x),
                     one,
                 ),
                 "The weight of the data is 1 - ϑ here, it should be ϑ.": both(1 - theta),
@@ -236,7 +236,7 @@ def _mixup_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def mixup_effect(trial: Trial) -> None:
-    """What mixup changes under label noise, in the test loss and in the test error."""
+    """How mixup changes the test loss and the test error, under label noise."""
     trial.experiment(
         _mixup_effect,
         atol=0.01,

@@ -69,7 +69,7 @@ def effective_objective(trial: Trial) -> None:
 
 @question
 def remainder(trial: Trial) -> None:
-    """What a step down and a step up leave, after the penalty's step has been taken away."""
+    """What a step down and a step up leave after subtracting the penalty's step."""
     L, theta, g, H = _smooth(trial)
     for part, eps in (("a long step", 0.4), ("a short step", 0.05)):
         down = theta - eps * g
@@ -136,27 +136,27 @@ def difference_penalty(trial: Trial) -> None:
     L, theta, g, _ = _smooth(trial)
     lam, r, calls = trial.number(0.2, 0.5), 0.01, []
 
-    def gradient(at):
-        calls.append(at)
-        return grad(L)(at)
+    def gradient(point):
+        calls.append(point)
+        return grad(L)(point)
 
     slope = grad(L)
-    there, back = slope(theta + r * g), slope(theta - r * g)
+    uphill, downhill = slope(theta + r * g), slope(theta - r * g)
     inputs = {"gradient": gradient, "theta": theta, "penalty": lam, "radius": r}
     trial(
         "a short radius",
         inputs,
-        want=g + lam / r * (there - g),
+        want=g + lam / r * (uphill - g),
         rivals={
             "The difference was multiplied by λ, but not divided by the radius.": g
-            + lam * (there - g),
-            "This looks downhill; (3.13) displaces to θ + r g.": g + lam / r * (g - back),
+            + lam * (uphill - g),
+            "This looks downhill; (3.13) displaces to θ + r g.": g + lam / r * (g - downhill),
             "The second gradient is taken at θ + λ g; the displacement is r g.": g
             + lam / r * (slope(theta + lam * g) - g),
             "The displacement is r g, of length r ‖g‖; here it has length r (that is SAM's).": g
             + lam / r * (slope(theta + r * g / g.norm()) - g),
-            "Only the penalty's gradient came back; the loss has one too.": lam / r * (there - g),
-            "That is g + 2λ Hg: the penalty is λ/2 ‖g‖².": g + 2 * lam / r * (there - g),
+            "Only the penalty's gradient came back; the loss has one too.": lam / r * (uphill - g),
+            "That is g + 2λ Hg: the penalty is λ/2 ‖g‖².": g + 2 * lam / r * (uphill - g),
         },
         rtol=1e-6,
     )
@@ -199,7 +199,7 @@ def _level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def level_walk(trial: Trial) -> None:
-    """What a flooded walk along the level changes in ‖g‖² and in the test error."""
+    """How a flooded walk along the level changes ‖g‖² and the test error."""
     trial.experiment(
         _level_walk,
         atol=5e-3,

@@ -50,7 +50,7 @@ def climb(trial: Trial) -> None:
     g[1] *= 3
     rho = trial.number(0.1, 0.9)
 
-    def by(q_minus_1, p, gradients=g):  # the shape, brought to length rho
+    def scaled(q_minus_1, p, gradients=g):  # |g|^(q-1), scaled to length rho
         v = [x.sign() * x.abs() ** q_minus_1 for x in gradients]
         length = torch.linalg.vector_norm(torch.cat([x.flatten() for x in v]), p)
         return tuple(rho * x / length for x in v)
@@ -66,14 +66,14 @@ def climb(trial: Trial) -> None:
             rivals = {
                 "Each tensor was brought to the length ρ by itself: the list is one vector, with "
                 "one norm.": each,
-                "The wrong conjugate exponent: |g| is raised to q - 1, with 1/p + 1/q = 1.": by(
+                "The wrong conjugate exponent: |g| is raised to q - 1, with 1/p + 1/q = 1.": scaled(
                     p - 1, p
                 ),
-                "The wrong exponent: |g| is raised to q - 1, not to q.": by(q, p),
+                "The wrong exponent: |g| is raised to q - 1, not to q.": scaled(q, p),
                 "The sign of the gradient is lost.": tuple(x.abs() for x in want),
                 "It has the right direction, but not the length ρ in the p-norm: the denominator "
                 "is (‖g‖_q^q)^(1/p).": tuple(rho * x / norm for x in raw),
-                "Only for p = 2 does ε̂ lie along g.": by(1.0, p),
+                "Only for p = 2 does ε̂ lie along g.": scaled(1.0, p),
             }
             rivals = {k: v for k, v in rivals.items() if p != 2 or "Only" not in k}
         hints = {
@@ -130,22 +130,24 @@ def sam_step(trial: Trial) -> None:
         v.grad = stale[name].clone()
     got = problem("one step with SGD", model, torch.optim.SGD(model.parameters(), lr))
     after = flat({name: v.detach() for name, v in model.named_parameters()})
-    to = lambda at, d: flat(plus(at, -lr, d))
+    stepped = lambda point, d: flat(plus(point, -lr, d))
     trial.compare(
         after,
-        to(w, worst),
+        stepped(w, worst),
         rivals={
-            "The weights were not restored: the step starts from w + ε̂, it should start from w.": to(
+            "The weights were not restored: the step starts from w + ε̂, it should start from w.": stepped(
                 up, worst
             ),
-            "That is a plain step of SGD: the gradient at w + ε̂ is what steps.": to(w, g),
+            "That is a plain step of SGD: the gradient at w + ε̂ is what steps.": stepped(w, g),
             "Both gradients were added up: .grad holds the first when the second is computed. Set it "
-            "to zero in between.": to(w, plus(g, 1, worst)),
-            "The perturbation goes downhill.": to(w, grad(L)(plus(w, -rho / flat(g).norm(), g))),
-            "The perturbation is not normalized: it should have the length ρ.": to(
+            "to zero in between.": stepped(w, plus(g, 1, worst)),
+            "The perturbation goes downhill.": stepped(
+                w, grad(L)(plus(w, -rho / flat(g).norm(), g))
+            ),
+            "The perturbation is not normalized: it should have the length ρ.": stepped(
                 w, grad(L)(plus(w, rho, g))
             ),
-            "Gradients from before the call are in the step: set .grad to zero first.": to(
+            "Gradients from before the call are in the step: set .grad to zero first.": stepped(
                 w, plus(worst, 1, plus(g, 1, stale))
             ),
             "The weights were restored, but nothing has stepped.": flat(w),
@@ -154,10 +156,10 @@ def sam_step(trial: Trial) -> None:
         hint="Were gradients from before the call still in .grad? Is ε̂ one vector with one norm?",
     )
     trial.begin("it returns the loss at w")
-    says = "That is the loss at w + ε̂; what one logs is the loss at w."
-    trial.compare(got, L(w), rivals={says: L(up)})
+    mistake = "That is the loss at w + ε̂; what one logs is the loss at w."
+    trial.compare(got, L(w), rivals={mistake: L(up)})
 
-    model = make(60).float()  # of so many weights, subtraction misses some
+    model = make(60).float()  # enough weights that subtracting ε̂ fails for some
     before = flat({name: v.detach().clone() for name, v in model.named_parameters()})
     problem(
         "with a rate of 0 the weights come back bitwise",
@@ -215,11 +217,11 @@ def _sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
     sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
 
-    def end(steps, **place):
+    def end(steps, **stages):
         runs = fit(
             lambda: MLP(40, 32, 10),
             data,
-            Recipe(optimizer=sgd, **place),
+            Recipe(optimizer=sgd, **stages),
             steps=steps,
             seeds=list(seeds),
             evaluate_at=[steps],
@@ -233,7 +235,7 @@ def _sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def sam_effect(trial: Trial) -> None:
-    """What SAM changes at an equal number of gradients, in training error and test error."""
+    """How SAM changes training and test error, at an equal number of gradients."""
     trial.experiment(
         _sam_effect,
         atol=0.01,

@@ -62,9 +62,9 @@ def m_sharpness(trial: Trial) -> None:
     def losses(w, rows):
         return torch.log(torch.cosh(X[rows] @ w - t[rows]))
 
-    def rise(rows, at=None):
+    def rise(rows, ascent_rows=None):
         L = lambda w: losses(w, rows).mean()
-        g = grad(L if at is None else lambda w: losses(w, at).mean())(w)
+        g = grad(L if ascent_rows is None else lambda w: losses(w, ascent_rows).mean())(w)
         return L(w + rho * g / g.norm()) - L(w)
 
     every = torch.arange(10)
@@ -140,43 +140,43 @@ def lanczos(trial: Trial) -> None:
             "The first row of Q should be v, divided by its length.",
             input=shown,
         )
-        loss = float((basis @ basis.T - torch.eye(steps).double()).abs().max())
+        deviation = float((basis @ basis.T - torch.eye(steps).double()).abs().max())
         small = 1e-4 if dtype == torch.float32 else 1e-8
         trial.require(
-            loss < small,
+            deviation < small,
             "The rows of Q are not orthonormal.",
             input=shown,
-            got=f"largest entry of QQᵀ - 1: {loss:.1e}",
+            got=f"largest entry of QQᵀ - 1: {deviation:.1e}",
             hint="In floating point (7.5) alone loses orthogonality, and ghosts appear: "
             "make each new vector orthogonal to all earlier ones, twice. And divide it "
             "by its length.",
         )
         T = basis @ H.double() @ basis.T
-        made = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
+        tridiagonal = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
         scale = float(values.abs().max())
-        if not torch.allclose(made, T, atol=small * scale):
-            same = torch.allclose(alpha, T.diagonal(), atol=small * scale)
+        if not torch.allclose(tridiagonal, T, atol=small * scale):
+            alpha_right = torch.allclose(alpha, T.diagonal(), atol=small * scale)
             raise Mistake(
                 "T, made of alpha and beta, is not Q H Qᵀ.",
                 input=shown,
-                got=f"beta {show_few(beta) if same else 'and alpha ' + show_few(alpha)}",
-                wanted=f"{show_few(T.diagonal(1) if same else T.diagonal())}",
+                got=f"beta {show_few(beta) if alpha_right else 'and alpha ' + show_few(alpha)}",
+                wanted=f"{show_few(T.diagonal(1) if alpha_right else T.diagonal())}",
                 hint="beta_j is the length of what is left of H q_j; its square root or its "
                 "square is not."
-                if same
+                if alpha_right
                 else "alpha_j is q_j · H q_j.",
             )
         trial.require(
             len(calls) <= steps,
-            f"There were {len(calls)} products for {steps} steps; one a step is enough.",
+            f"There were {len(calls)} products for {steps} steps; one per step is enough.",
             input=shown,
         )
 
     problem("a few steps in double precision", trial.randn(30).abs() + 0.5, 6)
-    far = torch.cat([trial.rand(57) * 0.01, torch.tensor([50.0, 30.0, 20.0]).double()])
+    spectrum = torch.cat([trial.rand(57) * 0.01, torch.tensor([50.0, 30.0, 20.0]).double()])
     problem(
         "forty steps, three eigenvalues far from the others, in single precision",
-        far,
+        spectrum,
         40,
         torch.float32,
     )
@@ -234,15 +234,15 @@ def _sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
         networks="last",
         dtype=torch.float64,
     )
-    curved = networks.measure(HessianEigenvalues(), data, "train")
+    largest = networks.measure(HessianEigenvalues(), data, "train")
     end = runs.isel(step=0)
     change = lambda v: (v.sel(lr=0.3) - v.sel(lr=0.05)).values
-    return {"largest eigenvalue": change(curved), "test error": change(end.test_error)}
+    return {"largest eigenvalue": change(largest), "test error": change(end.test_error)}
 
 
 @question(seconds=120)
 def sharpness_effect(trial: Trial) -> None:
-    """What a larger rate changes in the largest eigenvalue and in the test error."""
+    """How a larger learning rate changes the largest eigenvalue and the test error."""
     trial.experiment(
         _sharpness_effect,
         atol=0.01,

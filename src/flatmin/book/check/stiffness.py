@@ -59,8 +59,8 @@ def sequence_gram(trial: Trial) -> None:
     ):
         a, d = trial.randn(n, T, I), trial.randn(n, T, O)
         W, c = torch.einsum("nto,nti->noi", d, a).flatten(1), d.sum(1)
-        ahead = torch.einsum("isx,jtx->isjt", a, a), torch.einsum("isx,jtx->isjt", d, d)
-        same = torch.einsum("itx,jtx->ijt", a, a), torch.einsum("itx,jtx->ijt", d, d)
+        all_pairs = torch.einsum("isx,jtx->isjt", a, a), torch.einsum("isx,jtx->isjt", d, d)
+        equal_positions = torch.einsum("itx,jtx->ijt", a, a), torch.einsum("itx,jtx->ijt", d, d)
         want = W @ W.T + c @ c.T
         trial(
             part,
@@ -71,12 +71,12 @@ def sequence_gram(trial: Trial) -> None:
                 "The bias is missing: it is one more input, which is always 1.": W @ W.T,
                 "Only equal positions were paired. The gradient is a sum over positions, so every "
                 "position of one example meets every position of the other.": (
-                    (same[0] + 1) * same[1]
+                    (equal_positions[0] + 1) * equal_positions[1]
                 ).sum(-1),
                 "The sums over positions were taken before the products: a product of sums is not a "
                 "sum of products.": (a.sum(1) @ a.sum(1).T + 1) * (c @ c.T),
                 "The 1 of the bias was added once, not to every pair of positions.": (
-                    ahead[0] * ahead[1]
+                    all_pairs[0] * all_pairs[1]
                 ).sum((1, 3))
                 + 1,
                 "This is the mean over the positions; the loss's gradient is their sum.": want
@@ -97,10 +97,10 @@ def class_means(trial: Trial) -> None:
     y = y[torch.randperm(n, generator=trial.generator)]
     one = torch.nn.functional.one_hot(y, K).double()
     size = one.sum(0)
-    off = values - values.diagonal().diag()
+    off_diagonal = values - values.diagonal().diag()
     total, pairs = one.T @ values @ one, size[:, None] * size
-    want = one.T @ off @ one / (pairs - size.diag())
-    for part, v, c, wanted, rest in (
+    want = one.T @ off_diagonal @ one / (pairs - size.diag())
+    for part, v, c, wanted, kept in (
         ("three classes", values, y, want[:3, :3], slice(3)),
         ("a class that is missing", values, y, want, slice(4)),
     ):
@@ -111,13 +111,15 @@ def class_means(trial: Trial) -> None:
             want=wanted,
             rivals={
                 "The diagonal was left in: there an example is paired with itself, and stiffness is 1 "
-                "whatever the network (4.3).": (total / pairs)[rest, rest],
+                "whatever the network (4.3).": (total / pairs)[kept, kept],
                 "The diagonal was taken out of the sum, but is still counted in the number of pairs.": (
-                    one.T @ off @ one / pairs
-                )[rest, rest],
-                "These are sums; divide by the number of pairs.": (one.T @ off @ one)[rest, rest],
+                    one.T @ off_diagonal @ one / pairs
+                )[kept, kept],
+                "These are sums; divide by the number of pairs.": (one.T @ off_diagonal @ one)[
+                    kept, kept
+                ],
                 "Where there is no pair there is no mean: NaN, not 0.": want.nan_to_num(0.0)[
-                    rest, rest
+                    kept, kept
                 ],
             },
         )
@@ -196,7 +198,7 @@ def _stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
 
 @question(seconds=120)
 def stiffness_effect(trial: Trial) -> None:
-    """What random labels change in the stiffness within classes, before and after training."""
+    """How random labels change the stiffness within classes, before and after training."""
     trial.experiment(
         _stiffness_effect,
         atol=5e-3,

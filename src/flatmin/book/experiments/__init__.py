@@ -1,7 +1,7 @@
-"""Experiments that are too long for a notebook: each a module, a command and a record.
+"""Experiments that take too long for a notebook; each has a module, a command and a record.
 
-``python -m flatmin.book.experiments NAME`` runs one and writes ``results/NAME.nc.xz``; chapters draw what
-:func:`flatmin.book.experiments.record` reads from there.
+``python -m flatmin.book.experiments NAME`` runs one and writes ``results/NAME.nc.xz``; the chapters
+plot what :func:`flatmin.book.experiments.record` reads from there.
 """
 
 from .display import full_scale

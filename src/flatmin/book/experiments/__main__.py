@@ -1,4 +1,4 @@
-"""``python -m flatmin.book.experiments NAME``: run an experiment, or go on with it."""
+"""``python -m flatmin.book.experiments NAME``: run an experiment, or resume it."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from .display import duration
 from .records import NAMES, experiment, record, record_path
-from .runner import labels, plan, run
+from .runner import describe, plan, run
 
 
 def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="python -m flatmin.book.experiments",
         description="Run an experiment and write its record. "
-        "Killed at any moment, the same command goes on. On several GPUs: torchrun "
+        "It may be killed at any moment; the same command resumes it. On several GPUs: torchrun "
         "--nproc-per-node=N -m flatmin.book.experiments NAME",
     )
     option = command.add_argument
@@ -29,9 +29,9 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="another value of a setting, in JSON; may be given several times",
+        help="replace the value of a setting, in JSON; may be given several times",
     )
-    option("--device", help="default: the GPU where there is one")
+    option("--device", help="default: the GPU if there is one")
     option("--out", default="results", help="folder of the record (default: results)")
     option(
         "--patience",
@@ -40,13 +40,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="how long to wait for other ranks without a sign of life (default: 600)",
     )
-    option("--estimate", action="store_true", help="list the units and their time, run nothing")
+    option(
+        "--estimate",
+        action="store_true",
+        help="list the units and estimate their time, run nothing",
+    )
     option("--list", action="store_true", help="list the experiments")
     return command
 
 
 def setting(word: str):
-    """``KEY=VALUE`` as a pair; a value that is no JSON is a string.
+    """``KEY=VALUE`` as a pair; a value that is not JSON is a string.
 
     >>> setting("lr=0.1"), setting("optimizer=SGD")
     (('lr', 0.1), ('optimizer', 'SGD'))
@@ -60,8 +64,8 @@ def setting(word: str):
         return key, value
 
 
-def listed() -> str:
-    """One line an experiment."""
+def listing() -> str:
+    """One line per experiment."""
     lines = []
     for name in NAMES:
         try:
@@ -75,21 +79,21 @@ def listed() -> str:
     return "\n".join(lines)
 
 
-def estimated(todo) -> str:
-    """The units, one a line, and how long they take."""
+def estimate(todo) -> str:
+    """The units, one per line, and how long they take."""
     known = todo.seconds()
-    time = "for its time there is no record to judge by"
+    time = "no record to estimate the time from"
     if known:
-        seconds, by = known
+        seconds, reference = known
         time = (
-            f"about {duration(seconds)} at the rate of the record on {by.attrs['device']}, "
-            "if a gradient takes as long; a larger network's takes longer"
+            f"about {duration(seconds)} at the rate of the record on {reference.attrs['device']}, "
+            "for the same time per gradient; a larger network takes longer"
         )
     return "\n".join(
         [
-            *map(labels, todo.units),
+            *map(describe, todo.units),
             f"{todo.name}, {todo.title}: {len(todo.units)} units, "
-            f"{todo.cost:.2g} gradients of an example, {time}",
+            f"{todo.cost:.2g} single-example gradients, {time}",
         ]
     )
 
@@ -98,7 +102,7 @@ def main(words: list[str] | None = None) -> int:
     command = parser()
     args = command.parse_args(words)
     if args.list:
-        print(listed())
+        print(listing())
         return 0
     if args.name is None:
         command.error("name an experiment, or ask for the --list of them")
@@ -109,7 +113,7 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         command.error(str(error))
     if args.estimate:
-        print(estimated(todo))
+        print(estimate(todo))
         return 0
     say = lambda text, **where: print(f"{args.name}: {text}", flush=True, **where)
     try:
@@ -128,7 +132,7 @@ def main(words: list[str] | None = None) -> int:
         missing = todo.missing(Path(args.out) / f"{args.name}.parts")
         say(
             f"interrupted, {len(todo.units) - len(missing)} of {len(todo.units)} units are done; "
-            "the same command goes on"
+            "run the same command to resume"
         )
         return 130
     except TimeoutError as error:

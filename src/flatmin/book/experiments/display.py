@@ -1,4 +1,4 @@
-"""What the book shows of an experiment: its figure and where it comes from, or that there is none."""
+"""What the book shows of an experiment: its figure and origin, or how to record it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DPI = 160  # shown at 100, so sharp on dense screens
 
 
 def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
-    """An experiment in a chapter: the figure of its record, or how to make one.
+    """The figure of an experiment's record for a chapter, or the command that makes the record.
 
     Parameters
     ----------
@@ -44,30 +44,30 @@ def full_scale(name: str, size: str | None = None) -> HTML | Markdown:
     source = experiment(name).SOURCE
     command = f"python -m flatmin.book.experiments {name}" + (f" --size {size}" if size else "")
     try:
-        found = record(name, size)
+        recorded = record(name, size)
     except FileNotFoundError:
         return Markdown(f"*Not yet recorded* ({source}). This makes the record: `{command}`")
-    png = picture(found)
+    png = picture(recorded)
     image = base64.b64encode(png).decode()
     width, height = (100 * pixels // DPI for pixels in struct.unpack(">2I", png[16:24]))
-    words = html.escape(caption(name, found))
+    text = html.escape(caption(name, recorded))
     return HTML(
-        f'<img src="data:image/png;base64,{image}" alt="{words}" width="{width}" height="{height}" '
+        f'<img src="data:image/png;base64,{image}" alt="{text}" width="{width}" height="{height}" '
         'style="max-width:100%;height:auto">'
-        f'<div class="figure-caption"><p>{words} ({html.escape(source)}; {html.escape(origin(found))}.)</p></div>'
+        f'<div class="figure-caption"><p>{text} ({html.escape(source)}; {html.escape(origin(recorded))}.)</p></div>'
     )
 
 
 def caption(name: str, record: xr.Dataset | None = None) -> str:
-    """What an experiment's figure shows, of this record, in words."""
+    """The caption of an experiment's figure, for this record if one is given."""
     module = experiment(name)
-    chooses = record is not None and hasattr(module, "drawing")
-    drawn = module.drawing(record) if chooses else module.plot
-    return " ".join(inspect.cleandoc(drawn.__doc__).split())
+    has_drawings = record is not None and hasattr(module, "drawing")
+    function = module.drawing(record) if has_drawings else module.plot
+    return " ".join(inspect.cleandoc(function.__doc__).split())
 
 
 def origin(record: xr.Dataset) -> str:
-    """Where a record was made, from what, and in how long.
+    """Where and from what data a record was made, and how long it took.
 
     Examples
     --------
@@ -75,15 +75,15 @@ def origin(record: xr.Dataset) -> str:
     >>> origin(record("flooding_synthetic")).startswith("size demo, 10 seeds, generated: ")
     True
     """
-    about = record.attrs
+    attrs = record.attrs
     return (
-        f"size {about['size']}, {len(json.loads(about['seeds']))} seeds, {about['data']}; "
-        f"on {about['device']}, PyTorch {about['torch']}, in {duration(float(about['seconds']))}"
+        f"size {attrs['size']}, {len(json.loads(attrs['seeds']))} seeds, {attrs['data']}; "
+        f"on {attrs['device']}, PyTorch {attrs['torch']}, in {duration(float(attrs['seconds']))}"
     )
 
 
 def duration(seconds: float) -> str:
-    """Seconds, in the unit that suits them.
+    """Seconds as text, in a suitable unit.
 
     Examples
     --------

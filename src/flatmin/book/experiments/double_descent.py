@@ -3,8 +3,8 @@
 A ResNet-18 is trained on CIFAR-10 without augmentation, with and without flooding.  Without, the
 test loss rises once the training loss has gone to zero; with, it falls again.  Learning rate 0.1,
 momentum 0.9, 500 epochs and a fifth of the training images for validation are the paper's.  Batches
-of 128, a constant learning rate and no weight decay are ours: we don't know its choice.  The figure
-shows the level that validation chooses.
+of 128, a constant learning rate and no weight decay are ours, as the paper's are unknown to us.
+The figure shows the level that validation chooses.
 """
 
 import xarray as xr
@@ -14,7 +14,7 @@ from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
 from ..plotting import COLORS, band, use_style
-from .vision import load, provenance, train
+from .vision import data_source, load, train
 
 SOURCE = "Ishida et al. 2020, figure 1 (c, d)"
 
@@ -46,7 +46,7 @@ SETTINGS = {
         "evaluations": 1,
         "seeds": 2,
     },
-    # Recorded in 259 s of an H100 that sixteen processes shared.
+    # Recorded in 259 s on an H100 shared by sixteen processes.
     "reduced": PAPER
     | {
         "train_size": 10_000,
@@ -86,7 +86,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         seed=unit["seed"],
         evaluate_at=settings["evaluations"],
     )
-    result.attrs = {"data": provenance(settings["data"])}
+    result.attrs = {"data": data_source(settings["data"])}
     return result
 
 

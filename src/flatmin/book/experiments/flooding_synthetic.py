@@ -2,14 +2,14 @@
 
 A network with four hidden layers of 500 units (linear without bias, batch normalization, ReLU) is
 trained with the full batch of 100 examples, some of whose labels are wrong, by SGD and by Adam.
-Every seed has its own data, weights and label noise.  Nothing is chosen while it trains: all
-levels are recorded at all evaluated steps, on training, validation and clean test examples, and
-who draws the record chooses the level by validation, with early stopping or without.
+Every seed has its own data, weights and label noise.  Nothing is selected during training: all
+levels are recorded at all evaluated steps, on training, validation and clean test examples.  The
+figures then choose the level by validation, with or without early stopping.
 
-Network, optimizers and sizes of the sets are those of the authors' demo for the sinusoid, for all
-three sets.  ``"paper"`` has the paper's levels and noise, and the 500 epochs that the authors'
-script for synthetic data trains where nothing else is said.  ``"demo"``, which Chapter 2 draws, has
-the demo's noise, levels and 200 epochs, and smaller test sets.
+Network, optimizers and set sizes are, for all three sets, those of the authors' demo for the
+sinusoid.  ``"paper"`` has the paper's levels and noise, and 500 epochs, the default of the authors'
+script for synthetic data.  ``"demo"``, which Chapter 2 plots, has the demo's noise, levels and 200
+epochs, and smaller test sets.
 """
 
 import json
@@ -39,7 +39,7 @@ PAPER = {
     "optimizers": list(OPTIMIZERS),
     "levels": LEVELS,
     "seeds": 10,
-    "steps": 500,  # the full batch is one step: epochs
+    "steps": 500,  # a step is an epoch: the batch is the full training set
     "evaluations": 50,
     "test_size": 20_000,
     "width": 500,
@@ -72,7 +72,7 @@ SETTINGS = {
 
 
 def units(settings: dict) -> list[dict]:
-    """A unit is a stack: all levels and seeds of a set, a noise (if several) and an optimizer."""
+    """A unit is a stack: all levels and seeds for one set, noise (if several) and optimizer."""
     several = len(settings["label_noise"]) > 1
     return [
         {"set": name} | ({"label_noise": noise} if several else {}) | {"optimizer": optimizer}
@@ -89,13 +89,13 @@ def cost(settings: dict) -> float:
 
 
 def per_gradient(settings: dict) -> float:
-    """What a gradient costs together with its share of the evaluations."""
+    """The cost of a gradient, with its share of the evaluations."""
     evaluated = (settings["evaluations"] + 1) * (3 * 100 + settings["test_size"])
     return 1 + evaluated / 3 / (settings["steps"] * 100)
 
 
 def levels_of(unit: dict, settings: dict) -> list[float]:
-    """The flood levels: the same for both optimizers, or, in the demo, of each its own."""
+    """The flood levels: the same for both optimizers or, in the demo, one list for each."""
     levels = settings["levels"]
     return levels[unit["optimizer"]] if isinstance(levels, dict) else levels
 
@@ -138,7 +138,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         "batch_size": len(data[0].x_train),
         "dtype": "torch.float32",
     }
-    if isinstance(settings["levels"], dict):  # by position: what they are depends on the optimizer
+    if isinstance(settings["levels"], dict):  # by position, as the values depend on the optimizer
         runs = runs.rename(flood_level="level").assign_coords(
             level=range(len(levels)), flood_level=("level", levels)
         )
@@ -146,7 +146,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 
 
 def rounded(losses: xr.DataArray) -> xr.DataArray:
-    """Losses to 16 binary digits, nearly five decimal ones: what remains compresses well.
+    """Losses rounded to 16 binary (nearly five decimal) digits, which compress well.
 
     >>> rounded(xr.DataArray([1.0, 0.123456789], dims="step")).values.round(6)
     array([1.      , 0.123457])
@@ -159,7 +159,7 @@ def chosen(study: xr.Dataset, stop: bool) -> tuple[xr.DataArray, xr.DataArray]:
     """Accuracy on clean test labels in per cent: without flooding, and at the level chosen.
 
     The level is chosen for each seed by the error on *clean* validation labels, as in the authors'
-    demo; ``stop`` chooses the step by it, too, else it is the last.
+    demo; ``stop`` chooses the step in the same way; otherwise it is the last step.
     """
     study = best_step(study, "validation_clean_error") if stop else study.isel(step=-1)
     level = "level" if "level" in study.dims else "flood_level"
@@ -207,8 +207,8 @@ def accuracies(record: xr.Dataset):
             rows, colors = {}, {}
             for optimizer in optimizers:
                 for label, (accuracy, color) in lines.items():
-                    here = {"set": name, "label_noise": noise, "optimizer": optimizer}
-                    rows[f"{optimizer}: {label}"] = accuracy.sel(here)
+                    cell = {"set": name, "label_noise": noise, "optimizer": optimizer}
+                    rows[f"{optimizer}: {label}"] = accuracy.sel(cell)
                     colors[f"{optimizer}: {label}"] = color
             bars(ax, rows, colors)
             ax.set_title(f"{name.replace('_', ' ')}, {100 * noise:g} % noise")
@@ -224,7 +224,7 @@ def gains(record: xr.Dataset) -> xr.DataArray:
 
 
 def entropy(label_noise: float) -> float:
-    r"""Of whether a label is wrong, in nats: :math:`-p\log p-(1-p)\log(1-p)`.
+    r"""Entropy, in nats, of whether a label is wrong: :math:`-p\log p-(1-p)\log(1-p)`.
 
     Examples
     --------
@@ -245,7 +245,7 @@ def sweeps(record: xr.Dataset):
     from matplotlib.colors import to_rgb
 
     use_style()
-    every = gains(record)
+    all_gains = gains(record)
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
     fig, axes = plt.subplots(
         len(optimizers),
@@ -259,8 +259,8 @@ def sweeps(record: xr.Dataset):
         for ax, name in zip(row, sets):
             for k, noise in enumerate(noises, 1):
                 color = tuple(1 - k / len(noises) * (1 - c) for c in to_rgb(COLORS["flooding"]))
-                here = every.sel(set=name, label_noise=noise, optimizer=optimizer, drop=True)
-                band(ax, here, "flood_level", color).set_label(f"{100 * noise:g} % wrong")
+                gain = all_gains.sel(set=name, label_noise=noise, optimizer=optimizer, drop=True)
+                band(ax, gain, "flood_level", color).set_label(f"{100 * noise:g} % wrong")
                 ax.axvline(entropy(noise), color=color, linestyle=":", linewidth=1.2)
             ax.axhline(0, color=COLORS["faint"], linewidth=0.8, zorder=0)
             ax.set(title=f"{name.replace('_', ' ')}, {optimizer}", ylim=(-10, 11))

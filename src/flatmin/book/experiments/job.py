@@ -1,4 +1,4 @@
-"""What a unit of an experiment is given: a device, checkpoints, a count of its progress."""
+"""What a unit of an experiment works with: a device, checkpoints and a progress count."""
 
 import contextlib
 import gc
@@ -15,21 +15,21 @@ from ..._files import replacing
 
 
 class Work:
-    """What a unit is given to work with.
+    """The work of one unit: its device, checkpoints and progress.
 
     Attributes
     ----------
     device : torch.device
         Where to compute.
     path : Path
-        A folder of this unit's own, for checkpoints, removed when the unit is finished.  A unit
-        that goes on on another device or with another commit gets another one, and starts anew.
+        This unit's own folder for checkpoints, removed when the unit is finished.  On another
+        device or with another commit the unit gets a new folder and starts anew.
     interrupted : bool
-        Whether Ctrl-C or SIGTERM has asked for a stop.
+        Whether Ctrl-C or SIGTERM has requested a stop.
 
     Examples
     --------
-    A loop that can be killed at any moment, and whose result is the same on a CPU, to the bit::
+    A loop that can be killed at any moment and, on a CPU, still gives the same result to the bit::
 
         state = work.load() or {"epoch": 0, "params": ...}
         while state["epoch"] < epochs:
@@ -41,11 +41,11 @@ class Work:
 
     def __init__(self, device: torch.device, path: Path, stop: list, bar: tqdm):
         self.device, self.path, self._stop, self._bar = device, path, stop, bar
-        self.gradients, self._before, self._note = 0.0, 0.0, path / "seconds"
+        self.gradients, self._seconds_before, self._seconds_file = 0.0, 0.0, path / "seconds"
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError, ValueError):
-            self._before = float(self._note.read_text())
-        self._started = self._saved = self._noted = time.monotonic()
+            self._seconds_before = float(self._seconds_file.read_text())
+        self._started = self._saved = self._reported = time.monotonic()
 
     @property
     def interrupted(self) -> bool:
@@ -53,27 +53,27 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """How long this unit has been computed, before interruptions and since."""
-        return self._before + time.monotonic() - self._started
+        """How long this unit has been computed, interrupted runs included."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def progress(self, gradients: float) -> bool:
-        """Count gradients of single examples; true if a stop is asked for."""
+        """Count single-example gradients; true if a stop is requested."""
         self.gradients += gradients
         self._bar.update(gradients)
-        if time.monotonic() - self._noted > 5:  # also a sign of life for the other ranks
-            self._noted = time.monotonic()
-            with replacing(self._note) as part:
+        if time.monotonic() - self._reported > 5:  # also tells other ranks that this one is alive
+            self._reported = time.monotonic()
+            with replacing(self._seconds_file) as part:
                 part.write_text(str(self.seconds))
         return self.interrupted
 
     def due(self, every: float = 30.0) -> bool:
-        """Whether to save now: each ``every`` seconds, and when a stop is asked for."""
+        """Whether to save now: every ``every`` seconds, and when a stop is requested."""
         return self.interrupted or time.monotonic() - self._saved >= every
 
     def save(self, state: dict) -> None:
-        """Keep ``state``: tensors, numbers, strings, dictionaries and lists of them.
+        """Save ``state`` atomically: tensors, numbers, strings, dictionaries and lists of them.
 
-        All or nothing.  Raises KeyboardInterrupt afterwards if a stop is asked for.
+        Raises KeyboardInterrupt afterwards if a stop is requested.
         """
         with replacing(self.path / "state") as part:
             torch.save({"state": state, "gradients": self.gradients, "seconds": self.seconds}, part)
@@ -82,7 +82,7 @@ class Work:
             raise KeyboardInterrupt
 
     def load(self) -> dict | None:
-        """The state that was saved last, with its tensors on the CPU, or None."""
+        """The last saved state, with its tensors on the CPU, or None."""
         path = self.path / "state"
         if not path.exists():
             return None
@@ -91,12 +91,12 @@ class Work:
         except Exception as error:
             warnings.warn(f"{path} is damaged, its unit starts anew ({error})", stacklevel=2)
             return None
-        self._before = max(self._before, saved["seconds"])
+        self._seconds_before = max(self._seconds_before, saved["seconds"])
         self.progress(saved["gradients"])
         return saved["state"]
 
     def chunks(self, function: Callable, size: int):
-        """``function(size)``, again with half the size whenever the device's memory runs out."""
+        """Call ``function(size)``, with half the size whenever the device runs out of memory."""
         before = self.gradients
         while True:
             try:
@@ -104,8 +104,8 @@ class Work:
             except torch.OutOfMemoryError:
                 if size <= 1:
                     raise
-            size //= 2  # here, since the exception has held on to the tensors until now
-            warnings.warn(f"out of memory: goes on with {size} at once", stacklevel=2)
+            size //= 2  # here, as inside ``except`` the exception keeps the tensors alive
+            warnings.warn(f"out of memory: retrying with {size} at a time", stacklevel=2)
             self.progress(before - self.gradients)
             gc.collect()
             torch.cuda.empty_cache()
@@ -113,20 +113,20 @@ class Work:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list]:
-    """Ctrl-C and SIGTERM fill the list; the second of them has its usual effect."""
-    stop, usual = [], {}
+    """A list to which the first Ctrl-C or SIGTERM is added; the second has its usual effect."""
+    stop, handlers = [], {}
 
     def restore():
-        for key, handler in usual.items():
+        for key, handler in handlers.items():
             signal.signal(key, handler)
 
-    def ask(key, frame):
+    def request(key, frame):
         stop.append(key)
         restore()
 
-    with contextlib.suppress(ValueError):  # outside the main thread nobody interrupts
+    with contextlib.suppress(ValueError):  # outside the main thread, where no signal arrives
         for key in (signal.SIGINT, signal.SIGTERM):
-            usual[key] = signal.signal(key, ask)
+            handlers[key] = signal.signal(key, request)
     try:
         yield stop
     finally:

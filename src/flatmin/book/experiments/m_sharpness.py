@@ -1,12 +1,12 @@
-"""m-SAM over m, and what m-sharpness says about the gap (Foret et al. 2021, section 4.1, figure 3).
+"""m-SAM by m, and m-sharpness against the gap (Foret et al. 2021, section 4.1, figure 3).
 
-A small network is trained by SAM whose perturbation is chosen for shards of m examples, for several
-m, with a sweep of the radius for each.  Then m'-sharpness of every network is held against its
-generalization gap, for several m'.  All radii and seeds of one m are one stack.
+A small network is trained by SAM with one perturbation per shard of m examples, for several m and,
+for each, several radii.  Then the m'-sharpness of every network is compared with its generalization
+gap, for several m'.  All radii and seeds of one m are one stack.
 
-The network has no batch norm, so that an example of a shard of one has a gradient of its own, and
-there is no augmentation.  The paper's network is "a small ResNet"; for the right panel of its
-figure it measures other networks, those of a competition, and by mutual information.
+The network has no batch norm, so that each example has its own gradient, and there is no
+augmentation.  The paper's network is "a small ResNet"; for the right panel of its figure it
+measures other networks, those of a competition, and uses mutual information.
 """
 
 import numpy as np
@@ -41,8 +41,8 @@ SETTINGS = {
         "shards": 16,
         "seeds": 2,
     },
-    # Recorded in 156 s of an H100 that sixteen processes shared.  The network is too small to learn
-    # the labels by heart.
+    # Recorded in 156 s on an H100 shared by sixteen processes.  The network is too small to
+    # memorize the labels.
     "reduced": {
         "data": "cifar10",
         "network": "CNN",
@@ -125,22 +125,22 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         [sharpness(networks, data, m, settings) for m in settings["measured_m"]], "measured_m"
     ).assign_coords(measured_m=settings["measured_m"])
     work.progress(_measured(settings))
-    result.attrs = {"data": vision.provenance(settings["data"])}
+    result.attrs = {"data": vision.data_source(settings["data"])}
     return result
 
 
 def sharpness(networks, data, m: int, settings: dict) -> xr.DataArray:
     """m-sharpness of a stack's networks, on the first examples of the training set."""
     instrument = Sharpness(settings["radius"], m=m, examples=settings["examples"], batch_size=256)
-    one = [
+    by_seed = [
         networks.select(seed=[seed]).measure(instrument, data, "train")
         for seed in settings["seeds"]
     ]
-    return xr.concat(one, "seed")
+    return xr.concat(by_seed, "seed")
 
 
 def _measured(settings: dict) -> int:
-    """The gradients of a unit's measurements: two an example."""
+    """The gradients of a unit's measurements: two per example."""
     runs = len(settings["rho"]) * len(settings["seeds"])
     return runs * 2 * settings["examples"] * len(settings["measured_m"])
 
@@ -149,13 +149,13 @@ def _measured(settings: dict) -> int:
 
 
 def best_radius(record: xr.Dataset) -> xr.Dataset:
-    """For each m the radius with the lowest mean validation error."""
+    """For each m, the radius with the lowest mean validation error."""
     mean = record.validation_error.mean("seed", skipna=False).fillna(np.inf)
     return record.isel(rho=mean.argmin("rho"))
 
 
 def correlation(record: xr.Dataset, given: str | None = None) -> xr.DataArray:
-    r"""Rank correlation of m-sharpness with the gap, over all m and radii, of each seed.
+    r"""Rank correlation of m-sharpness with the gap, over all m and radii, for each seed.
 
     The gap is test error minus training error.  With ``given``, a variable c of the record, it is
     the partial correlation,
@@ -173,11 +173,11 @@ def correlation(record: xr.Dataset, given: str | None = None) -> xr.DataArray:
     gap = record.test_error - record.train_error
     distinct = ((record.rho > 0) | (record.m == record.m[0])).broadcast_like(gap)
 
-    def one(distinct, *rows):
+    def correlate(distinct, *rows):
         keep = distinct & np.isfinite(rows).all(0)
         if keep.sum() < 3:
             return np.nan
-        with np.errstate(invalid="ignore", divide="ignore"):  # a row of ties
+        with np.errstate(invalid="ignore", divide="ignore"):  # if all values of a row are equal
             r = np.corrcoef(rankdata(np.array(rows)[:, keep], axis=1))
         if len(rows) < 3:
             return r[0, 1]
@@ -186,7 +186,9 @@ def correlation(record: xr.Dataset, given: str | None = None) -> xr.DataArray:
 
     rows = [distinct, record.sharpness, gap, *([record[given]] if given else [])]
     stacked = [row.stack(run=("m", "rho")) for row in rows]
-    return xr.apply_ufunc(one, *stacked, input_core_dims=[["run"]] * len(rows), vectorize=True)
+    return xr.apply_ufunc(
+        correlate, *stacked, input_core_dims=[["run"]] * len(rows), vectorize=True
+    )
 
 
 def plot(record: xr.Dataset):
@@ -214,7 +216,7 @@ def plot(record: xr.Dataset):
             f"ρ = {rho:g}", (m, y), (0, 7), textcoords="offset points", ha="center", fontsize=7.5
         )
     middle.set(title="… radius chosen by validation", xlabel="m, of training", ylabel="%")
-    middle_says = "paper (figure 3): lower for smaller m"
+    middle_note = "paper (figure 3): lower for smaller m"
     views = {
         "as it is": (None, COLORS["ERM"]),
         "given the training loss": ("train_loss", COLORS["another"]),
@@ -230,10 +232,10 @@ def plot(record: xr.Dataset):
         ylim=(-1.05, 1.3),
         ylabel="rank correlation",
     )
-    right_says = "paper (figure 3): rises as m falls"
-    panels = ((middle, record.m, middle_says), (right, record.measured_m, right_says))
-    for ax, values, said in panels:
-        ax.text(0.02, 0.98, said, transform=ax.transAxes, va="top", fontsize=8, color=COLORS["ERM"])
+    right_note = "paper (figure 3): rises as m falls"
+    panels = ((middle, record.m, middle_note), (right, record.measured_m, right_note))
+    for ax, values, note in panels:
+        ax.text(0.02, 0.98, note, transform=ax.transAxes, va="top", fontsize=8, color=COLORS["ERM"])
         ax.set_xscale("log", base=2)
         ax.set_xlim(float(values.min()) / 1.5, float(values.max()) * 1.5)
     return fig

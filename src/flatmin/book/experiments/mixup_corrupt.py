@@ -1,13 +1,13 @@
 """Corrupt labels: mixup against dropout (Zhang et al. 2018, section 3.4).
 
 A PreAct ResNet-18 is trained on CIFAR-10 with 20, 50 and 80 % wrong labels: plainly, with a dropout
-layer in each block, with mixup, and with both.  What counts is the test error, at the best epoch
-and at the last, and how well the training images are fitted with their wrong and their true labels.
-Epochs, batches, weight decay, learning rate and its steps are those of the authors' code; the paper
-tried several strengths and reports the best, and so does the figure where a record has several.
+layer in each block, with mixup, and with both.  We record the test error, at the best and the last
+epoch, and how well the network fits the wrong and the true labels of the training images.  Epochs,
+batches, weight decay, learning rate and its steps are those of the authors' code; the paper tried
+several strengths and reports the best, and so does the figure where a record has several.
 
-Our wrong label is one of the other nine classes.  Where one of all ten is drawn in its place, as
-"random noise" may mean, 80 % of the labels are drawn and 72 % are wrong.
+Our wrong label is one of the other nine classes.  If it is drawn from all ten, as "random noise"
+may mean, only 72 % of the labels are wrong when 80 % are drawn.
 """
 
 import xarray as xr
@@ -19,7 +19,7 @@ from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..plotting import COLORS, use_style
 from ..statistics import mean_interval
-from .vision import load, provenance, step_decay, train
+from .vision import data_source, load, step_decay, train
 
 SOURCE = "Zhang et al. 2018, section 3.4 and table 2"
 
@@ -63,8 +63,8 @@ SETTINGS = {
         "seeds": 2,
         "recipes": _ONE_EACH,
     },
-    # Eight processes share a GPU, or it takes twice as long.  Without augmentation, so that 40 epochs
-    # are enough to learn wrong labels by heart.
+    # For eight processes per GPU; a single one takes twice as long.  Without augmentation, so that
+    # 40 epochs are enough to memorize wrong labels.
     "reduced": _FULL
     | {
         "train_size": 10_000,
@@ -113,11 +113,11 @@ class PreActResNet(nn.Module):
     Parameters
     ----------
     num_classes, width : int
-        Of outputs; of channels in the first stage, which double in each further one.
+        Number of outputs; of channels in the first stage, doubled in each further stage.
     stages : sequence of int
-        Blocks in each.
+        Number of blocks in each stage.
     dropout : float
-        Probability to drop a unit; it does not change the initial weights.
+        Probability of dropping a unit; it does not change the initial weights.
 
     Examples
     --------
@@ -133,7 +133,7 @@ class PreActResNet(nn.Module):
         for stage, count in enumerate(stages):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(_Block(channels, channels * stride, stride))
+                blocks.append(_PreActBlock(channels, channels * stride, stride))
                 channels *= stride
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*blocks)
@@ -155,7 +155,7 @@ class PreActResNet(nn.Module):
         return self.head(self.blocks(self.stem(x)))
 
 
-class _Block(nn.Module):
+class _PreActBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
         self.before = nn.Sequential(nn.BatchNorm2d(c_in), nn.ReLU())
@@ -175,7 +175,7 @@ class _Block(nn.Module):
 
 
 def units(settings: dict) -> list[dict]:
-    """A unit is one run (with its bootstrap); ``variant`` counts the strengths of its method."""
+    """A unit is one run (with its bootstrap); ``variant`` numbers the strengths of its method."""
     return [
         {"recipe": name, "variant": variant, "label_noise": noise, "seed": seed}
         for name, variants in settings["recipes"].items()
@@ -209,12 +209,12 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         augment=settings["augment"],
         evaluate_at=settings["evaluations"],
     )
-    result.attrs = {"data": provenance(settings["data"])}
+    result.attrs = {"data": data_source(settings["data"])}
     return result.assign(alpha=alpha, p=p)
 
 
 def best_variant(record: xr.Dataset) -> xr.Dataset:
-    """For each method and noise the strength with the lowest mean test error at its best epoch."""
+    """For each method and noise, the strength with the lowest mean test error at its best epoch."""
     best = record.test_error.min("epoch").mean("seed", skipna=False)
     return record.isel(variant=best.fillna(float("inf")).argmin("variant"))
 
@@ -244,14 +244,14 @@ def plot(record: xr.Dataset):
             )
             for name in record.recipe.values
         }
-        beside(ax, rows)
+        plot_rows(ax, rows)
         ax.set(title=f"{100 * noise:g} % wrong labels", xlabel="test error (%)")
     fig.supxlabel(LEGEND, fontsize=8, color=COLORS["ERM"])
     return fig
 
 
-def beside(ax, rows: dict) -> None:
-    """A row each, from top to bottom: our last and best epoch, and the paper's numbers.
+def plot_rows(ax, rows: dict) -> None:
+    """Plot each row: the errors at our last and best epoch, and the paper's numbers.
 
     Parameters
     ----------
@@ -264,11 +264,11 @@ def beside(ax, rows: dict) -> None:
         dim = next(d for d in errors.dims if d != "seed")
         errors = errors.dropna(dim, how="all")
         for value, dy, face in ((errors.isel({dim: -1}), 0.0, color), (errors.min(dim), -0.2, "w")):
-            m = mean_interval(value)
+            interval = mean_interval(value)
             ax.errorbar(
-                float(m["mean"]),
+                float(interval["mean"]),
                 y + dy,
-                xerr=float(m["half"]),
+                xerr=float(interval["half"]),
                 fmt="o",
                 color=color,
                 markerfacecolor=face,

@@ -1,4 +1,4 @@
-"""The records of the experiments: where they stand, what they say, how they are drawn."""
+"""The records of the experiments: where they are, what they contain, how they are plotted."""
 
 import functools
 import importlib
@@ -50,14 +50,14 @@ SCHEMA = [
 
 
 def experiment(name: str) -> ModuleType:
-    """The module of an experiment; what it holds, :mod:`flatmin.book.experiments.runner` says."""
+    """The module of an experiment; :mod:`flatmin.book.experiments.runner` says what is in it."""
     if name not in NAMES:
         raise ValueError(f"name must be one of {NAMES}, got {name!r}")
     return importlib.import_module(f"{__package__}.{name}")
 
 
 def default_size(name: str) -> str:
-    """The size that is run, and read, where none is named.
+    """The size that is run and read by default.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def default_size(name: str) -> str:
 
 
 def record_path(name: str, folder: str | os.PathLike, size: str | None = None) -> Path:
-    """Where a record stands: ``NAME.nc.xz``, or ``NAME-SIZE.nc.xz`` if its size is not the default.
+    """The path of a record: ``NAME.nc.xz``, or ``NAME-SIZE.nc.xz`` if not of the default size.
 
     Examples
     --------
@@ -78,8 +78,8 @@ def record_path(name: str, folder: str | os.PathLike, size: str | None = None) -
     sizes = sorted(experiment(name).SETTINGS)
     if size not in (None, *sizes):
         raise ValueError(f"size must be one of {sizes}, got {size!r}")
-    usual = size in (None, default_size(name))
-    return Path(folder) / f"{name if usual else f'{name}-{size}'}.nc.xz"
+    is_default = size in (None, default_size(name))
+    return Path(folder) / f"{name if is_default else f'{name}-{size}'}.nc.xz"
 
 
 def record(name: str, size: str | None = None) -> xr.Dataset:
@@ -105,23 +105,23 @@ def record(name: str, size: str | None = None) -> xr.Dataset:
 
 
 def check(record: xr.Dataset) -> None:
-    """Raise a ValueError if a record does not say where it comes from.
+    """Raise a ValueError unless the attributes of a record say how it was made.
 
-    Its attributes ``experiment``, ``size``, ``device``, ``machine``, ``python``, ``numpy``,
-    ``torch``, ``cuda``, ``flatmin``, ``commit``, ``seeds`` and ``settings`` (JSON), ``seconds``
-    (of all units together), ``data`` and ``cost`` (gradients of single examples) must be there;
-    what was not recorded says ``"not recorded"``.
+    ``experiment``, ``size``, ``device``, ``machine``, ``python``, ``numpy``, ``torch``, ``cuda``,
+    ``flatmin``, ``commit``, ``seeds`` and ``settings`` (JSON), ``seconds`` (of all units together),
+    ``data`` and ``cost`` (single-example gradients) must be there; one that was not recorded is
+    ``"not recorded"``.  Answers are checked by ``flatmin.book.check``.
 
     Examples
     --------
     >>> check(record("flooding_synthetic"))
     >>> check(xr.Dataset(attrs=dict.fromkeys(SCHEMA[1:], 1)))
     Traceback (most recent call last):
-    ValueError: record.attrs must say what it is, got no 'experiment'
+    ValueError: record.attrs must have all keys of SCHEMA, got no 'experiment'
     """
     missing = [repr(key) for key in SCHEMA if not str(record.attrs.get(key, ""))]
     if missing:
-        raise ValueError(f"record.attrs must say what it is, got no {', '.join(missing)}")
+        raise ValueError(f"record.attrs must have all keys of SCHEMA, got no {', '.join(missing)}")
     experiment(record.attrs["experiment"])
     for key in ("seconds", "cost"):
         number(key, record.attrs[key], 0)
@@ -132,7 +132,7 @@ def check(record: xr.Dataset) -> None:
 
 
 def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | None = None):
-    """Check a record and write it, all or nothing, to its :func:`record_path`."""
+    """Check a record and write it atomically to its :func:`record_path`."""
     check(dataset)
     path = record_path(name, folder, size)
     content = lzma.compress(
@@ -144,7 +144,7 @@ def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | 
 
 
 def read(path: Path) -> xr.Dataset:
-    """A record from its file, which is netCDF under xz."""
+    """Read a record from its file, which is netCDF compressed by xz."""
     return xr.load_dataset(io.BytesIO(lzma.decompress(path.read_bytes())), engine="scipy")
 
 
@@ -153,8 +153,8 @@ def plot(name: str, record: xr.Dataset):
     return experiment(name).plot(record)
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """Where something is computed, and with what."""
+def environment(device: torch.device) -> dict[str, str]:
+    """The device, machine, versions and commit of a computation."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -182,7 +182,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        if not (root / ".git").exists():  # another project's, that has the package installed
+        if not (root / ".git").exists():  # git would find another project's repository
             return "–"
         changed = git("status", "--porcelain", "--", "src")
         return git("rev-parse", "HEAD") + (" with changes" if changed else "")

@@ -1,34 +1,34 @@
-"""The engine: an experiment is a list of units of work, and a finished unit is never done again.
+"""The runner: an experiment is a list of units, and a finished unit is never computed again.
 
-An experiment is a module of this package, named in ``NAMES``, that holds
+An experiment is a module of this package, named in ``NAMES``, that has
 
 ``SOURCE``
     What it repeats: paper and section.
 ``SETTINGS``
-    ``{size: settings}``; settings are a dictionary of what JSON can hold.  The sizes ``"tiny"``
-    (seconds on a CPU, for tests), ``"reduced"`` (ten minutes on one large GPU) and ``"paper"`` are
-    always there; ``DEFAULT`` names the one that is run where none is asked for (``"reduced"`` if
-    it is left out).  ``settings["seeds"]`` is written as a number, and the functions below get it
-    as the list of the seeds, see :func:`flatmin.book.seeds`.
+    ``{size: settings}``; settings are a dictionary that JSON can store.  The sizes ``"tiny"``
+    (seconds on a CPU, for tests), ``"reduced"`` (ten minutes on one large GPU) and ``"paper"`` must
+    be there; ``DEFAULT`` names the size that is run by default (without it, ``"reduced"``).
+    ``settings["seeds"]`` is a number; the functions below get the list of seeds instead, see
+    :func:`flatmin.book.seeds`.
 ``units(settings)``
-    The independent pieces of work: a list of dictionaries of labels, all different and all with
-    the same names, such as ``{"method": "SAM", "seed": 0}``.
+    The independent units: a list of different dictionaries, all with the same keys, such as
+    ``{"method": "SAM", "seed": 0}``.
 ``run_unit(unit, settings, work)``
-    One of them: a Dataset *without* the unit's labels, which become the first dimensions of the
-    record.  Its ``attrs`` may say more; ``data`` must.  ``work`` is a
+    The result of one unit: a Dataset *without* the unit's keys, which become the first dimensions
+    of the record.  Its ``attrs`` must have ``data`` and may have more.  ``work`` is a
     :class:`flatmin.book.experiments.Work`.
 ``cost(settings)``
-    How many gradients of single examples all units take together: the measure of time.
+    How many single-example gradients all units take together: the measure of time.
 ``plot(record)``
-    The figure, from the record alone; its docstring is the caption.  Where records differ, so that
-    one figure does not suit all, ``drawing(record)`` is the function that draws one, and has it.
+    The figure, from the record alone; its docstring is the caption.  If no single figure suits all
+    records, ``drawing(record)`` returns the function that plots this one and has its caption.
 
-:func:`run` does the units one by one and writes each result to a file of its own, all or nothing.
-So it can be killed at any moment: the same command goes on with the units that are missing, and
-within a unit from where that last saved.  Under ``torchrun`` rank r of n takes the units r, r+n,
-r+2n, …, on the GPU of its ``LOCAL_RANK``; the ranks meet in the folder of the files and nowhere
-else (several machines: a folder that they share), and rank 0 puts the record together.  More ranks
-than GPUs share them, and of the time that a unit takes counts its share.
+:func:`run` computes the units one by one and writes each result atomically to its own file.  So it
+can be killed at any moment: the same command resumes with the missing units, and within a unit from
+its last checkpoint.  Under ``torchrun`` rank r of n takes the units r, r+n, r+2n, …, on the GPU of
+its ``LOCAL_RANK``.  The ranks communicate only by the folder of these files (on several machines a
+shared folder), and rank 0 assembles the record.  If several ranks share a GPU, the time of a unit
+is divided by their number.
 """
 
 import contextlib
@@ -53,14 +53,14 @@ from tqdm import tqdm
 
 from ..._checks import number, whole
 from ..._files import replacing
-from ..._random import seeds as numbered
+from ..._random import seeds as seed_list
 from .job import Work, stopping
-from .records import default_size, experiment, provenance, read, record, save
+from .records import default_size, environment, experiment, read, record, save
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment of a certain size, and the units it consists of; :func:`plan` makes it."""
+    """An experiment at one size and its units; made by :func:`plan`."""
 
     name: str
     size: str
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The size, and what was changed in it."""
+        """The size, and the settings changed in it."""
         return ", ".join([self.size, *(f"{k}={json.dumps(v)}" for k, v in self.changed.items())])
 
     @property
@@ -82,7 +82,7 @@ class Plan:
         return float(self.module.cost(self.settings))
 
     def file(self, unit: dict) -> str:
-        """Where a unit's result is kept: its labels, and a hash of all that it depends on."""
+        """The file name of a unit's result: its values, and a hash of all that it depends on."""
         settings = {k: v for k, v in self.settings.items() if k != "seeds" or "seed" not in unit}
         key = json.dumps([self.name, version("flatmin"), unit, settings], sort_keys=True)
         label = re.sub(r"[^\w.=-]+", "_", "-".join(str(v) for v in unit.values()))[:80]
@@ -93,15 +93,16 @@ class Plan:
         return [unit for unit in self.units if not (folder / self.file(unit)).exists()]
 
     def seconds(self) -> tuple[float, xr.Dataset] | None:
-        """How long it takes at the rate of a record, and that record, of this size or another.
+        """The time it takes at the rate of a record, and that record, of this size or another.
 
-        As if a gradient took as long in both.  Records with changed settings don't count.
+        It assumes the same time per gradient.  Records with changed settings are not used.
         """
         for size in dict.fromkeys([self.size, "reduced", *self.module.SETTINGS]):
             with contextlib.suppress(FileNotFoundError):
-                known = record(self.name, size)
-                if known.attrs["size"] == size:
-                    return self.cost * float(known.attrs["seconds"] / known.attrs["cost"]), known
+                reference = record(self.name, size)
+                if reference.attrs["size"] == size:
+                    rate = float(reference.attrs["seconds"] / reference.attrs["cost"])
+                    return self.cost * rate, reference
         return None
 
 
@@ -131,16 +132,19 @@ def plan(
             )
     changed = {key: value for key, value in changed.items() if value != usual[key]}
     settings = json.loads(json.dumps(usual | changed))
-    settings["seeds"] = numbered(whole("seeds", settings["seeds"]))
+    settings["seeds"] = seed_list(whole("seeds", settings["seeds"]))
     units = module.units(settings)
     distinct = {json.dumps(unit, sort_keys=True) for unit in units}
     if not units or len(distinct) < len(units) or len({tuple(unit) for unit in units}) > 1:
-        raise ValueError(f"units must be some, all different, with the same names, got {units}")
+        raise ValueError(
+            "units must be a list, not empty, of different dictionaries with the same keys, "
+            f"got {units}"
+        )
     return Plan(name, size, changed, settings, units)
 
 
 def _kind(value) -> str:
-    """What JSON calls a value."""
+    """The type of a value, as JSON names it."""
     kinds = {bool: "truth value", (int, float): "number", str: "string", (list, tuple): "list"}
     return next((kind for types, kind in kinds.items() if isinstance(value, types)), "dictionary")
 
@@ -155,24 +159,25 @@ def run(
     settings: Mapping | None = None,
     patience: float = 600.0,
 ) -> xr.Dataset | None:
-    """Run an experiment, or what is missing of it, and write its record.
+    """Run an experiment, or its missing units, and write its record.
 
     Parameters
     ----------
     name : str
         One of ``NAMES``.
     size : str, optional
-        One of the experiment's sizes: ``"tiny"``, ``"reduced"``, ``"paper"``; default: its own.
+        One of the experiment's sizes: ``"tiny"``, ``"reduced"``, ``"paper"``.  Default: see
+        :func:`default_size`.
     out : path
         The folder of the record, and of ``NAME.parts`` with the results of finished units.
     device : str, optional
-        Default: the GPU, under ``torchrun`` that of the process's rank, where there is one.
+        Default: the GPU if there is one, under ``torchrun`` that of the process's rank.
     seeds : int, optional
         How many seeds.
     settings : mapping, optional
         Values that replace those of the size.
     patience : float
-        How many seconds rank 0 waits for other ranks without a sign of life.
+        How many seconds rank 0 waits for other ranks that show no sign of life.
 
     Returns
     -------
@@ -187,11 +192,12 @@ def run(
         If units of other ranks do not arrive; the message names them.
     """
     todo = plan(name, size, seeds=seeds, settings=settings)
-    rank, ranks, local, beside = map(
-        _rank, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, ranks, local_rank, local_ranks = map(
+        _torchrun_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
     number("patience", patience, 0)
-    folder, here = Path(out) / f"{name}.parts", _device(device, local)
+    folder, chosen_device = Path(out) / f"{name}.parts", _device(device, local_rank)
+    sharing = _sharing(chosen_device, local_ranks)
     mine = todo.units[rank::ranks]
     with (
         stopping() as stop,
@@ -209,7 +215,7 @@ def run(
             if stop:
                 raise KeyboardInterrupt
             if (part := _read(folder / todo.file(unit))) is None:
-                _do(todo, unit, folder, here, _sharing(here, beside), stop, bar)
+                _run_unit(todo, unit, folder, chosen_device, sharing, stop, bar)
             else:
                 bar.update(part.attrs["gradients"])
     if rank:
@@ -219,15 +225,15 @@ def run(
     return read(path)
 
 
-def _do(
+def _run_unit(
     todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int, stop: list, bar: tqdm
 ) -> None:
-    """Do one unit and keep its result; of a device's time that processes share, its part counts."""
-    origin, path = provenance(device), folder / todo.file(unit)
+    """Compute one unit and write its result; its time is divided by ``sharing``."""
+    computed_on, path = environment(device), folder / todo.file(unit)
     if sharing > 1:
-        origin["device"] += f", shared by {sharing} processes"
-    begun = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]
-    work = Work(device, folder / f"{path.name}-{begun}.work", stop, bar)
+        computed_on["device"] += f", shared by {sharing} processes"
+    environment_hash = hashlib.sha256(json.dumps(computed_on).encode()).hexdigest()[:8]
+    work = Work(device, folder / f"{path.name}-{environment_hash}.work", stop, bar)
     result = todo.module.run_unit(dict(unit), json.loads(json.dumps(todo.settings)), work)
     if {*unit} & {*result.variables}:
         raise ValueError(f"run_unit must return a Dataset without {[*unit]}, got {result}")
@@ -236,7 +242,7 @@ def _do(
             key: value if isinstance(value, (str, int, float, np.number)) else json.dumps(value)
             for key, value in result.attrs.items()
         }
-        | origin
+        | computed_on
         | {"seconds": work.seconds / sharing, "gradients": work.gradients}
     )
     content = bytes(result.to_netcdf(engine="scipy"))
@@ -247,7 +253,7 @@ def _do(
 
 
 def _read(path: Path) -> xr.Dataset | None:
-    """A unit's result; None if there is none, and, with a warning, if it is damaged."""
+    """A unit's result; None if there is none or, with a warning, if it is damaged."""
     if not path.exists():
         return None
     content = path.read_bytes()
@@ -260,31 +266,33 @@ def _read(path: Path) -> xr.Dataset | None:
 
 def _wait(todo: Plan, folder: Path, patience: float) -> None:
     """Wait for the results of other ranks, as long as something changes in the folder."""
-    seen, since = None, time.monotonic()
+    before, changed_at = None, time.monotonic()
     while missing := todo.missing(folder):
-        now = {}
+        current = {}
         for where, _, files in os.walk(folder):
             for path in (os.path.join(where, file) for file in files):
                 with contextlib.suppress(OSError):  # it may just have been removed
-                    now[path] = os.stat(path).st_mtime_ns
-        if seen is None:
-            print(f"{todo.name}: waits for {len(missing)} units of other ranks", flush=True)
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > patience:
+                    current[path] = os.stat(path).st_mtime_ns
+        if before is None:
+            print(f"{todo.name}: waiting for {len(missing)} units of other ranks", flush=True)
+        if current != before:
+            before, changed_at = current, time.monotonic()
+        if time.monotonic() - changed_at > patience:
             raise TimeoutError(
                 f"no sign of life from other ranks for {patience:g} s, and {len(missing)} of "
-                f"{len(todo.units)} units are missing: {'; '.join(map(labels, missing))}. "
-                "The same command goes on with these."
+                f"{len(todo.units)} units are missing: {'; '.join(map(describe, missing))}. "
+                "Run the same command to compute these."
             )
         time.sleep(min(1.0, patience / 10))
 
 
 def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
-    """One record of all results, whoever made them, in the order of the units."""
+    """The record: the results of all ranks, in the order of the units."""
     parts = [_read(folder / todo.file(unit)) for unit in todo.units]
     if any(part is None for part in parts):
-        raise RuntimeError("a unit's file was damaged since; the same command computes it again")
+        raise RuntimeError(
+            "a unit's file was damaged meanwhile; the same command computes it again"
+        )
     dims = {dim: list(dict.fromkeys(unit[dim] for unit in todo.units)) for dim in todo.units[0]}
 
     def join(rows: list, names: list[str]) -> xr.Dataset:
@@ -292,16 +300,16 @@ def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
             return rows[0][1]
         dim, *rest = names
         groups = {v: [row for row in rows if row[0][dim] == v] for v in dims[dim]}
-        found = [value for value, group in groups.items() if group]
+        present = [value for value, group in groups.items() if group]
         return xr.concat(
-            [join(groups[value], rest) for value in found],
+            [join(groups[value], rest) for value in present],
             dim,
             data_vars="all",
             join="outer",
             coords="different",
             compat="equals",
             combine_attrs="drop",
-        ).assign_coords({dim: found})
+        ).assign_coords({dim: present})
 
     joined = join(list(zip(todo.units, parts)), list(dims)).sel(dims)
     values = {}
@@ -323,30 +331,30 @@ def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
     return joined
 
 
-def labels(unit: dict) -> str:
-    """A unit in a line.
+def describe(unit: dict) -> str:
+    """A unit in one line.
 
     Examples
     --------
-    >>> labels({"method": "SAM", "seed": 0})
+    >>> describe({"method": "SAM", "seed": 0})
     'method=SAM seed=0'
     """
     return " ".join(f"{key}={value}" for key, value in unit.items())
 
 
-def _rank(key: str) -> int:
-    """A number of torchrun's, or what it is without."""
+def _torchrun_number(key: str) -> int:
+    """A number that torchrun sets, or its value without torchrun."""
     least = int(key.endswith("WORLD_SIZE"))
     value = os.environ.get(key, str(least))
     return whole(key, int(value) if value.isdecimal() else value, least)
 
 
 def _sharing(device: torch.device, processes: int) -> int:
-    """How many of a machine's processes take the same device at once, at most."""
+    """How many of a machine's processes share one device, at most."""
     return -(-processes // torch.cuda.device_count()) if device.type == "cuda" else 1
 
 
-def _device(name: str | None, local: int) -> torch.device:
+def _device(name: str | None, local_rank: int) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
@@ -354,6 +362,6 @@ def _device(name: str | None, local: int) -> torch.device:
         raise ValueError(f"device must be one that PyTorch finds here, got {name!r}") from error
     if device.type == "cuda":
         if device.index is None:
-            device = torch.device("cuda", local % torch.cuda.device_count())
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device

@@ -1,12 +1,13 @@
-"""Label noise: SAM beside mixup and bootstrapping (Foret et al. 2021, section 3.3).
+"""Label noise: SAM versus mixup and bootstrapping (Foret et al. 2021, section 3.3).
 
 A ResNet-32 is trained on CIFAR-10 with 20 to 80 % wrong labels: by SGD, by SGD for twice the epochs
 (a step of SAM costs two), with mixup, and by SAM.  *Bootstrapping* is the paper's: the trained
-network names all training images anew, and a second one is trained from scratch on these labels.
+network predicts pseudo-labels for all training images, and a second one is trained on them from
+scratch.
 
-ρ, the strengths of mixup, the network and its 200 epochs are the paper's, and batches of 256.  It
-does not say with which learning rate and weight decay its ResNet-32 is trained: ours are those of
-its WRN-28-10, with a cosine schedule.  Weight decay is outside of SAM's maximum here (inside in the
+ρ, the strengths of mixup, the network, its 200 epochs and the batch size of 256 are the paper's.
+It does not state the learning rate and weight decay of its ResNet-32: ours are those of its
+WRN-28-10, with a cosine schedule.  Weight decay is outside SAM's maximum here (inside in the
 authors' code, which also clips gradients).  A wrong label is one of the other nine classes.
 """
 
@@ -20,8 +21,8 @@ from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
 from ..plotting import COLORS, use_style
-from .mixup_corrupt import beside, units
-from .vision import load, passes, predict, provenance, train
+from .mixup_corrupt import plot_rows, units
+from .vision import data_source, load, passes, predict, train
 
 SOURCE = "Foret et al. 2021, section 3.3 and table 4"
 
@@ -44,7 +45,7 @@ _FULL = {
         "mixup": [{"alpha": alpha} for alpha in (1, 8, 16, 32)],
         "SAM": [{"rho": 0.1}],
     },
-    "rho_at": {"0.8": 0.05},  # another radius at some noise
+    "rho_at": {"0.8": 0.05},  # another radius for some noise levels
     "bootstrap": ["SGD", "mixup", "SAM"],
 }
 _ONE_EACH = _FULL["recipes"] | {"mixup": [{"alpha": 8}]}
@@ -62,9 +63,9 @@ SETTINGS = {
         "seeds": 2,
         "recipes": _ONE_EACH,
     },
-    # Recorded in 219 s of an H100 that eight to sixteen processes shared; one process needs about
-    # three times as long.  Without augmentation, so that the few epochs are enough to learn wrong
-    # labels by heart.
+    # Recorded in 219 s on an H100 shared by eight to sixteen processes; one process needs about
+    # three times as long.  Without augmentation, so that the few epochs are enough to memorize
+    # wrong labels.
     "reduced": _FULL
     | {
         "train_size": 10_000,
@@ -100,18 +101,18 @@ def cost(settings: dict) -> float:
 
 
 def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
-    """Train on the labels as they are and, if the method is bootstrapped, on those predicted.
+    """Train on the given labels and, if the method is bootstrapped, on the predicted ones.
 
     Returns
     -------
     Dataset
-        Dimensions ``labels``, "given" and "predicted", and ``evaluation``, as ``epoch`` differs.
-        ``wrong_labels`` is the share that is.
+        Dimensions ``labels`` ("given", "predicted") and ``evaluation``, as the epochs differ.
+        ``wrong_labels`` is the share of wrong labels.
     """
     data = load(settings["data"], settings["train_size"], 0, unit["label_noise"], unit["seed"])
     recipe, epochs = _recipe(unit, settings)
 
-    def one(data, state):
+    def train_on(data, state):
         return train(
             lambda: ResNet(width=settings["width"], stages=settings["stages"]),
             data,
@@ -129,21 +130,21 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     if "predicted" in state:
         given = xr.Dataset.from_dict(state["given"])
     else:
-        model, given = one(data, state)
-        given = _told(given, data)
+        model, given = train_on(data, state)
+        given = _by_evaluation(given, data)
         state = {"given": given.to_dict(), "predicted": predict(model, data, work)}
     runs = {"given": given}
     if unit["recipe"] in settings["bootstrap"]:
         work.save(state)
-        named = dataclasses.replace(data, y_train=state["predicted"])
-        runs["predicted"] = _told(one(named, state)[1], named)
+        relabeled = dataclasses.replace(data, y_train=state["predicted"])
+        runs["predicted"] = _by_evaluation(train_on(relabeled, state)[1], relabeled)
     result = xr.concat(list(runs.values()), "labels").assign_coords(labels=list(runs))
-    result.attrs = {"data": provenance(settings["data"])}
+    result.attrs = {"data": data_source(settings["data"])}
     return result
 
 
 def _recipe(unit: dict, settings: dict) -> tuple[Recipe, int]:
-    """What a unit trains with, and for how long."""
+    """The recipe and the number of epochs of a unit."""
     strength = settings["recipes"][unit["recipe"]][unit["variant"]]
     recipe = Recipe(
         optimizer=SGD(
@@ -158,7 +159,8 @@ def _recipe(unit: dict, settings: dict) -> tuple[Recipe, int]:
     return recipe, settings["epochs"] * strength.get("epochs", 1)
 
 
-def _told(result: xr.Dataset, data) -> xr.Dataset:
+def _by_evaluation(result: xr.Dataset, data) -> xr.Dataset:
+    """A result along ``evaluation`` instead of ``epoch``, with its share of wrong labels."""
     wrong = float((data.y_train != data.y_train_clean).double().mean())
     result = result.assign_coords(evaluation=("epoch", range(result.sizes["epoch"])))
     result = result.swap_dims(epoch="evaluation").reset_coords("epoch")
@@ -191,7 +193,7 @@ def plot(record: xr.Dataset):
                     name = f"{prefix}{recipe}"
                     paper = [100 - a for a in [PAPER.get(name, {}).get(noise)] if a is not None]
                     rows[name] = run, COLORS[colors[recipe]], paper
-        beside(ax, rows)
+        plot_rows(ax, rows)
         ax.set(title=f"{100 * noise:g} % wrong labels", xlabel="test error (%)")
     fig.supxlabel("● last epoch, ○ best epoch; ◆ the paper", fontsize=8, color=COLORS["ERM"])
     return fig

@@ -1,14 +1,15 @@
-"""The Hessian's spectrum through training, SGD and SAM (Foret et al. 2021, section 4.2, figure 3).
+"""The Hessian's spectrum during training, SGD and SAM (Foret et al. 2021, section 4.2, figure 3).
 
-Networks without batch norm are trained on CIFAR-10 by SGD and by SAM.  After some epochs the
-Hessian of the training loss, on a fixed part of the training set and in single precision, is asked
-for its five largest eigenvalues, its trace and its density.  The comparison at equal epochs is the
-paper's; :func:`at_loss` makes the one at equal training loss, which is the fairer one.  SGD and SAM
-with a larger batch, whose examples share one perturbation, come nearer to full-batch SAM.
+Networks without batch norm are trained on CIFAR-10 by SGD and by SAM.  After some epochs we compute
+the five largest eigenvalues, the trace and the density of the Hessian of the training loss, on a
+fixed part of the training set and in single precision.  The comparison at equal epochs is the
+paper's; :func:`at_loss` gives the fairer one, at equal training loss.  A larger batch, whose
+examples share one perturbation, brings SAM closer to full-batch SAM; its baseline is SGD with the
+same batch.
 
-The paper's network is a WRN-40-10.  The size ``"paper"`` takes our residual network of the same
-widths and number of blocks, whose blocks have their ReLU last.  (The paper's text speaks of "300
-steps", its figure of epoch 300.)
+The paper's network is a WRN-40-10.  The size ``"paper"`` uses our residual network of the same
+widths and number of blocks, whose blocks have their ReLU last.  The paper's text says "300 steps",
+its figure epoch 300.
 """
 
 import json
@@ -36,13 +37,13 @@ from . import vision
 
 SOURCE = "Foret et al. 2021, section 4.2 and figure 3 (left)"
 
-#: What the figure says: {method: {epoch: (λmax, λmax/λ5)}}.
+#: Numbers in the paper's figure: {method: {epoch: (λmax, λmax/λ5)}}.
 PAPER = {
     "SGD": {1: (62.9, 2.5), 50: (12.5, 1.7), 300: (24.2, 11.4)},
     "SAM": {1: (18.6, 3.6), 50: (8.9, 1.9), 300: (1.0, 2.6)},
 }
 
-_HERE = {
+_OURS = {
     "data": "cifar10",
     "train_size": 50_000,
     "blocks": [3, 3, 3],
@@ -65,7 +66,7 @@ _HERE = {
     "seeds": 3,
 }
 SETTINGS = {
-    "tiny": _HERE
+    "tiny": _OURS
     | {
         "data": "synthetic",
         "train_size": 48,
@@ -84,10 +85,10 @@ SETTINGS = {
         "trace_probes": 2,
         "seeds": 2,
     },
-    # Recorded in 270 s of an H100 that sixteen processes shared.
-    "reduced": _HERE
+    # Recorded in 270 s on an H100 shared by sixteen processes.
+    "reduced": _OURS
     | {"train_size": 25_000, "moments": [0, 2, 6, 20], "density_steps": 40, "trace_probes": 20},
-    "paper": _HERE
+    "paper": _OURS
     | {
         "blocks": [6, 6, 6],
         "width": 160,
@@ -100,8 +101,8 @@ SETTINGS = {
         "seeds": 5,
     },
 }
-RANKS = 5  # how many eigenvalues
-SKETCH = 10  # vectors of the trace that are counted exactly
+RANKS = 5  # number of eigenvalues
+SKETCH = 10  # number of directions whose part of the trace is exact
 
 
 def units(settings: dict) -> list[dict]:
@@ -109,7 +110,7 @@ def units(settings: dict) -> list[dict]:
 
 
 def cost(settings: dict) -> float:
-    """Of the training, and of the products, each of which counts as two gradients an example."""
+    """Of training and of the products, each of which counts as two gradients per example."""
     trained = settings["epochs"] * settings["train_size"]
     measured = len(settings["moments"]) * _measured(settings)
     return len(settings["seeds"]) * sum(
@@ -142,10 +143,10 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     y = data.y_train[: len(examples)].to(work.device)
 
     def measure(epoch: int, model: torch.nn.Module) -> dict:
-        of_batch = lambda size: spectrum(model, x, y, settings, size)
-        found = work.chunks(of_batch, min(1000, len(x)))
+        in_batches = lambda size: spectrum(model, x, y, settings, size)
+        measured = work.chunks(in_batches, min(1000, len(x)))
         work.progress(_measured(settings))
-        return found
+        return measured
 
     _, result = vision.train(
         network,
@@ -160,21 +161,21 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         measure=measure,
     )
     result.attrs = {
-        "data": vision.provenance(settings["data"]),
+        "data": vision.data_source(settings["data"]),
         "parameters": sum(p.numel() for p in network().parameters()),
     }
     return result
 
 
 def spectrum(model: torch.nn.Module, x, y, settings: Mapping, batch_size: int) -> dict:
-    """What is measured of one network, as variables of a Dataset; NaN where it has diverged."""
+    """The measurements of one network, as variables of a Dataset; NaN if it has diverged."""
     hessian = hessian_operator(model, example_losses, x, y, batch_size=batch_size, mode="forward")
     eigenvalues = HessianEigenvalues(RANKS, steps=settings["lanczos_steps"], errors=True)
     trace = HessianTrace(settings["trace_probes"], SKETCH, standard_error=True)
     density = HessianDensity(settings["density_steps"], settings["density_probes"])
-    of = lambda instrument: instrument.of(hessian).cpu().numpy()
+    measure = lambda instrument: instrument.of(hessian).cpu().numpy()
     (top, errors), (total, standard_error), (nodes, weights) = map(
-        of, (eigenvalues, trace, density)
+        measure, (eigenvalues, trace, density)
     )
     return {
         "eigenvalue": ("rank", top),
@@ -192,28 +193,28 @@ def spectrum(model: torch.nn.Module, x, y, settings: Mapping, batch_size: int) -
 def at_loss(values: xr.DataArray, loss: xr.DataArray, levels: Sequence[float], dim: str):
     r"""Values of a run where its training loss first falls to a level.
 
-    Between the moments :math:`i-1` and :math:`i` around it, values are taken as linear in the
-    logarithm of the loss,
+    Between the evaluations :math:`i-1` and :math:`i` around it, values are interpolated linearly in
+    the logarithm of the loss,
 
     .. math:: v = v_{i-1}
               + \frac{\log\ell_{i-1}-\log\ell}{\log\ell_{i-1}-\log\ell_i}\,(v_i-v_{i-1}),
 
-    so that for logarithms of values powers of the loss are exact.
+    so that the logarithm of a power of the loss is exact.
 
     Parameters
     ----------
     values, loss : DataArray
-        With the dimension ``dim`` in the order of time; values may have more dimensions.
+        With the dimension ``dim`` in order of time; values may have more dimensions.
     levels : sequence of float
         Training losses.
     dim : str
-        What counts the moments.
+        The dimension of the evaluations.
 
     Returns
     -------
     DataArray
-        With ``level`` in the place of ``dim``; NaN where a run never comes down to a level, or
-        starts below it.
+        With ``level`` instead of ``dim``; NaN where a run never reaches a level, or starts below
+        it.
 
     Examples
     --------
@@ -224,30 +225,30 @@ def at_loss(values: xr.DataArray, loss: xr.DataArray, levels: Sequence[float], d
     array([12.  ,  0.75])
     """
 
-    def one(values, loss):
-        found = np.full(len(levels), np.nan)
+    def interpolate(values, loss):
+        at_levels = np.full(len(levels), np.nan)
         for k, level in enumerate(levels):
             i = int(np.argmax(loss <= level))
             if loss[i] == level:
-                found[k] = values[i]
+                at_levels[k] = values[i]
             elif i > 0:
                 share = np.log(loss[i - 1] / level) / np.log(loss[i - 1] / loss[i])
-                found[k] = values[i - 1] + share * (values[i] - values[i - 1])
-        return found
+                at_levels[k] = values[i - 1] + share * (values[i] - values[i - 1])
+        return at_levels
 
-    found = xr.apply_ufunc(
-        one,
+    at_levels = xr.apply_ufunc(
+        interpolate,
         values,
         loss,
         input_core_dims=[[dim], [dim]],
         output_core_dims=[["level"]],
         vectorize=True,
     )
-    return found.assign_coords(level=list(levels))
+    return at_levels.assign_coords(level=list(levels))
 
 
 def common_levels(loss: xr.DataArray, dim: str, count: int = 6) -> list[float]:
-    """Training losses that all runs come by, evenly spaced on a logarithmic axis, descending.
+    """Training losses that all runs pass, evenly spaced on a logarithmic axis, descending.
 
     >>> common_levels(xr.DataArray([[4.0, 1.0], [2.0, 0.5]], dims=("seed", "epoch")), "epoch", 2)
     [2.0, 1.0]
@@ -257,13 +258,13 @@ def common_levels(loss: xr.DataArray, dim: str, count: int = 6) -> list[float]:
 
 
 def by_batch_size(record: xr.Dataset) -> list[list[str]]:
-    """The names of the methods of one batch size, for each size in turn."""
+    """The names of the methods, grouped by batch size."""
     size = {k: v["batch_size"] for k, v in json.loads(record.attrs["settings"])["methods"].items()}
     return [[k for k in size if size[k] == each] for each in dict.fromkeys(size.values())]
 
 
 def loss_axis(ax) -> None:
-    """Training losses from left to right, falling, on a logarithmic axis with plain numbers."""
+    """A logarithmic x axis for training losses, falling from left to right, with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set_xscale("log")
@@ -300,10 +301,10 @@ def plot(record: xr.Dataset):
     for ax, values, k in ((one, largest, 0), (two, largest - fifth, 1)):
         lines(ax, values.assign_coords(epoch=share), "epoch", marker="o", markersize=3)
         for method, points in PAPER.items():
-            at, theirs = zip(*((epoch / 300, math.log10(v[k])) for epoch, v in points.items()))
+            x, y = zip(*((epoch / 300, math.log10(v[k])) for epoch, v in points.items()))
             ax.plot(
-                at,
-                theirs,
+                x,
+                y,
                 "D",
                 color=color(method),
                 markerfacecolor="none",
@@ -318,8 +319,8 @@ def plot(record: xr.Dataset):
     for methods in by_batch_size(record):
         loss = record.train_loss.sel({"method": methods})
         if levels := common_levels(loss, "epoch"):
-            found = at_loss(largest.sel({"method": methods}), loss, levels, "epoch")
-            lines(three, found, "level", marker="o", markersize=3)
+            at_levels = at_loss(largest.sel({"method": methods}), loss, levels, "epoch")
+            lines(three, at_levels, "level", marker="o", markersize=3)
     loss_axis(three)
     three.set(title="λ max at equal training loss", ylabel="log₁₀ λ max")
     last = record.isel(epoch=-1)

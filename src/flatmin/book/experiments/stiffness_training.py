@@ -1,16 +1,16 @@
-"""Stiffness through training, as the stiffness paper has it (Fort et al., arXiv 1901.09491).
+"""Stiffness during training, as in the stiffness paper (Fort et al., arXiv 1901.09491).
 
 MLP, CNN and ResNet-20 without batch norm are trained by Adam with constant learning rates, on
-inputs that are standardized and put on a sphere; with true and with random labels.  At a few
-moments the gradients of fixed training and validation examples are held against each other: by
-class, and by the distance of the inputs.  On CIFAR-100 the twenty super-classes are told apart too:
-pairs of one class, of two classes of one super-class, and of two super-classes.
+inputs that are standardized and put on a sphere; with true and with random labels.  At a few steps
+the gradients of fixed training and validation examples are compared: by class, and by the distance
+of the inputs.  On CIFAR-100 three kinds of pairs are distinguished: of one class, of two classes in
+one super-class, and of two super-classes.
 
-What differs from the paper: the sphere has the radius √d and not 1 (distances are the same), the
-weights start as PyTorch has them, and the CNN ends with the mean over the image.
+Differences from the paper: the sphere has radius √d instead of 1 (distances are the same), the
+initial weights are PyTorch's, and the CNN ends with the mean over the image.
 
-As the learning rate is constant, a run of t steps is the beginning of a longer one: each moment is
-a stack of its own (all learning rates and seeds at once), whose networks are then measured.
+As the learning rate is constant, a run of t steps is the beginning of a longer one.  So each
+measured step has its own stack of all learning rates and seeds, trained to that step.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from .sam_spectrum import at_loss, common_levels, loss_axis
 
 SOURCE = "Fort et al. 2019 (arXiv 1901.09491), the experiments on images"
 
-_HERE = {
+_OURS = {
     "cases": [
         ["mnist", "MLP"],
         ["mnist", "CNN"],
@@ -62,7 +62,7 @@ _HERE = {
     "seeds": 3,
 }
 SETTINGS = {
-    "tiny": _HERE
+    "tiny": _OURS
     | {
         "cases": [["synthetic", "MLP"], ["synthetic", "CNN"]],
         "lr": [1e-3],
@@ -71,18 +71,18 @@ SETTINGS = {
         "probes": 50,
         "seeds": 2,
     },
-    # Recorded in 59 s of an H100 that sixteen processes shared, without CIFAR-100.
-    "reduced": _HERE,
-    # Forward and backward of nine networks, 32 images: 17 ms on an H100.
-    "resnet20": _HERE
+    # Recorded in 59 s on an H100 shared by sixteen processes, without CIFAR-100.
+    "reduced": _OURS,
+    # Forward and backward pass of nine networks, 32 images each: 17 ms on an H100.
+    "resnet20": _OURS
     | {
         "cases": [["cifar10", "ResNet-20"]],
         "lr": [1e-3],
         "moments": [0, 16, 64, 256, 1024],
     },
     # Networks, optimizer, batch size and numbers of probes (3,000 for 100 classes) are the paper's;
-    # its learning rates and numbers of steps are not known to us.
-    "paper": _HERE
+    # its learning rates and numbers of steps are unknown to us.
+    "paper": _OURS
     | {
         "cases": [
             [d, n]
@@ -98,13 +98,13 @@ SETTINGS = {
 
 PAIRS = ["train-train", "train-validation", "validation-validation"]
 MEASURES = ["cosine", "sign"]
-EDGES = np.linspace(0, 2, 21)  # of the bins of distance
+EDGES = np.linspace(0, 2, 21)  # of the distance bins
 
 
 def units(settings: dict) -> list[dict]:
     """Each data set and network, with true and with random labels.
 
-    CIFAR-100 is left out where ``FLATMIN_DATA`` names a folder that has no ``cifar-100-python``.
+    CIFAR-100 is left out if ``FLATMIN_DATA`` names a folder that has no ``cifar-100-python``.
     """
     folder = os.environ.get("FLATMIN_DATA")
     missing = folder and not (Path(folder).expanduser() / "cifar-100-python").exists()
@@ -160,12 +160,12 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         work.save(done)
     at_moments = [xr.Dataset.from_dict(done[step]) for step in settings["moments"]]
     result = xr.concat(at_moments, "step", data_vars="all", coords="different", compat="equals")
-    result.attrs = {"data": vision.provenance(unit["data"])}
+    result.attrs = {"data": vision.data_source(unit["data"])}
     return result
 
 
 class Probes:
-    """The fixed examples, and what is measured with them: ``probes(network)``."""
+    """The fixed examples; ``probes(network)`` measures a network on them."""
 
     def __init__(self, data: sets.Data, count: int, device: torch.device):
         count *= 6 if data.num_classes == 100 else 1
@@ -180,20 +180,20 @@ class Probes:
         self.blocks = [(first, first), (first, second), (second, second)]  # as PAIRS
 
     def __call__(self, model: torch.nn.Module) -> xr.Dataset:
-        """Stiffness by class and by distance, and by class that of the softmax's residuals alone.
+        """Stiffness by class and by distance; by class also for the softmax's residuals alone.
 
-        ``within`` is the mean over pairs of one class, ``between`` of two classes.  With
-        super-classes, ``within_group`` is that of two classes of one of them, and ``between`` and
-        ``matrix`` are of different super-classes.
+        ``within`` is the mean over pairs of one class, ``between`` over pairs of two classes.  With
+        super-classes, ``within_group`` is the mean over two classes in one of them, and ``between``
+        and ``matrix`` are those of the super-classes.
         """
-        found = stiffness(model, example_losses, self.x, self.classes)
+        of_gradients = stiffness(model, example_losses, self.x, self.classes)
         with torch.no_grad():
             logits = torch.cat([model.eval()(x) for x in self.x.split(1000)])
-        residual = residual_stiffness(logits, self.classes)
+        of_residuals = residual_stiffness(logits, self.classes)
         rows = []
         for measure in MEASURES:
-            whole, last = getattr(found, measure), getattr(residual, measure)
-            cells = [self._summary(whole[at], last[at], *at) for at in self.blocks]
+            values, base = getattr(of_gradients, measure), getattr(of_residuals, measure)
+            cells = [self._summary(values[block], base[block], *block) for block in self.blocks]
             rows.append(xr.concat(cells, "pairs"))
         return xr.concat(rows, "measure").assign_coords(measure=MEASURES, pairs=PAIRS)
 
@@ -207,7 +207,7 @@ class Probes:
         if self.groups is not None:
             matrix, base = (class_matrix(m, self.groups, num_classes=20) for m in (matrix, base))
             within_group = within_classes(matrix)
-        line = critical_length(values, distance, *classes, resamples=1)  # the seeds say how sure
+        line = critical_length(values, distance, *classes, resamples=1)  # intervals are by seeds
         return xr.Dataset(
             {
                 "within": float(within),
@@ -230,9 +230,9 @@ class Probes:
         if two is None:
             pairs.fill_diagonal_(False)
         pairs, distance, values = (t.cpu().numpy() for t in (pairs, distance, values))
-        inside = lambda **of: np.histogram(distance[pairs], EDGES, **of)[0]
+        histogram = lambda **options: np.histogram(distance[pairs], EDGES, **options)[0]
         with np.errstate(invalid="ignore"):
-            return inside(weights=values[pairs]) / inside()
+            return histogram(weights=values[pairs]) / histogram()
 
 
 def _measured(settings: dict) -> int:
@@ -241,7 +241,7 @@ def _measured(settings: dict) -> int:
 
 
 def _data(unit: dict, settings: dict) -> sets.Data:
-    """The set: random labels are wrong in all cases but those that chance makes right."""
+    """The data; a random label is right only by chance."""
     classes = 100 if unit["data"] == "cifar100" else 10
     noise = 1 - 1 / classes if unit["labels"] == "random" else 0.0
     held_out = settings["probes"] * (6 if classes == 100 else 1)
@@ -313,14 +313,14 @@ def plot(record: xr.Dataset):
         )
     )
     middle = record.lr.values[record.sizes["lr"] // 2]
-    pick = lambda values, case, labels, **of: values.sel(
-        data=case[0], network=case[1], labels=labels, **of
+    pick = lambda values, case, labels, **more: values.sel(
+        data=case[0], network=case[1], labels=labels, **more
     ).reset_coords(drop=True)
-    of_measure = (
+    panels = (
         ("within", "cosine", "Within classes (cosine)"),
         ("between", "sign", "Between classes (sign)"),
     )
-    for ax, (name, measure, title) in zip(axes[0], of_measure):
+    for ax, (name, measure, title) in zip(axes[0], panels):
         for case in cases:
             for labels in record.labels.values.tolist():
                 values = pick(fresh[name], case, labels, lr=middle, measure=measure)
@@ -337,10 +337,15 @@ def plot(record: xr.Dataset):
                     line.set_label(_name(case))
         ax.set(title=title, xlabel="step (dotted: random labels)", ylabel="stiffness")
     for case in cases:
-        of_group = pick(fresh.within_group, case, "true", lr=middle, measure="sign")
-        if bool(of_group.notnull().all()):
+        within_group = pick(fresh.within_group, case, "true", lr=middle, measure="sign")
+        if bool(within_group.notnull().all()):
             band(
-                axes[0, 1], of_group, "step", colors[case], linestyle="-.", label="one super-class"
+                axes[0, 1],
+                within_group,
+                "step",
+                colors[case],
+                linestyle="-.",
+                label="one super-class",
             )
         values = pick(fresh.by_distance, case, "true", lr=middle, measure="cosine")
         values = values.isel(step=-1, drop=True).dropna("distance")
@@ -357,9 +362,9 @@ def plot(record: xr.Dataset):
     loss = pick(record.train_loss, case, "true")
     levels = common_levels(loss.stack(run=("lr", "seed")), "step")
     within = pick(fresh.within, case, "true", measure="cosine")
-    within_data = lambda case: bool(pick(fresh.xi, case, "true", measure="cosine").notnull().any())
-    long = next(filter(within_data, cases), None)
-    xi = pick(crossing(fresh), long or case, "true", measure="cosine")
+    has_xi = lambda case: bool(pick(fresh.xi, case, "true", measure="cosine").notnull().any())
+    xi_case = next(filter(has_xi, cases), None)
+    xi = pick(crossing(fresh), xi_case or case, "true", measure="cosine")
     for i, lr in enumerate(record.lr.values):
         share = (i + 1) / record.sizes["lr"]
         style = {
@@ -367,22 +372,29 @@ def plot(record: xr.Dataset):
             "marker": "o",
             "markersize": 3,
         }
-        of = lambda values: values.sel(lr=lr, drop=True)
+        at_rate = lambda values: values.sel(lr=lr, drop=True)
         if levels:
-            line = band(axes[1, 0], at_loss(of(within), of(loss), levels, "step"), "level", **style)
+            line = band(
+                axes[1, 0],
+                at_loss(at_rate(within), at_rate(loss), levels, "step"),
+                "level",
+                **style,
+            )
             line.set_label(f"learning rate {lr:g}")
-        if long:
-            band(axes[1, 1], of(xi), "step", **style)
+        if xi_case:
+            band(axes[1, 1], at_rate(xi), "step", **style)
     axes[1, 0].set(title=f"{_name(case)}, at equal loss", ylabel="within classes (cosine)")
     loss_axis(axes[1, 0])
     if levels:
         axes[1, 0].legend(fontsize=7.5)
-    axes[1, 1].set(title=f"{_name(long or case)}, critical length", xlabel="step", ylabel="ξ")
-    if long:
-        seen = (
-            pick(fresh.by_distance, long, "true").notnull().any(["step", "lr", "measure", "seed"])
+    axes[1, 1].set(title=f"{_name(xi_case or case)}, critical length", xlabel="step", ylabel="ξ")
+    if xi_case:
+        covered = (
+            pick(fresh.by_distance, xi_case, "true")
+            .notnull()
+            .any(["step", "lr", "measure", "seed"])
         )
-        farthest = float(record.distance[seen].max()) + (EDGES[1] - EDGES[0]) / 2
+        farthest = float(record.distance[covered].max()) + (EDGES[1] - EDGES[0]) / 2
         axes[1, 1].axhline(farthest, color=COLORS["faint"], linewidth=1, zorder=0)
     else:
         axes[1, 1].text(
@@ -407,14 +419,14 @@ def plot(record: xr.Dataset):
         xlabel="class, validation example",
         ylabel="class, training example",
     )
-    for ax, said in (
+    for ax, note in (
         (axes[0, 0], "paper: falls with overfitting"),
         (axes[0, 1], "paper: random labels stay low"),
         (axes[1, 1], "later versions: larger rate, shorter ξ"),
     ):
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.12 * (high - low), high)
-        ax.text(0.02, 0.02, said, transform=ax.transAxes, fontsize=8, color=COLORS["ERM"])
+        ax.text(0.02, 0.02, note, transform=ax.transAxes, fontsize=8, color=COLORS["ERM"])
     return fig
 
 

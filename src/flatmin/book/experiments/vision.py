@@ -1,16 +1,16 @@
 """Train one image network that fills a device by itself.
 
-What :func:`flatmin.fit` does for a stack, :func:`train` does for one network that is too large to
-be stacked: the same recipe, initial weights, batches and draws (a test holds the two equal), with
-what counts on a GPU.  The images stay on the device, as bytes, and are augmented there; the network
-runs in bfloat16 and channels-last; random numbers are made on the CPU once an epoch; and nothing in
-a step waits for the device but SAM, which waits once a pass.
+:func:`train` does for one large network what :func:`flatmin.fit` does for a stack: the same recipe,
+initial weights, batches and draws (a test compares them), but made fast on a GPU.  The images stay
+on the device, as bytes, and are augmented there; the network runs in bfloat16 and channels-last;
+random numbers are drawn on the CPU once per epoch; and a step never waits for the device, except
+with SAM, which waits once per pass.
 
 A small network takes longer to launch than to compute: of the 10 ms of a step, a ResNet-18 of half
 the width and 256 images kept an H100 busy for 3.  Then several processes can share one GPU,
-``torchrun --nproc-per-node=8 -m flatmin.book.experiments NAME``.  One took 22,000 gradients a second,
-eight over 41,000 together, and 60,000 under NVIDIA's Multi-Process Service, which lets their kernels
-run at once.  Letting cuDNN search for faster kernels (``torch.backends.cudnn.benchmark``) found none.
+``torchrun --nproc-per-node=8 -m flatmin.book.experiments NAME``.  One process computed 22,000
+gradients per second, eight together over 41,000, and 60,000 under NVIDIA's Multi-Process Service,
+which runs their kernels at once.  ``torch.backends.cudnn.benchmark`` found no faster kernels.
 """
 
 import functools
@@ -39,9 +39,9 @@ from .. import datasets as sets
 __all__ = [
     "Images",
     "augmentation",
+    "data_source",
     "load",
     "predict",
-    "provenance",
     "step_decay",
     "synthetic",
     "train",
@@ -72,7 +72,7 @@ def train(
     bf16: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, xr.Dataset]:
-    """Train one network, and evaluate it on its way.
+    """Train one network, and evaluate it along the way.
 
     Parameters
     ----------
@@ -81,31 +81,31 @@ def train(
     data : Data
         Images [n, channels, height, width].
     recipe : Recipe
-        What sits in the stages of the training step.  The gradient stage is the gradient itself or
-        :class:`flatmin.gradient.SAM`, which becomes a :class:`flatmin.SAM` around the optimizer,
-        :class:`flatmin.optimizer.SGD` or :class:`flatmin.optimizer.Adam`.  Batch norm under m-SAM
-        sees the shards one after the other.
+        The stages of the training step.  The optimizer is :class:`flatmin.optimizer.SGD` or
+        :class:`flatmin.optimizer.Adam`.  The gradient stage is the plain gradient or
+        :class:`flatmin.gradient.SAM`, which becomes a :class:`flatmin.SAM` around the optimizer.
+        Batch norm under m-SAM sees the shards one after the other.
     work : Work
         Device, checkpoints and progress, see :mod:`flatmin.book.experiments.runner`.
     epochs, batch_size, seed : int
         Each epoch visits all examples in a fresh order; the last batch may be smaller.
     augment : bool
-        Shift each image by up to 4 pixels in each direction, black coming in, and mirror it with
+        Shift each image by up to 4 pixels in each direction, padded with black, and mirror it with
         probability ½.
     normalize : bool
         Subtract the training images' mean from each channel and divide by the standard deviation.
     evaluate_at : int or sequence of int
-        The epochs after which to evaluate; a number n stands for 0 and n more, evenly.
+        The epochs after which to evaluate; a number n means 0 and n more, evenly spaced.
     train_examples : int
-        How many of the training examples to evaluate on at most: the first.
+        Evaluate on at most this many training examples, the first ones.
     evaluation_batch_size : int
         Halved whenever the device's memory runs out.
     measure : callable, optional
-        ``measure(epoch, model)`` with the model in evaluation mode, where the model is evaluated:
-        further variables for the result, by name, as ``xarray.Dataset`` takes them.
+        ``measure(epoch, model)``, called at each evaluation with the model in evaluation mode,
+        returns further variables of the result, by name, as ``xarray.Dataset`` takes them.
     state : mapping, optional
-        The checkpoint to go on from, for a unit that has loaded it itself because it trains more
-        than once; its other entries stay in it.  Default: ``work.load()``.
+        The checkpoint to resume from, for a unit that trains more than once and so loads it itself;
+        its other entries are kept.  Default: ``work.load()``.
     bf16 : bool
         On a GPU, compute the network in bfloat16 (weights, losses and steps stay in ``dtype``).
     dtype : torch.dtype
@@ -120,11 +120,11 @@ def train(
         the labels before noise.
     """
     steps_per_epoch = math.ceil(len(data.y_train) / whole("batch_size", batch_size))
-    moments = _moments(evaluate_at, whole("epochs", epochs))
+    evaluation_epochs = _evaluation_epochs(evaluate_at, whole("epochs", epochs))
     model = initial_module(model, seed).to(work.device, dtype, memory_format=torch.channels_last)
     optimizer = _optimizer(recipe, model)
     network = _network(model, bf16 and work.device.type == "cuda", dtype)
-    shown = Images(data, work.device, dtype, augment, normalize)
+    images = Images(data, work.device, dtype, augment, normalize)
 
     others = dict(work.load() or {} if state is None else state)
     t, records = others.pop("t", 0), others.pop("records", {})
@@ -132,17 +132,17 @@ def train(
         model.load_state_dict(others.pop("model"))
         optimizer.load_state_dict(others.pop("optimizer"))
     for epoch in range(t // steps_per_epoch, epochs + 1):
-        if epoch in moments and epoch not in records:
+        if epoch in evaluation_epochs and epoch not in records:
             model.eval()
             values = work.chunks(
-                lambda size: _evaluate(network, shown, recipe.criterion, train_examples, size),
+                lambda size: _evaluate(network, images, recipe.criterion, train_examples, size),
                 evaluation_batch_size,
             ) | dict(measure(epoch, model) if measure else {})
             records[epoch] = xr.Dataset(values).to_dict()
         if epoch == epochs:
             break
         model.train()
-        for x, y, draw in _batches(shown, recipe, seed, epoch, batch_size, t % steps_per_epoch):
+        for x, y, draw in _batches(images, recipe, seed, epoch, batch_size, t % steps_per_epoch):
             factor = optimizers.lr_factor(recipe.optimizer.schedule, t / (epochs * steps_per_epoch))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.optimizer.lr * factor
@@ -160,8 +160,8 @@ def train(
                     }
                 )
     model.eval()
-    found = [xr.Dataset.from_dict(values) for values in records.values()]
-    return model, xr.concat(found, "epoch").assign_coords(epoch=list(records))
+    evaluations = [xr.Dataset.from_dict(values) for values in records.values()]
+    return model, xr.concat(evaluations, "epoch").assign_coords(epoch=list(records))
 
 
 def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, num_classes: int):
@@ -169,9 +169,9 @@ def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, 
     if recipe.batch is not None:
         x, y = recipe.batch(x, y, draw, num_classes)
 
-    def backward(rows, place, share=1.0):
+    def backward(rows, loss_stage, share=1.0):
         optimizer.zero_grad()
-        loss = place(recipe.criterion(network(x[rows]), y[rows]))
+        loss = loss_stage(recipe.criterion(network(x[rows]), y[rows]))
         (loss * share).backward()
         return loss.detach()
 
@@ -181,8 +181,8 @@ def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, 
         return
 
     def both_passes(rows, share):
-        places = iter((torch.mean, recipe.loss))  # ε̂ comes from the raw loss
-        return lambda: backward(rows, next(places), share)
+        loss_stages = iter((torch.mean, recipe.loss))  # ε̂ comes from the raw loss
+        return lambda: backward(rows, next(loss_stages), share)
 
     m = recipe.gradient.m or len(y)
     shards = [slice(a, min(a + m, len(y))) for a in range(0, len(y), m)]
@@ -222,14 +222,14 @@ def predict(
     bf16: bool = True,
     evaluation_batch_size: int = 1000,
 ) -> Tensor:
-    """The classes that a trained network sees in the training images: int64 [n], on the CPU."""
+    """The classes that a network predicts for the training images: int64 [n], on the CPU."""
     dtype = next(model.parameters()).dtype
     network = _network(model.eval(), bf16 and work.device.type == "cuda", dtype)
-    shown = Images(data, work.device, dtype, normalize=normalize)
+    images = Images(data, work.device, dtype, normalize=normalize)
     return work.chunks(
         lambda size: torch.cat(
             [
-                network(shown.batch("train", rows)).argmax(1)
+                network(images.batch("train", rows)).argmax(1)
                 for rows in torch.arange(len(data.y_train), device=work.device).split(size)
             ]
         ).cpu(),
@@ -241,7 +241,7 @@ def predict(
 
 
 class Images:
-    """A data set on the device: images as bytes if they are, and the batches a network is shown.
+    """A data set on the device, as bytes if that is exact, and its batches for a network.
 
     Parameters
     ----------
@@ -249,9 +249,9 @@ class Images:
     device, dtype :
         Of the batches.
     augment : bool
-        Make room for :func:`augmentation`: a black margin around the training images.
+        Put a black margin around the training images, for :func:`augmentation`.
     normalize : bool
-        By mean and standard deviation of each channel of the training images.
+        By mean and standard deviation of the training images, per channel.
     """
 
     def __init__(self, data: Data, device, dtype=torch.float32, augment=False, normalize=True):
@@ -282,7 +282,7 @@ class Images:
                 self.labels[split][clean] = data.split(clean)[1].to(device)
 
     def batch(self, split: str, rows: Tensor, change: Tensor | None = None) -> Tensor:
-        """Images ``rows`` [B], changed as :func:`augmentation` [B, 3] says: [B, C, H, W]."""
+        """Images ``rows`` [B], changed by rows of :func:`augmentation` [B, 3]: [B, C, H, W]."""
         pixels = self.pixels[split]
         if change is None:
             edge = self.margin if split == "train" else 0
@@ -293,8 +293,8 @@ class Images:
             j = torch.arange(self.width, device=self.device)
             j = right + torch.where(mirrored == 1, j.flip(0), j)
             x = pixels[rows[:, None, None], i[:, :, None], j[:, None]]
-        times, plus = self.scale[split]
-        return x.permute(0, 3, 1, 2).to(self.dtype) * times + plus
+        factor, offset = self.scale[split]
+        return x.permute(0, 3, 1, 2).to(self.dtype) * factor + offset
 
 
 def augmentation(seed: int, epoch: int, n: int) -> Tensor:
@@ -305,56 +305,57 @@ def augmentation(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def _bytes(x: Tensor) -> tuple[Tensor, int]:
-    """Images as bytes, with 255, or as they are, with 1."""
+    """Images as bytes, and 255, if that is exact; otherwise unchanged, and 1."""
     pixels = (x * 255).round().clamp(0, 255).to(torch.uint8)
     return (pixels, 255) if torch.equal(pixels.to(x.dtype).div_(255), x) else (x, 1)
 
 
-# ------------------------------------------------------------------------------- how it is done
+# --------------------------------------------------------------------------- parts of the loop
 
 
 def _batches(
-    shown: Images, recipe: Recipe, seed: int, epoch: int, size: int, start: int
+    images: Images, recipe: Recipe, seed: int, epoch: int, size: int, start: int
 ) -> Iterator[tuple[Tensor, Tensor, dict]]:
-    """The batches of an epoch from number ``start`` on; all that is random is sent at once."""
-    labels, shape = shown.data.y_train, shown.data.x_train.shape[1:]
+    """The batches of an epoch from number ``start`` on; all draws are transferred at once."""
+    labels, shape = images.data.y_train, images.data.x_train.shape[1:]
     order = epoch_order(seed, epoch, len(labels))
     parts = order.split(size)
     draws = [{} for _ in parts]
     if recipe.batch is not None:
         first = epoch * len(parts)
-        draws = _sent(
+        draws = _to_device(
             [
                 recipe.batch.draw(
                     labels[rows], stream(seed, "batch", first + k), (len(rows), *shape)
                 )
                 for k, rows in enumerate(parts)
             ],
-            shown.device,
-            shown.dtype,
+            images.device,
+            images.dtype,
         )
     changes = [None] * len(parts)
-    if shown.margin:
-        changes = augmentation(seed, epoch, len(labels)).to(shown.device).split(size)
-    given = shown.labels["train"]["train"]
-    for rows, change, draw in list(zip(order.to(shown.device).split(size), changes, draws))[start:]:
-        yield shown.batch("train", rows, change), given[rows], draw
+    if images.margin:
+        changes = augmentation(seed, epoch, len(labels)).to(images.device).split(size)
+    device_labels = images.labels["train"]["train"]
+    batches = list(zip(order.to(images.device).split(size), changes, draws))
+    for rows, change, draw in batches[start:]:
+        yield images.batch("train", rows, change), device_labels[rows], draw
 
 
-def _sent(draws: list[dict[str, Tensor]], device, dtype) -> list[dict[str, Tensor]]:
-    """The draws on the device, in one transfer a name."""
-    sent: list[dict] = [{} for _ in draws]
+def _to_device(draws: list[dict[str, Tensor]], device, dtype) -> list[dict[str, Tensor]]:
+    """The draws on the device, in one transfer per name."""
+    moved: list[dict] = [{} for _ in draws]
     for name, first in draws[0].items():
         values = [draw[name] for draw in draws]
         flat = torch.cat([v.flatten() for v in values])
         flat = flat.to(device, dtype if first.is_floating_point() else None)
-        for out, v, part in zip(sent, values, flat.split([v.numel() for v in values])):
+        for out, v, part in zip(moved, values, flat.split([v.numel() for v in values])):
             out[name] = part.view(v.shape)
-    return sent
+    return moved
 
 
 def _network(model: nn.Module, bf16: bool, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Images to logits, in bfloat16 between the two if wanted."""
+    """A function from images to logits, computed in bfloat16 if ``bf16``."""
 
     def network(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
@@ -365,31 +366,31 @@ def _network(model: nn.Module, bf16: bool, dtype: torch.dtype) -> Callable[[Tens
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """``torch.optim``'s optimizer of the recipe's name, and SAM around it."""
-    place, params = recipe.optimizer, list(model.parameters())
-    if type(place) is optimizers.SGD:
+    """The recipe's optimizer from ``torch.optim``, with SAM around it if the recipe has it."""
+    stage, params = recipe.optimizer, list(model.parameters())
+    if type(stage) is optimizers.SGD:
         base = torch.optim.SGD(
             params,
-            place.lr,
-            place.momentum,
-            weight_decay=place.weight_decay,
-            nesterov=place.nesterov,
+            stage.lr,
+            stage.momentum,
+            weight_decay=stage.weight_decay,
+            nesterov=stage.nesterov,
         )
-    elif type(place) is optimizers.Adam:
+    elif type(stage) is optimizers.Adam:
         base = torch.optim.Adam(
-            params, place.lr, (place.beta1, place.beta2), place.eps, weight_decay=place.weight_decay
+            params, stage.lr, (stage.beta1, stage.beta2), stage.eps, weight_decay=stage.weight_decay
         )
     else:
-        raise ValueError(f"recipe.optimizer must be SGD or Adam, got {place!r}")
+        raise ValueError(f"recipe.optimizer must be SGD or Adam, got {stage!r}")
     if getattr(recipe.batch, "second_stream", False):
-        raise ValueError("recipe.batch must have no second stream here")
+        raise ValueError("recipe.batch must not draw a second stream in vision.train")
     gradient = recipe.gradient
     if gradient is plain_gradient:
         return base
     if type(gradient) is not SAM or gradient.exact or not gradient.normalized:
         raise ValueError(
-            "recipe.gradient must be the plain gradient or SAM, normalized and "
-            f"without its derivative, got {gradient!r}"
+            "recipe.gradient must be the plain gradient or SAM with normalized=True and "
+            f"exact=False, got {gradient!r}"
         )
     return SAMOptimizer(
         base, gradient.rho, gradient.p, gradient.adaptive, gradient.eta, model=model
@@ -398,29 +399,29 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _evaluate(
-    network, shown: Images, criterion, train_examples: int, size: int
+    network, images: Images, criterion, train_examples: int, size: int
 ) -> dict[str, float]:
-    """Mean loss and error of each split; one wait for the device."""
+    """Mean loss and error of each split; it waits for the device once."""
     sums = {}
-    for split, pixels in shown.pixels.items():
+    for split, pixels in images.pixels.items():
         n = min(len(pixels), train_examples) if split == "train" else len(pixels)
-        for rows in torch.arange(n, device=shown.device).split(size) if n else ():
-            logits = network(shown.batch(split, rows))
-            for name, labels in shown.labels[split].items():
+        for rows in torch.arange(n, device=images.device).split(size) if n else ():
+            logits = network(images.batch(split, rows))
+            for name, labels in images.labels[split].items():
                 y = labels[rows]
                 loss = criterion(logits, y).double().sum() / n
                 wrong = (logits.argmax(1) != y).double().sum() / n
-                before = sums.get(name, 0.0)
-                sums[name] = before + torch.stack([loss, torch.where(loss.isnan(), loss, wrong)])
+                so_far = sums.get(name, 0.0)
+                sums[name] = so_far + torch.stack([loss, torch.where(loss.isnan(), loss, wrong)])
     values = torch.stack([*sums.values()]).tolist()
     return {
-        f"{name}_{what}": value
+        f"{name}_{quantity}": value
         for name, pair in zip(sums, values)
-        for what, value in zip(("loss", "error"), pair)
+        for quantity, value in zip(("loss", "error"), pair)
     }
 
 
-def _moments(evaluate_at: int | Sequence[int], epochs: int) -> set[int]:
+def _evaluation_epochs(evaluate_at: int | Sequence[int], epochs: int) -> set[int]:
     if isinstance(evaluate_at, Integral):
         n = whole("evaluate_at", evaluate_at)
         evaluate_at = [round(k * epochs / n) for k in range(n + 1)]
@@ -438,7 +439,8 @@ def synthetic(
 ) -> Data:
     """600 + 200 made-up colour images of 32×32 in ten classes, for tests.
 
-    Each class is a coarse pattern under noise.  The arguments are those of :func:`flatmin.book.cifar10`.
+    Each class is a coarse pattern with noise.  The arguments are those of
+    :func:`flatmin.book.cifar10`.
 
     Examples
     --------
@@ -490,7 +492,7 @@ def _read(name: str, folder: str | None):
     return (pool, data.y_train), (test, data.y_test), data.num_classes
 
 
-# MD5 sums of the official files, as torchvision has them.
+# MD5 sums of the official files, from torchvision.
 OFFICIAL = {
     "cifar10": (
         "cifar-10-batches-py",
@@ -520,29 +522,29 @@ TITLES = {
 }
 
 
-def provenance(name: str) -> str:
-    """What a record says of its data.
+def data_source(name: str) -> str:
+    """The name of the data in a record.
 
-    A copy under ``FLATMIN_DATA`` is called what a file ``PROVENANCE`` beside its files says in its
-    first line, ``JPEG copy of CIFAR-10`` for example.  Files of CIFAR that are not the official
-    ones are never called by the set's name alone.
+    A copy under ``FLATMIN_DATA`` is named by the first line of a file ``PROVENANCE`` next to its
+    files, ``JPEG copy of CIFAR-10`` for example.  CIFAR files that are not the official ones never
+    have the set's name alone.
 
     Examples
     --------
-    >>> provenance("synthetic")
+    >>> data_source("synthetic")
     'made-up images'
     """
-    return _provenance(name, os.environ.get("FLATMIN_DATA"))
+    return _data_source(name, os.environ.get("FLATMIN_DATA"))
 
 
 @functools.lru_cache
-def _provenance(name: str, root: str | None) -> str:
+def _data_source(name: str, root: str | None) -> str:
     if root is None or name not in OFFICIAL:
         return TITLES[name]
     inside, sums = OFFICIAL[name]
     folder = Path(root).expanduser() / inside
-    said = folder / "PROVENANCE"
-    if said.exists() and (lines := said.read_text(encoding="utf-8").split("\n")) and lines[0]:
+    note = folder / "PROVENANCE"
+    if note.exists() and (lines := note.read_text(encoding="utf-8").split("\n")) and lines[0]:
         return lines[0]
     same = all(
         hashlib.md5((folder / file).read_bytes()).hexdigest() == md5 for file, md5 in sums.items()

@@ -1,9 +1,9 @@
-"""Pages that load fast and that all can read: small pictures, icons in the page, no script that holds it up.
+"""Postprocess each HTML page, so that it loads fast and is accessible.
 
-The theme loads 1.5 MB of icons before it shows anything, and every script in the head waits for the one before.  Here
-each page carries the few icons it shows, all scripts are deferred in their order, figures are stored as WebP without
-loss and load when they come into sight, and what a page holds as data (the static picture of an explorable figure,
-which a browser with scripts never shows) becomes a file.
+The theme loads 1.5 MB of icons before it shows anything, and its scripts block the page.  Here each
+page contains only the icons it shows, all scripts are deferred in their order, figures are stored
+as lossless WebP and load when they come into view, and embedded pictures (the static picture of an
+explorable figure, which a browser with scripts never shows) become files.
 """
 
 import base64
@@ -33,16 +33,16 @@ THEBE = re.compile(
 
 @functools.cache
 def icons():
-    """Every drawing of Font Awesome (CC BY 4.0) that the theme ships, by name: [(width, height, path), …]."""
-    found = {}
+    """{name: [(width, height, path), …]} of the theme's icons from Font Awesome (CC BY 4.0)."""
+    drawings = {}
     drawing = r'[{,]"?([\w-]+)"?:\[(\d+),(\d+),\[[^\]]*\],"\w+","(M[^"]+)"\]'
-    for name, *drawn in re.findall(drawing, FONTAWESOME.read_text()):
-        found.setdefault(name, []).append(drawn)
-    return found
+    for name, *shape in re.findall(drawing, FONTAWESOME.read_text()):
+        drawings.setdefault(name, []).append(shape)
+    return drawings
 
 
 def icon(match):
-    """`<i class="fa-solid fa-moon">` as a drawing.  Where a name has several styles, the solid one is the last."""
+    """`<i class="fa-solid fa-moon">` as an SVG.  Of several styles of a name, the last is solid."""
     classes, rest = match[2].split(), match[3]
     [name] = [
         word.removeprefix("fa-")
@@ -57,7 +57,7 @@ def icon(match):
 
 
 def deferred(page):
-    """All scripts run in their order after the page is there; what an inline one needs from them waits with it."""
+    """Defer all scripts, in their order, and the inline script that needs one of them."""
     page = re.sub(r'<script src="[^"]*fontawesome\.js[^"]*"></script>', "", page)
     page = re.sub(r"<script(?![^>]* (?:defer|async)\b)(?=[^>]* src=)", "<script defer", page)
     return re.sub(
@@ -68,7 +68,7 @@ def deferred(page):
 
 
 def lazy(page):
-    """All figures but the first load when they come into sight, and nothing moves when they do."""
+    """Load all figures but the first lazily; width and height are given, so that nothing moves."""
     above, first, below = (
         re.split(FIGURE, page, maxsplit=1) if FIGURE.search(page) else (page, "", "")
     )
@@ -77,8 +77,8 @@ def lazy(page):
 
 
 def accessible(page):
-    """What the theme leaves to do: tables scroll in a box of their own, and stay tables for a screen reader; an empty
-    corner is no heading; the sidebar is a landmark; what is cited is an item of a list."""
+    """Fix what the theme leaves out: tables scroll in their own box and stay tables for a screen
+    reader; an empty corner is no heading; the sidebar is a landmark; a reference is a list item."""
     box = '<div class="pst-scrollable-table-container">'
     page = re.sub(
         f"({box})?(<table.*?</table>)",
@@ -95,7 +95,7 @@ def accessible(page):
 
 
 def as_webp(picture, folder):
-    """The name of the file that holds a picture without loss: a third of the size that matplotlib writes."""
+    """Store a picture as lossless WebP, a third of matplotlib's size, and return its file name."""
     name = hashlib.sha256(picture).hexdigest() + ".webp"
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def as_webp(picture, folder):
 
 
 def data_in_files(page, folder, up):
-    """A page whose pictures are files."""
+    """Move the embedded pictures of a page to files."""
     return DATA.sub(
         lambda match: f'{match[1]}src="{up}_images/{as_webp(base64.b64decode(match[2]), folder)}"',
         page,
@@ -113,9 +113,9 @@ def data_in_files(page, folder, up):
 
 
 class FiguresAsWebp(SphinxPostTransform):
-    """The figures of the chapters, stored smaller."""
+    """Store the figures of the chapters as WebP."""
 
-    default_priority = 5  # after MyST-NB has chosen what of an output is shown
+    default_priority = 5  # after MyST-NB has chosen which form of an output to show
     formats = ("html",)
 
     def run(self):
@@ -130,11 +130,11 @@ class FiguresAsWebp(SphinxPostTransform):
                 self.env.images.add_file(self.env.docname, image["uri"])
 
 
-def lighten(app):
-    """Each page, as the templates make it and before it is written."""
+def postprocess_pages(app):
+    """Change each page after the templates have made it and before it is written."""
     render = app.builder.templates.render
 
-    def light(template, context):
+    def render_and_postprocess(template, context):
         page = render(template, context)
         if not page.lstrip().startswith("<!DOCTYPE html>"):
             return page
@@ -142,10 +142,12 @@ def lighten(app):
         page = data_in_files(THEBE.sub("", page), Path(app.outdir, "_images"), up)
         return accessible(lazy(deferred(ICON.sub(icon, page))))
 
-    app.builder.templates.render = light
+    app.builder.templates.render = render_and_postprocess
 
 
 def setup(app):
     app.add_post_transform(FiguresAsWebp)
-    app.connect("builder-inited", lambda app: app.builder.format == "html" and lighten(app))
+    app.connect(
+        "builder-inited", lambda app: app.builder.format == "html" and postprocess_pages(app)
+    )
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,10 +1,10 @@
-"""What is done to each page before it is written, on small pieces of HTML (test_web.py asks the built pages)."""
+"""The changes to each page before it is written, on small pieces of HTML."""
 
 import base64
 import io
 import re
 
-import light_pages as pages
+import html_postprocess as pages
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,16 +25,16 @@ def test_a_picture_loses_nothing(tmp_path, mode):
     assert pages.as_webp(picture, tmp_path / "new") == name
 
 
-def test_data_becomes_a_file(tmp_path):
+def test_an_embedded_picture_becomes_a_file(tmp_path):
     picture, _ = png()
     page = (
         f'<img alt="a" src="data:image/png;base64,{base64.b64encode(picture).decode()}" style="x">'
     )
-    found = re.fullmatch(
+    match = re.fullmatch(
         r'<img alt="a" src="\.\./_images/(\w+\.webp)" style="x">',
         pages.data_in_files(page, tmp_path, "../"),
     )
-    assert (tmp_path / found[1]).exists()
+    assert (tmp_path / match[1]).exists()
 
 
 @pytest.mark.parametrize("tag", ["i", "span"])
@@ -50,7 +50,7 @@ def test_an_icon_is_drawn(classes, tag):
     )
 
 
-def test_scripts_are_deferred_and_none_twice():
+def test_scripts_are_deferred_only_once():
     page = '<script src="a.js"></script><script defer src="b.js"></script><script>x = 1</script><script>DOCUMENTATION_OPTIONS.pagename = "p";</script><script src="s/fontawesome.js?v=1"></script>'
     assert pages.deferred(page) == (
         '<script defer src="a.js"></script><script defer src="b.js"></script><script>x = 1</script>'
@@ -58,7 +58,7 @@ def test_scripts_are_deferred_and_none_twice():
     )
 
 
-def test_figures_after_the_first_wait_and_keep_their_place():
+def test_figures_after_the_first_load_lazily_and_reserve_their_space():
     figure = '<img alt="a" src="_images/{}.webp" style="width: 700px; height: 300px;" />'
     page = pages.lazy('<img src="_static/logo.svg">' + figure.format(1) + figure.format(2))
     assert page.count('width="700" height="300"') == 2 and "style=" not in page
