@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from flatmin.book import MLP
 from flatmin.gradient import SAM
+from flatmin.pipeline import Objective
 
 EXAMPLES = 128
 RHO = 0.05
@@ -49,15 +50,15 @@ def sides(shards: int, device="cpu") -> dict:
     x, y = torch.randn(EXAMPLES, 40).to(device), torch.randint(10, (EXAMPLES,)).to(device)
     params = {name: p.detach() for name, p in module.named_parameters()}
 
-    def objective(params, buffers, rows=...):
+    def loss(params, buffers, rows, raw):
         logits = functional_call(module, params, (x[rows],))
         return nn.functional.cross_entropy(logits, y[rows]), buffers
 
-    objective.examples, m = EXAMPLES, EXAMPLES // shards
-    ours = lambda **how: partial(SAM(RHO, m=m, **how), objective, params, {})
+    m = EXAMPLES // shards
+    ours = lambda sam: sam(Objective(loss, EXAMPLES), params, (), t=0)
     return {
-        "side by side": ours(),
-        "in a loop": ours(chunk_size=1),
+        "side by side": partial(ours, SAM(RHO, m=m)),
+        "in a loop": partial(ours, SAM(RHO, m=m, chunk_size=1)),
         "by hand": partial(by_hand, module, x, y, m),
     }
 

@@ -268,7 +268,9 @@ def stacks(bench, part, runs: int, sizes) -> None:
     data, device = digits(), bench.device
     make = lambda: MLP(64, 100, 100, 10)
     recipe = Recipe(optimizer=Adam(lr=1e-3))
-    _, networks = fit(make, data, recipe, seeds=runs, steps=100, networks="last", device=device)
+    networks = fit(
+        make, data, recipe, seeds=runs, steps=100, networks="last", device=device
+    ).networks
     x, y = (part.to(device) for part in data.split("train"))
     x = x.flatten(1)
     modules = [networks.module(seed=seed).to(device) for seed in networks.coords["seed"]]

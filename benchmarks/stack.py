@@ -37,12 +37,14 @@ WIDTHS = (25, 100, 400)
 
 def make_data(sizes=SIZES, examples=4000) -> Data:
     generator = torch.Generator().manual_seed(0)
-    parts = {}
-    for split, n in {"train": examples, "validation": 0, "test": 100}.items():
-        parts[f"x_{split}"] = torch.randn(n, sizes[0], generator=generator)
-        parts[f"y_{split}"] = torch.randint(sizes[-1], (n,), generator=generator)
-    clean = {f"y_{split}_clean": parts[f"y_{split}"] for split in ("train", "validation")}
-    return Data("noise in the shape of MNIST-1D", sizes[-1], **parts, **clean)
+
+    def noise(n):
+        x = torch.randn(n, sizes[0], generator=generator)
+        return x, torch.randint(sizes[-1], (n,), generator=generator)
+
+    train, test = noise(examples), noise(100)
+    name = "noise in the shape of MNIST-1D"
+    return Data.of(*train, test=test, num_classes=sizes[-1], name=name)
 
 
 class Steps:
@@ -52,7 +54,7 @@ class Steps:
         self.clock, self.first, self.last, self.step = Clock(device), first, last, 0
 
     def tick(self) -> None:
-        """To be called before every step; the step after the last timed one stops the clock."""
+        """To be called once per step; the step after the last timed one stops the clock."""
         if self.step == self.first:
             self.clock.start()
         if self.step == self.last:
@@ -64,7 +66,7 @@ def time_stack(model, data, runs, steps, batch_size, device, **stages) -> float:
     """Seconds for ``steps`` steps of all runs, side by side."""
     timer = Steps(device, WARM_UP, WARM_UP + steps)
 
-    def schedule(done):  # fit calls it before every step
+    def schedule(done):  # the optimizer calls it once in every step
         timer.tick()
         return 1.0
 

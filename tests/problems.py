@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from flatmin.book import MLP
+from flatmin.pipeline import Objective
 
 
 def random(*shape, seed=0):
@@ -81,24 +82,16 @@ def climb(g, rho, p, t=1.0):
     return rho * t * raw / norm(raw, p)
 
 
-def batch_objective(net, x, y, loss=lambda losses: losses.mean()):
+def batch_objective(net, x, y, buffers=None, loss=lambda losses, rows: losses.mean()):
     """An objective like the stack's: with the raw loss, the batch's size, and rows."""
 
-    def losses(params, buffers, rows):
+    def evaluate(params, buffers, rows, raw):
         buffers = {name: b.clone() for name, b in buffers.items()}
         logits = functional_call(net, (params, buffers), (x[rows],))
-        return nn.functional.cross_entropy(logits, y[rows], reduction="none"), buffers
+        each = nn.functional.cross_entropy(logits, y[rows], reduction="none")
+        return each.mean() if raw else loss(each, None), buffers
 
-    def objective(params, buffers, rows=...):
-        each, buffers = losses(params, buffers, rows)
-        return loss(each), buffers
-
-    def raw(params, buffers, rows=...):
-        each, buffers = losses(params, buffers, rows)
-        return each.mean(), buffers
-
-    objective.raw, objective.examples = raw, len(x)
-    return objective
+    return Objective(evaluate, len(x), buffers or {})
 
 
 def closure_of(model, optimizer, x, y):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import xarray as xr
 from packaging.requirements import Requirement
 
 import flatmin
 import flatmin.book
+from flatmin import Runs
 
 ROOT = Path(__file__).resolve().parent.parent
 project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -78,8 +78,8 @@ def test_methods_and_fit_need_no_extra():
     before = [w.clone() for w in model.parameters()]
     optimizer.step(closure)
     assert not any(torch.equal(v, w) for v, w in zip(before, model.parameters()))
-    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(Flooding(), gradient.SAM()), steps=3, seeds=2,
-               batch_size=None, grid={"flood_level": [0.0, 0.1]})
+    runs = fit(lambda: MLP(10, 8, 2), data, Recipe(loss=Flooding(), gradient=gradient.SAM()),
+               steps=3, seeds=2, batch_size=None, grid={"flood_level": [0.0, 0.1]})
     assert "±" in pm(runs.test_loss.isel(step=-1, flood_level=0))
     print(round(flatmin.eigenvalues(torch.diag(torch.tensor([1.0, 2.0, 4.0]))).values.item(), 3))
     """
@@ -136,7 +136,7 @@ def test_the_study_runs(capsys):
     assert "steps=30," in study
     names = {}
     exec(study, names)
-    assert isinstance(names["runs"], xr.Dataset) and names["runs"].sizes["seed"] == 5
+    assert isinstance(names["runs"], Runs) and names["runs"].sizes["seed"] == 5
     assert capsys.readouterr().out.count("<xarray.") == 2
 
 
@@ -212,7 +212,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 import flatmin
-from flatmin import SAM, BatchTransform, FloodingLoss, Networks, Recipe, fit, flood, gradient
+from flatmin import (
+    SAM, BatchTransform, FloodingLoss, Networks, Recipe, Runs, best_step, fit, flood, gradient,
+)
 from flatmin.batch import Mixup
 from flatmin.book import MLP, mean_interval, pm, two_gaussians
 from flatmin.book.plotting import band
@@ -227,16 +229,22 @@ def curvature(network: flatmin.stack.Network, params: dict[str, Tensor], x: Tens
 
 
 data = two_gaussians(label_noise=0.1)
-recipe = Recipe(Flooding(0.1), gradient.SAM(rho=0.1), SGD(lr=0.1), batch=Mixup(0.2))
+recipe = Recipe(batch=Mixup(0.2), loss=Flooding(0.1), gradient=gradient.SAM(rho=0.1),
+                optimizer=SGD(lr=0.1))
 runs = fit(lambda: MLP(10, 8, 2), data, recipe, steps=10, grid={"flood_level": [0, 0.1]},
            instruments={"curvature": curvature, "sharpness": Sharpness(rho=0.1)})
-assert_type(runs, xr.Dataset)
-runs, networks = fit(MLP(10, 2), data, steps=3, networks="last", seeds=[1, 2])
-assert_type(networks, Networks)
+assert_type(runs, Runs)
+assert_type(runs.data, xr.Dataset)
+runs = fit(MLP(10, 2), (data.x_train, data.y_train), steps=3, networks="last", seeds=[1, 2])
+assert_type(runs.networks, Networks | None)
+networks = runs.networks
+assert networks is not None
 assert_type(networks.measure(Attack(eps=0.1), data), xr.DataArray)
 assert_type(networks.module(seed=1), nn.Module)
 assert_type(mean_interval(runs.test_loss), xr.Dataset)
+assert_type(mean_interval(runs), xr.Dataset)
 assert_type(pm(runs.test_loss), str)
+assert_type(best_step(runs), xr.Dataset)
 
 model = nn.Linear(10, 2)
 optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
@@ -257,8 +265,8 @@ def closure() -> Tensor:
 optimizer.step(closure)
 optimizer.first_step(zero_grad=True)
 optimizer.second_step()
-fit(MLP(10, 2), data, steps=3, networks="first")  # error: call-overload
-fit(MLP(10, 2), data, steps="3")  # error: call-overload
+fit(MLP(10, 2), data, steps=3, networks="first")  # error: arg-type
+fit(MLP(10, 2), data, steps="3")  # error: arg-type
 flood(torch.zeros(3), "high")  # error: arg-type
 """
 

@@ -1,9 +1,9 @@
 """The stack: each of its runs equals that of a plain PyTorch loop."""
 
-import contextlib
+import copy
 import dataclasses
+import pickle
 import warnings
-from typing import Optional
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flatmin import BatchTransform, Data, Recipe, best_step, fit, flood, stack
 from flatmin.batch import Dirac, Gaussian, LabelSmoothing, Mixup
 from flatmin.book import claims
-from flatmin.gradient import SAM
+from flatmin.gradient import SAM, PlainGradient
 from flatmin.layers import Dropout
 from flatmin.loss import Flooding
-from flatmin.optimizer import SGD, Adam
-from flatmin.pipeline import plain_gradient
-from flatmin.stack import epoch_order, initial_module, stream
+from flatmin.optimizer import EMA, SGD, Adam, TwoRates
+from flatmin.pipeline import GradientStage, LossStage, OptimizerStage, Step
+from flatmin.stack import epoch_order, error, initial_module, stream
 
 
 @pytest.fixture(autouse=True)
@@ -128,16 +128,25 @@ def plain_loop(
         t += 1
 
 
-def assert_same_run(dataset, networks, records, module, tolerance, **run):
+def assert_same_run(runs, records, module, tolerance, **run):
     for name in records[0]:
         np.testing.assert_allclose(
-            dataset[name].sel(run), [r[name] for r in records], rtol=tolerance, atol=tolerance
+            runs[name].sel(run), [r[name] for r in records], rtol=tolerance, atol=tolerance
         )
     expected = module.state_dict()
-    found = networks.module(**run).state_dict()
+    found = runs.networks.module(**run).state_dict()
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance)
+
+
+def assert_bitwise_equal(a, b):
+    assert a.data.equals(b.data)
+    assert (a.networks is None) == (b.networks is None)
+    for part in ("params", "buffers") if a.networks else ():
+        first, second = getattr(a.networks, part), getattr(b.networks, part)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # -------------------------------------------------------- every run is the run of a plain loop
@@ -197,7 +206,7 @@ EXPERIMENTS = {
         {"alpha": [0.0, 1.0]}, lambda v: {"transform": Mixup(v, k=3, per_example=True)},
     ),
     "mixup of different classes, flooded": (
-        {"recipe": Recipe(Flooding(0.9), batch=Mixup(partners="different"))},
+        {"recipe": Recipe(batch=Mixup(partners="different"), loss=Flooding(0.9))},
         {"alpha": [0.2, 1.0]},
         lambda v: {"transform": Mixup(v, partners="different"),
                    "loss": lambda l: flood(l.mean(), 0.9)},
@@ -236,7 +245,7 @@ def test_runs_equal_a_plain_loop(name, per_seed):
     arguments, grid, plain = EXPERIMENTS[name]
     seeds, evaluate_at, steps = [3, 8, 11], [0, 1, 5, 8], 8
     data = [make_data(seed) for seed in seeds] if per_seed else DATA
-    dataset, networks = fit(
+    runs = fit(
         **{"model": MLP, "data": data, "steps": steps, "batch_size": 10} | arguments,
         grid=grid,
         seeds=seeds,
@@ -257,9 +266,9 @@ def test_runs_equal_a_plain_loop(name, per_seed):
                 }
                 | plain(next(iter(run.values()), None))
             )
-            assert_same_run(dataset, networks, records, module, 1e-10, seed=seed, **run)
+            assert_same_run(runs, records, module, 1e-10, seed=seed, **run)
     if grid:  # the grid has an effect
-        last = dataset.train_loss.isel(step=-1)
+        last = runs.train_loss.isel(step=-1)
         assert (
             abs(last.isel({next(iter(grid)): 0}) - last.isel({next(iter(grid)): 1})) > 1e-6
         ).all()
@@ -267,7 +276,7 @@ def test_runs_equal_a_plain_loop(name, per_seed):
 
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
 def test_runs_equal_a_plain_loop_in_single_precision(model):
-    dataset, networks = fit(
+    runs = fit(
         model,
         DATA,
         Recipe(optimizer=SGD(0.1, **COSINE)),
@@ -278,7 +287,7 @@ def test_runs_equal_a_plain_loop_in_single_precision(model):
         networks="last",
         device="cpu",
     )
-    assert next(iter(networks.params.values())).dtype == torch.float32
+    assert next(iter(runs.networks.params.values())).dtype == torch.float32
     for seed in (4, 5):
         records, module = plain_loop(
             model,
@@ -291,21 +300,21 @@ def test_runs_equal_a_plain_loop_in_single_precision(model):
             optimizer=sgd(0.1, momentum=0.9, weight_decay=0.05),
             dtype=torch.float32,
         )
-        assert_same_run(dataset, networks, records, module, 2e-5, seed=seed)
+        assert_same_run(runs, records, module, 2e-5, seed=seed)
 
 
 def test_a_network_itself_is_where_every_run_starts():
     model = MLP()
     before = [w.clone() for w in model.parameters()]
-    dataset, networks = fit(
+    runs = fit(
         model, DATA, steps=4, batch_size=10, seeds=[1, 2], evaluate_at=2, networks="last", **ON_CPU
     )
-    assert dataset.train_loss.isel(step=0, seed=0) == dataset.train_loss.isel(step=0, seed=1)
+    assert runs.train_loss.isel(step=0, seed=0) == runs.train_loss.isel(step=0, seed=1)
     for seed in (1, 2):
         records, module = plain_loop(
             model, DATA, seed, steps=4, batch_size=10, evaluate_at=[0, 2, 4]
         )
-        assert_same_run(dataset, networks, records, module, 1e-10, seed=seed)
+        assert_same_run(runs, records, module, 1e-10, seed=seed)
     assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))
 
 
@@ -324,13 +333,13 @@ class Odd(nn.Module):
 
 
 def test_frozen_and_tied_weights_and_non_persistent_buffers():
-    dataset, networks = fit(
+    runs = fit(
         Odd, DATA, steps=5, batch_size=10, seeds=[0, 1], evaluate_at=1, networks="last", **ON_CPU
     )
     for seed in (0, 1):
         records, module = plain_loop(Odd, DATA, seed, steps=5, batch_size=10, evaluate_at=[0, 5])
-        assert_same_run(dataset, networks, records, module, 1e-10, seed=seed)
-        found = networks.module(seed=seed)
+        assert_same_run(runs, records, module, 1e-10, seed=seed)
+        found = runs.networks.module(seed=seed)
         assert found.inner.weight is found.outer.weight
         assert torch.equal(found.head.weight, initial_module(Odd, seed).head.weight.double())
 
@@ -364,10 +373,11 @@ def test_results_do_not_depend_on_the_chunk(model, recipe, grid, chunk_size, per
         )
         for size in (None, chunk_size)
     )
-    xr.testing.assert_allclose(whole[0], chunked[0], rtol=1e-10)
+    xr.testing.assert_allclose(whole.data, chunked.data, rtol=1e-10)
     for part in ("params", "buffers"):
-        for name, w in getattr(whole[1], part).items():
-            torch.testing.assert_close(w, getattr(chunked[1], part)[name], rtol=1e-10, atol=1e-10)
+        for name, w in getattr(whole.networks, part).items():
+            other = getattr(chunked.networks, part)[name]
+            torch.testing.assert_close(w, other, rtol=1e-10, atol=1e-10)
 
 
 def test_the_evaluation_batch_size_does_not_matter():
@@ -384,7 +394,7 @@ def test_the_evaluation_batch_size_does_not_matter():
         )
         for size in (4, 1000)
     )
-    xr.testing.assert_allclose(a, b, rtol=1e-12)
+    xr.testing.assert_allclose(a.data, b.data, rtol=1e-12)
 
 
 # --------------------------------------------------------------------------- the batch stage
@@ -410,14 +420,14 @@ def test_mixup_at_alpha_zero_is_bitwise_erm(model, batch_size, dtype):
 
 def test_a_run_with_alpha_zero_is_bitwise_erm_in_a_stack_with_others():
     arguments = {"steps": 7, "batch_size": 10, "seeds": 3, "device": "cpu", "networks": "last"}
-    erm, erm_networks = fit(MLP, DATA, Recipe(), grid={"flood_level": [0.0, 0.5]}, **arguments)
-    mixed, networks = fit(MLP, DATA, Recipe(batch=Mixup()), grid={"alpha": [0.0, 1.0]}, **arguments)
+    erm = fit(MLP, DATA, Recipe(), grid={"flood_level": [0.0, 0.5]}, **arguments)
+    mixed = fit(MLP, DATA, Recipe(batch=Mixup()), grid={"alpha": [0.0, 1.0]}, **arguments)
     assert (
         mixed.test_loss.sel(alpha=0.0).values == erm.test_loss.sel(flood_level=0.0).values
     ).all()
     assert (mixed.test_loss.sel(alpha=1.0, step=7) != mixed.test_loss.sel(alpha=0.0, step=7)).all()
-    for name, w in networks.params.items():
-        assert torch.equal(w[:3], erm_networks.params[name][:3])
+    for name, w in mixed.networks.params.items():
+        assert torch.equal(w[:3], erm.networks.params[name][:3])
 
 
 def test_runs_share_their_draws_unless_they_differ_in_the_batch_stage():
@@ -431,7 +441,7 @@ def test_runs_share_their_draws_unless_they_differ_in_the_batch_stage():
         grid=grid,
         networks="last",
         **ON_CPU,
-    )[1].params["0.weight"]
+    ).networks.params["0.weight"]
     a = first({"momentum": [0.0, 0.9]})  # has an effect from the second step on
     assert torch.equal(a[:2], a[2:])
     b = first({"alpha": [1.0, 0.2]})
@@ -441,7 +451,7 @@ def test_runs_share_their_draws_unless_they_differ_in_the_batch_stage():
 
 def test_training_loss_is_that_of_the_original_examples():
     """Of the mixed ones, it would be about half a nat at α = 1, even for a perfect network."""
-    runs, networks = fit(
+    runs = fit(
         MLP,
         DATA,
         Recipe(batch=Mixup(1.0)),
@@ -451,7 +461,7 @@ def test_training_loss_is_that_of_the_original_examples():
         networks="last",
         **ON_CPU,
     )
-    loss = networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "train")
+    loss = runs.networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "train")
     np.testing.assert_allclose(runs.train_loss.isel(step=-1), loss, rtol=1e-12)
 
 
@@ -473,7 +483,7 @@ def test_mixup_in_half_precision(dtype):
 
 def test_dropout_in_the_stack():
     """Seeds differ in their masks, runs of a seed do not, and counters count the steps."""
-    runs, networks = fit(
+    runs = fit(
         DROPOUT,
         DATA,
         Recipe(),
@@ -484,10 +494,10 @@ def test_dropout_in_the_stack():
         networks="last",
         **ON_CPU,
     )
-    assert (networks.buffers["2.counter"] == 7).all()
-    key = networks.buffers["2.key"]
+    assert (runs.networks.buffers["2.counter"] == 7).all()
+    key = runs.networks.buffers["2.key"]
     assert torch.equal(key[:2], key[2:]) and key[0] != key[1]
-    assert (networks.buffers["4.key"] != key).all()
+    assert (runs.networks.buffers["4.key"] != key).all()
     first = runs.train_loss.isel(step=0)
     assert (first.sel(lr=0.1) == first.sel(lr=0.2)).all()
 
@@ -515,6 +525,15 @@ def test_runs_of_one_seed_are_paired():
         runs.train_loss.sel(step=6, momentum=0.0) != runs.train_loss.sel(step=6, momentum=0.9)
     ).all()
     assert len(np.unique(runs.train_loss.sel(step=0))) == 3  # the seeds differ
+
+
+def test_seeds_in_another_form_are_the_same():
+    first, *others = (
+        fit(MLP, DATA, steps=2, batch_size=10, seeds=seeds, networks="last", **ON_CPU)
+        for seeds in ([0, 1], np.arange(2), 2, (0, 1), range(2))
+    )
+    for other in others:
+        assert_bitwise_equal(first, other)
 
 
 @given(st.integers(0, 2**40), st.integers(0, 1000), st.integers(1, 50))
@@ -549,259 +568,6 @@ def test_the_global_random_state_is_left_alone(monkeypatch):
     assert results[0].equals(results[2])
 
 
-# --------------------------------------------------------------------------------- checkpoints
-
-
-class Interrupts:
-    """A cosine schedule that raises KeyboardInterrupt at its n-th call."""
-
-    def __init__(self, at):
-        self.left = at
-
-    def __call__(self, done):
-        self.left -= 1
-        if self.left == -1:
-            raise KeyboardInterrupt
-        return 0.5 + 0.5 * np.cos(np.pi * done)
-
-
-def experiment(schedule, checkpoint=None, *, model=MLP, networks="last", batch=None, **more):
-    """Two chunks of two runs, of eight steps each."""
-    recipe = Recipe(optimizer=SGD(0.1, momentum=0.9, schedule=schedule), batch=batch)
-    more = {"grid": {"flood_level": [0.0, 1.0]}, "seeds": [0, 5], "device": "cpu"} | more
-    return fit(
-        model,
-        DATA,
-        recipe,
-        steps=8,
-        batch_size=10,
-        evaluate_at=[0, 3, 6, 8],
-        networks=networks,
-        chunk_size=more.pop("chunk_size", 2),
-        checkpoint=checkpoint,
-        checkpoint_every=more.pop("every", 2),
-        **more,
-    )
-
-
-def assert_bitwise_equal(a, b):
-    a, b = (a, b) if isinstance(a, tuple) else ((a,), (b,))
-    assert a[0].equals(b[0])
-    if a[1:]:
-        for part in ("params", "buffers"):
-            first, second = getattr(a[1], part), getattr(b[1], part)
-            assert first.keys() == second.keys()
-            assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("every", [1, 3, 8, 100])
-@pytest.mark.parametrize(
-    "model, networks",
-    [(MLP, None), (BATCH_NORM, "last"), (BATCH_NORM, "best")],
-    ids=["MLP", "batch norm, last", "batch norm, best"],
-)
-def test_interrupted_anywhere_and_resumed_is_bitwise_the_same(model, networks, every, tmp_path):
-    whole = experiment(Interrupts(10**6), model=model, networks=networks)
-    for step in (0, 3, 7, 8, 10, 15):  # the second chunk begins at 8
-        path = tmp_path / f"{step}.pt"
-        with pytest.raises(KeyboardInterrupt):
-            experiment(Interrupts(step), path, model=model, networks=networks, every=every)
-        rest = Interrupts(10**6)
-        resumed = experiment(rest, path, model=model, networks=networks, every=every)
-        assert_bitwise_equal(whole, resumed)
-        saved = step // 8 * 8 + step % 8 // every * every  # finished steps are not repeated
-        assert 10**6 - rest.left == 16 - saved
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_dropout_and_mixup_resume_bitwise(every, tmp_path):
-    arguments = {
-        "model": DROPOUT,
-        "batch": Mixup(second_stream=True),
-        "every": every,
-        "grid": {"alpha": [0.2, 1.0]},
-    }
-    whole = experiment(Interrupts(10**6), **arguments)
-    for step in (0, 4, 7, 13):
-        with pytest.raises(KeyboardInterrupt):
-            experiment(Interrupts(step), tmp_path / f"{step}.pt", **arguments)
-        resumed = experiment(Interrupts(10**6), tmp_path / f"{step}.pt", **arguments)
-        assert_bitwise_equal(whole, resumed)
-
-
-@given(st.lists(st.integers(0, 5), max_size=4))
-@settings(max_examples=8)
-def test_interrupted_several_times(tmp_path_factory, interruptions):
-    path = tmp_path_factory.mktemp("checkpoint") / "new folder" / "c.pt"
-    for calls in interruptions:
-        try:
-            experiment(Interrupts(calls), path, model=BATCH_NORM, networks="best")
-        except KeyboardInterrupt:
-            continue
-    resumed = experiment(Interrupts(10**6), path, model=BATCH_NORM, networks="best")
-    whole = experiment(Interrupts(10**6), model=BATCH_NORM, networks="best")
-    assert_bitwise_equal(whole, resumed)
-
-
-def test_killed_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "c.pt"
-    whole = experiment(Interrupts(10**6))
-    with pytest.raises(KeyboardInterrupt):
-        experiment(Interrupts(5), path)
-    old = path.read_bytes()
-    save = torch.save
-
-    def dies(content, name):
-        save(content, name)
-        with open(name, "r+b") as file:
-            file.truncate(100)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
-        experiment(Interrupts(10**6), path)
-    monkeypatch.undo()
-    assert path.read_bytes() == old
-    assert list(tmp_path.iterdir()) == [path]
-    assert_bitwise_equal(whole, experiment(Interrupts(10**6), path))
-
-
-OTHERS = {
-    "seeds": {"seeds": [0, 6]},
-    "grid": {"grid": {"flood_level": [0.0, 1.5]}},
-    "another name": {"grid": {"weight_decay": [0.0, 1.0]}},
-    "networks": {"networks": "best"},
-    "dtype": {"dtype": torch.float64},
-    "weights": {"model": lambda: nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))},
-    "activation": {"model": lambda: nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))},
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_checkpoint_of_another_experiment_is_an_error_and_left_alone(other, tmp_path):
-    path = tmp_path / "c.pt"
-    experiment("cosine", path)
-    old = path.read_bytes()
-    with pytest.raises(ValueError, match="checkpoint must come from the same experiment") as raised:
-        experiment("cosine", path, **OTHERS[other])
-    message = str(raised.value)
-    assert str(path) in message
-    lines = [line for line in message.splitlines() if line.startswith("{")]
-    assert len(lines) == 2 and lines[0] != lines[1]  # both are named
-    assert path.read_bytes() == old
-
-
-def test_a_checkpoint_of_other_data_recipe_or_steps_is_an_error(tmp_path):
-    path = tmp_path / "c.pt"
-    arguments = {
-        "model": MLP,
-        "data": DATA,
-        "recipe": Recipe(),
-        "steps": 2,
-        "batch_size": 10,
-        "seeds": 2,
-        "device": "cpu",
-        "checkpoint": path,
-    }
-    fit(**arguments)
-    for other in (
-        {"data": make_data(1)},
-        {"data": [DATA, make_data(1)]},
-        {"recipe": Recipe(Flooding(0.1))},
-        {"recipe": Recipe(optimizer=Adam())},
-        {"recipe": Recipe(optimizer=SGD(schedule="cosine"))},
-        {"steps": 3},
-        {"batch_size": 11},
-        {"evaluate_at": 1},
-        {"recipe": Recipe(batch=Mixup())},
-        {"recipe": Recipe(batch=Dirac())},
-    ):
-        with pytest.raises(ValueError, match="checkpoint must come from the same experiment"):
-            fit(**arguments | other)
-    fit(**arguments)
-
-
-def test_a_file_that_is_no_checkpoint_is_an_error_and_left_alone(tmp_path):
-    path = tmp_path / "weights.pt"
-    torch.save(MLP().state_dict(), path)
-    old = path.read_bytes()
-    with pytest.raises(ValueError, match="checkpoint must come from the same experiment"):
-        experiment("cosine", path)
-    assert path.read_bytes() == old
-
-
-def test_a_finished_checkpoint_returns_without_training(tmp_path):
-    whole = experiment(Interrupts(10**6), tmp_path / "c.pt", networks="best")
-    assert_bitwise_equal(whole, experiment(Interrupts(0), tmp_path / "c.pt", networks="best"))
-
-
-def test_seeds_in_another_form_are_the_same_experiment(tmp_path):
-    whole = experiment("cosine", tmp_path / "c.pt", seeds=[0, 1])
-    for seeds in (np.arange(2), 2, (0, 1), range(2)):
-        assert_bitwise_equal(whole, experiment("cosine", tmp_path / "c.pt", seeds=seeds))
-
-
-@pytest.mark.parametrize(
-    "step, chunk_size, left",
-    [
-        (3, 1, 32),
-        (3, 3, 16),
-        (3, 4, 8),
-        (8, 1, 16),
-        (8, 4, 8),
-        (11, 1, 16),
-        (16, 1, 0),
-        (11, 4, 6),  # the remaining two runs are one chunk, as before: it continues at step 2
-    ],
-)
-def test_another_chunk_size_keeps_the_chunks_that_are_finished(step, chunk_size, left, tmp_path):
-    whole = experiment(Interrupts(10**6))
-    with contextlib.suppress(KeyboardInterrupt):
-        experiment(Interrupts(step), tmp_path / "c.pt")  # two runs at once
-    rest = Interrupts(10**6)
-    resumed = experiment(rest, tmp_path / "c.pt", chunk_size=chunk_size)
-    xr.testing.assert_allclose(whole[0], resumed[0], rtol=1e-5)
-    assert 10**6 - rest.left == left
-
-
-@pytest.mark.parametrize("every", [2, 100])
-def test_progress_can_stop_a_run_and_no_step_is_done_twice(every, tmp_path):
-    whole, counted, steps = experiment(Interrupts(10**6)), [], 0
-    for stop in (0, 1, 6, 8, 9, 13):  # after this many of 8 + 8 steps
-        calls = Interrupts(10**6)
-        with pytest.raises(KeyboardInterrupt):
-            experiment(
-                calls,
-                tmp_path / "c.pt",
-                every=every,
-                progress=lambda n, calls=calls: steps + 10**6 - calls.left >= stop,
-            )
-        steps += 10**6 - calls.left
-        assert steps == stop
-    rest = Interrupts(10**6)
-    resumed = experiment(rest, tmp_path / "c.pt", every=every, progress=counted.append)
-    assert_bitwise_equal(whole, resumed)
-    assert steps + 10**6 - rest.left == 16
-    assert sum(counted) == 4 * 8 * 10  # runs × steps × examples, including those done before
-
-
-def test_checkpoint_of_half_precision(tmp_path):
-    results = [
-        fit(
-            MLP,
-            DATA,
-            steps=2,
-            batch_size=10,
-            seeds=2,
-            device="cpu",
-            dtype=torch.bfloat16,
-            checkpoint=tmp_path / "c.pt",
-        )
-        for _ in range(2)
-    ]
-    assert_bitwise_equal(*results)
-
-
 # ---------------------------------------------------------------------------------- divergence
 
 # a linear network with a squared loss, and learning rates far beyond stability
@@ -826,18 +592,18 @@ def diverging(lr, **more):
 
 def test_a_diverging_run_is_named_and_does_not_affect_the_others():
     with pytest.warns(UserWarning, match="not finite") as record:
-        runs, networks = diverging([0.01, 1e6], networks="last")
+        runs = diverging([0.01, 1e6], networks="last")
     assert record[0].filename == __file__  # the warning points at the caller
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alone, alone_networks = diverging([0.01], networks="last")
+        alone = diverging([0.01], networks="last")
     healthy = runs.sel(lr=[0.01])
     for name in alone.data_vars:
         np.testing.assert_allclose(healthy[name], alone[name], rtol=1e-5, atol=1e-7)
     assert not healthy.to_array().isnull().any()
     assert (healthy.diverged_at == -1).all()
-    for name, w in alone_networks.params.items():
-        torch.testing.assert_close(networks.params[name][:2], w, rtol=1e-5, atol=1e-7)
+    for name, w in alone.networks.params.items():
+        torch.testing.assert_close(runs.networks.params[name][:2], w, rtol=1e-5, atol=1e-7)
 
     for seed in (0, 1):
         step = runs.diverged_at.sel(lr=1e6, seed=seed).item()
@@ -879,7 +645,7 @@ def test_claims_refuse_after_a_divergence_unless_it_was_expected():
 
 def test_selected_networks_are_those_asked_for():
     grid = {"lr": [0.01, 0.02, 0.05], "momentum": [0.0, 0.5]}
-    _, networks = fit(
+    networks = fit(
         LINEAR,
         DATA,
         Recipe(optimizer=SGD()),
@@ -889,7 +655,7 @@ def test_selected_networks_are_those_asked_for():
         grid=grid,
         networks="last",
         device="cpu",
-    )
+    ).networks
     few = networks.select(momentum=0.5, lr=[0.05, 0.01])
     assert few.coords == {"lr": [0.05, 0.01], "momentum": [0.5], "seed": networks.coords["seed"]}
     error = lambda network, params, x, y: cross_entropy(network(params, x), y)
@@ -956,16 +722,16 @@ def test_networks_are_those_of_the_results(model, per_seed):
     data = [make_data(5), make_data(6)] if per_seed else DATA
     grid = {"lr": [0.3, 1.0], "flood_level": [0.0, 0.5]}
     arguments = {"steps": 12, "batch_size": 10, "grid": grid, "seeds": [7, 9], "evaluate_at": 12}
-    runs, last = fit(model, data, networks="last", **arguments, **ON_CPU)
-    runs_again, best = fit(model, data, networks="best", **arguments, **ON_CPU)
-    xr.testing.assert_equal(runs, runs_again)
+    runs = fit(model, data, networks="last", **arguments, **ON_CPU)
+    again = fit(model, data, networks="best", **arguments, **ON_CPU)
+    xr.testing.assert_equal(runs.data, again.data)
     chosen = best_step(runs)
     assert (chosen.step < 12).any()  # otherwise "best" would be "last"
 
     def error(network, params, x, y):
         return (network(params, x).argmax(-1) != y).double().mean()
 
-    for networks, results in ((last, runs.isel(step=-1)), (best, chosen)):
+    for networks, results in ((runs.networks, runs.isel(step=-1)), (again.networks, chosen)):
         assert networks.shape == (2, 2, 2)
         assert networks.coords == grid | {"seed": [7, 9]}
         for split in ("validation", "test"):
@@ -986,19 +752,18 @@ def test_networks_are_those_of_the_results(model, per_seed):
 def test_best_by_another_variable_or_an_instrument():
     arguments = {"steps": 6, "batch_size": 10, "seeds": 2, "evaluate_at": 6, "networks": "best"}
     accuracy = lambda network, params, x, y: (network(params, x).argmax(-1) == y).double().mean()
-    runs, networks = fit(MLP, DATA, **arguments, select_by="test_loss", **ON_CPU)
-    measured = networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "test")
+    runs = fit(MLP, DATA, **arguments, select_by="test_loss", **ON_CPU)
+    measured = runs.networks.measure(lambda f, p, x, y: cross_entropy(f(p, x), y), DATA, "test")
     np.testing.assert_allclose(measured, runs.test_loss.min("step"), rtol=1e-10)
-    runs, networks = fit(
-        MLP, DATA, **arguments, instruments={"right": accuracy}, select_by="right", **ON_CPU
-    )
+    runs = fit(MLP, DATA, **arguments, instruments={"right": accuracy}, select_by="right", **ON_CPU)
     np.testing.assert_allclose(
-        networks.measure(accuracy, DATA, "train"), runs.right.min("step"), rtol=1e-12
+        runs.networks.measure(accuracy, DATA, "train"), runs.right.min("step"), rtol=1e-12
     )
 
 
 def test_measure_returns_what_the_instrument_returns():
-    _, networks = fit(MLP, DATA, steps=1, seeds=[4, 6], batch_size=10, networks="last", **ON_CPU)
+    arguments = {"steps": 1, "seeds": [4, 6], "batch_size": 10, "networks": "last"}
+    networks = fit(MLP, DATA, **arguments, **ON_CPU).networks
     logits = networks.measure(lambda f, p, x, y: f(p, x), DATA)
     assert logits.dims == ("seed", "dim_0", "dim_1")
     assert logits.shape == (2, 17, 3)
@@ -1012,7 +777,7 @@ def test_measure_returns_what_the_instrument_returns():
 
 
 def test_module_takes_the_coordinates_of_one_run():
-    _, networks = fit(
+    networks = fit(
         MLP,
         DATA,
         steps=1,
@@ -1021,7 +786,7 @@ def test_module_takes_the_coordinates_of_one_run():
         batch_size=10,
         networks="last",
         **ON_CPU,
-    )
+    ).networks
     weights = [
         networks.module(lr=lr, seed=seed)[0].weight
         for lr in (1e-10, 0.1)
@@ -1037,6 +802,58 @@ def test_module_takes_the_coordinates_of_one_run():
         networks.module(seed=100000)
     with pytest.raises(ValueError, match=r"a value for each of \['lr', 'seed'\]"):
         networks.module(lr=0.1, seed=100000, rho=0.1)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_networks_after_several_steps_are_those_of_shorter_runs(chunk_size):
+    loss = lambda network, params, x, y: cross_entropy(network(params, x), y)
+    arguments = {"batch_size": 10, "seeds": [4, 6], "grid": {"lr": [0.1, 0.5]}, **ON_CPU}
+    runs = fit(
+        BATCH_NORM,
+        DATA,
+        steps=10,
+        evaluate_at=[0, 5, 10],
+        networks=[10, 0, 5],
+        chunk_size=chunk_size,
+        **arguments,
+    )
+    assert runs.networks.coords == {"lr": [0.1, 0.5], "step": [0, 5, 10], "seed": [4, 6]}
+    measured = runs.networks.measure(loss, DATA)
+    assert measured.dims == ("lr", "step", "seed")
+    xr.testing.assert_allclose(
+        measured, runs.test_loss.transpose(*measured.dims).drop_vars("epoch"), rtol=1e-12
+    )
+    for steps in (5, 10):
+        alone = fit(BATCH_NORM, DATA, steps=steps, networks="last", **arguments).networks
+        np.testing.assert_allclose(measured.sel(step=steps), alone.measure(loss, DATA), rtol=1e-10)
+        for run in ({"lr": lr, "seed": seed} for lr in (0.1, 0.5) for seed in (4, 6)):
+            found = runs.networks.module(step=steps, **run).state_dict()
+            torch.testing.assert_close(found, alone.module(**run).state_dict(), rtol=1e-10, atol=0)
+    start = runs.networks.module(step=0, lr=0.5, seed=6).state_dict()
+    expected = initial_module(BATCH_NORM, 6).double().state_dict()
+    assert all(torch.equal(w, expected[name]) for name, w in start.items())
+
+
+def test_runs_are_the_data_with_the_networks():
+    arguments = {"steps": 2, "batch_size": 10, "seeds": 2, "grid": {"lr": [0.1, 0.2]}, **ON_CPU}
+    runs = fit(MLP, DATA, networks="last", **arguments)
+    assert isinstance(runs, stack.Runs) and isinstance(runs.data, xr.Dataset)
+    assert runs.test_error.identical(runs.data.test_error)
+    assert runs["test_error"].identical(runs.data["test_error"])
+    assert runs.sel(lr=0.2).identical(runs.data.sel(lr=0.2))
+    assert runs.sizes == runs.data.sizes and runs.attrs is runs.data.attrs
+    assert {"data", "networks", "test_error", "sel"} <= {*dir(runs)}
+    with pytest.raises(AttributeError, match="accuracy"):
+        _ = runs.accuracy
+    with pytest.raises(KeyError, match="accuracy"):
+        runs["accuracy"]
+    loaded = pickle.loads(pickle.dumps(runs))
+    assert_bitwise_equal(runs, loaded)
+    assert loaded.data.identical(runs.data)
+    without = fit(MLP, DATA, **arguments)
+    assert without.networks is None
+    assert repr(runs) == f"{runs.data!r}\nwith 4 networks"
+    assert repr(without).endswith("\nwith no networks")
 
 
 # ----------------------------------------------------------------------------------- best_step
@@ -1108,7 +925,7 @@ def test_labels(tmp_path):
     runs = fit(
         MLP,
         DATA,
-        Recipe(Flooding(0.25), optimizer=SGD(0.05)),
+        Recipe(loss=Flooding(0.25), optimizer=SGD(0.05)),
         steps=7,
         batch_size=10,
         grid={"momentum": [0.0, 0.5], "weight_decay": [0.0]},
@@ -1136,13 +953,13 @@ def test_labels(tmp_path):
     assert runs.attrs["device"] == "cpu"
     assert runs.attrs["torch"] == torch.__version__
     assert runs.attrs["seconds"] > 0
-    for part in ("flood_level=0.25", "lr=0.05", "plain_gradient", "example_losses"):
+    for part in ("flood_level=0.25", "lr=0.05", "PlainGradient", "example_losses"):
         assert part in runs.attrs["recipe"]
 
     path = tmp_path / "runs.nc"
     runs.to_netcdf(path, engine="scipy")
     with xr.open_dataset(path, engine="scipy") as loaded:
-        xr.testing.assert_equal(loaded, runs)
+        xr.testing.assert_equal(loaded, runs.data)
         for name, value in runs.attrs.items():
             assert loaded.attrs[name] == value
 
@@ -1164,7 +981,10 @@ def test_splits():
     expected = cross_entropy(module(noisy.x_train.double()), noisy.y_train_clean).item()
     assert runs.train_clean_loss.sel(seed=1, step=2).item() == pytest.approx(expected, rel=1e-10)
     without = make_data(validation=0)
-    assert "validation_loss" not in fit(MLP, without, steps=1, batch_size=10, seeds=1, **ON_CPU)
+    runs = fit(MLP, without, steps=1, batch_size=10, seeds=1, **ON_CPU)
+    assert set(runs.data_vars) == {"train_loss", "train_error", "test_loss", "test_error"} | {
+        "diverged_at"
+    }
 
 
 # ---------------------------------------------------------------------------------- instruments
@@ -1178,7 +998,7 @@ def test_an_instrument_with_gradients(model, per_seed):
         return sum((g**2).sum() for g in gradient.values()).sqrt()
 
     data = [make_data(1), make_data(2)] if per_seed else DATA
-    runs, networks = fit(
+    runs = fit(
         model,
         data,
         steps=4,
@@ -1191,7 +1011,7 @@ def test_an_instrument_with_gradients(model, per_seed):
     )
     for seed in (0, 1):
         d = data[seed] if per_seed else data
-        module = networks.module(seed=seed)
+        module = runs.networks.module(seed=seed)
         cross_entropy(module(d.x_train.double()), d.y_train).backward()
         norm = torch.stack([w.grad.norm() for w in module.parameters()]).norm().item()
         assert runs.gradient_norm.sel(seed=seed, step=4).item() == pytest.approx(norm, rel=1e-10)
@@ -1216,14 +1036,14 @@ def test_an_instrument_returns_one_number_under_its_own_name():
 
 
 @dataclasses.dataclass(frozen=True)
-class Twice:
+class Twice(GradientStage):
     """A gradient stage with a hyperparameter: the gradient, scaled."""
 
     scale: float = 2.0
 
-    def __call__(self, objective, params, buffers):
-        gradient, loss, buffers = plain_gradient(objective, params, buffers)
-        return {name: self.scale * g for name, g in gradient.items()}, loss, buffers
+    def __call__(self, objective, params, state, t):
+        gradient = objective.gradient(params)
+        return {name: self.scale * g for name, g in gradient.items()}, state
 
 
 def test_the_grid_reaches_every_stage():
@@ -1273,8 +1093,10 @@ def sam_loop(seed, rho, shards, level):
 @pytest.mark.parametrize("m, chunk_size", [(None, None), (4, None), (4, 1), (1, None)])
 @pytest.mark.parametrize("level", [0.0, 0.9, 3.0])
 def test_sam_with_shards_and_flooding_equals_a_loop_by_hand(m, chunk_size, level):
-    recipe = Recipe(Flooding(level), SAM(m=m, chunk_size=chunk_size), SGD(lr=0.3))
-    _, networks = fit(
+    recipe = Recipe(
+        loss=Flooding(level), gradient=SAM(m=m, chunk_size=chunk_size), optimizer=SGD(lr=0.3)
+    )
+    networks = fit(
         MLP,
         DATA,
         recipe,
@@ -1285,30 +1107,185 @@ def test_sam_with_shards_and_flooding_equals_a_loop_by_hand(m, chunk_size, level
         grid={"rho": [0.1, 0.4]},
         evaluate_at=1,
         **ON_CPU,
-    )
+    ).networks
     for run in [{"rho": rho, "seed": seed} for rho in (0.1, 0.4) for seed in (3, 8)]:
         actual = networks.module(**run).state_dict()
         expected = sam_loop(**run, shards=m or 10, level=level)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def gradient_by_parts(objective, params, buffers):
+class ByParts(GradientStage):
     """The raw mean's gradient, from four examples at a time."""
-    total = None
-    for rows in torch.arange(objective.examples).split(4):
-        gradient, loss, buffers = plain_gradient(
-            lambda params, buffers, rows=rows: objective.raw(params, buffers, rows), params, buffers
-        )
-        share = {name: g * len(rows) / objective.examples for name, g in gradient.items()}
-        total = {name: total[name] + g for name, g in share.items()} if total else share
-    return total, loss, buffers
+
+    def __call__(self, objective, params, state, t):
+        total = {name: torch.zeros_like(w) for name, w in params.items()}
+        for rows in torch.arange(objective.size).split(4):
+            gradient, share = objective.gradient(params, rows, raw=True), len(rows) / objective.size
+            total = {name: total[name] + share * g for name, g in gradient.items()}
+        return total, state
 
 
 def test_the_objective_has_the_raw_loss_of_rows_and_the_size_of_the_batch():
     arguments = {"steps": 7, "batch_size": 10, "seeds": 2, "networks": "last", **ON_CPU}
-    _, parts = fit(MLP, DATA, Recipe(Flooding(5.0), gradient_by_parts), **arguments)
-    _, plain = fit(MLP, DATA, Recipe(), **arguments)
-    torch.testing.assert_close(parts.params, plain.params, rtol=1e-12, atol=1e-14)
+    parts = fit(MLP, DATA, Recipe(loss=Flooding(5.0), gradient=ByParts()), **arguments)
+    plain = fit(MLP, DATA, Recipe(), **arguments)
+    close = {"rtol": 1e-12, "atol": 1e-14}
+    torch.testing.assert_close(parts.networks.params, plain.networks.params, **close)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlusNothing(GradientStage):
+    """A gradient stage, of an objective to which zero is added."""
+
+    inner: GradientStage
+
+    def __call__(self, objective, params, state, t):
+        nothing = lambda w: 0 * sum(x.sum() for x in w.values())
+        return self.inner(objective.plus(nothing), params, state, t)
+
+
+@pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
+@pytest.mark.parametrize("m", [None, 4])
+def test_adding_zero_to_the_objective_changes_nothing(m, model):
+    a, b = (
+        fit(
+            model,
+            DATA,
+            Recipe(loss=Flooding(1.3), gradient=gradient, optimizer=SGD(0.3)),
+            steps=7,
+            batch_size=10,
+            seeds=2,
+            grid={"rho": [0.1, 0.4]},
+            networks="last",
+            device="cpu",
+        )
+        for gradient in (SAM(m=m), PlusNothing(SAM(m=m)))
+    )
+    assert_bitwise_equal(a, b)
+
+
+class OwnGradient(GradientStage):
+    """Differentiates by itself, and keeps neither loss nor buffers for the step."""
+
+    def __call__(self, objective, params, state, t):
+        return torch.func.grad(objective)(params), state
+
+
+@pytest.mark.parametrize("model", [MLP, BATCH_NORM, DROPOUT], ids=["MLP", "batch norm", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stage_that_differentiates_by_itself_is_bitwise_the_plain_gradient(model, dtype):
+    a, b = (
+        fit(
+            model,
+            DATA,
+            Recipe(loss=Flooding(0.9), gradient=gradient, optimizer=SGD(0.3)),
+            steps=7,
+            batch_size=10,
+            seeds=2,
+            networks="last",
+            device="cpu",
+            dtype=dtype,
+        )
+        for gradient in (PlainGradient(), OwnGradient())
+    )
+    assert_bitwise_equal(a, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum(GradientStage):
+    """SGD's momentum as a gradient stage with a state."""
+
+    momentum: float = 0.9
+
+    def init(self, params):
+        return {name: torch.zeros_like(w) for name, w in params.items()}
+
+    def __call__(self, objective, params, state, t):
+        gradient = objective.gradient(params)
+        state = {name: self.momentum * state[name] + g for name, g in gradient.items()}
+        return state, state
+
+
+def test_the_state_of_a_gradient_stage_is_kept():
+    arguments = {"steps": 7, "batch_size": 10, "seeds": 2, **ON_CPU}
+    recipe = Recipe(gradient=Momentum())
+    ours = fit(MLP, DATA, recipe, grid={"gradient.momentum": [0.5, 0.9]}, **arguments)
+    for momentum in (0.5, 0.9):
+        sgd_s = fit(MLP, DATA, Recipe(optimizer=SGD(momentum=momentum)), **arguments)
+        one = ours.test_loss.sel({"gradient.momentum": momentum})
+        np.testing.assert_allclose(one, sgd_s.test_loss, rtol=1e-10)
+
+
+class Weighted(LossStage):
+    """Each training example has its own weight."""
+
+    def __call__(self, losses, rows):
+        return (losses * (1.0 + rows)).mean()
+
+
+@pytest.mark.parametrize("batch_size", [10, None])
+@pytest.mark.parametrize("per_seed", [False, True], ids=["one data set", "one per seed"])
+def test_the_loss_stage_knows_the_rows_of_the_training_set(per_seed, batch_size):
+    sets = [make_data(seed) for seed in (1, 2)] if per_seed else [DATA]
+    weighted = [  # the weight comes with the targets
+        Data.of(d.x_train, torch.stack([d.y_train.float(), 1.0 + torch.arange(23)], 1))
+        for d in sets
+    ]
+    squared = lambda output, y: (output[:, 0] - y[:, 0]) ** 2
+    a, b = (
+        fit(
+            MLP,
+            weighted if per_seed else weighted[0],
+            recipe,
+            steps=7,
+            batch_size=batch_size,
+            seeds=2,
+            grid={"lr": [1e-3, 1e-2]},
+            networks="last",
+            **ON_CPU,
+        )
+        for recipe in (
+            Recipe(criterion=squared, loss=Weighted()),
+            Recipe(criterion=lambda output, y: squared(output, y) * y[:, 1]),
+        )
+    )
+    torch.testing.assert_close(a.networks.params, b.networks.params, rtol=1e-10, atol=1e-12)
+
+
+class Averaged(SGD):
+    """SGD; the mean of the weights before and after all steps is evaluated and kept."""
+
+    def init(self, params):
+        return {"mean": dict(params), "count": torch.ones(())}
+
+    def __call__(self, direction, params, state, t):
+        params, _ = super().__call__(direction, params, {}, t)
+        count = state["count"] + 1
+        mean = {name: m + (params[name] - m) / count for name, m in state["mean"].items()}
+        return params, {"mean": mean, "count": count}
+
+    def evaluated(self, params, state):
+        return state["mean"]
+
+
+@pytest.mark.parametrize("model", [MLP, BATCH_NORM], ids=["MLP", "batch norm"])
+def test_the_optimizer_says_which_weights_are_evaluated(model):
+    arguments = {"steps": 7, "batch_size": 10, "seeds": 2, "evaluate_at": [7], **ON_CPU}
+    averaged = fit(model, DATA, Recipe(optimizer=Averaged()), networks="last", **arguments)
+    plain = fit(model, DATA, Recipe(optimizer=SGD()), networks=range(8), **arguments)
+    for name, w in plain.networks.params.items():
+        mean = w.unflatten(0, (8, 2)).mean(0)
+        torch.testing.assert_close(averaged.networks.params[name], mean, rtol=1e-10, atol=1e-12)
+    for seed in (0, 1):
+        module = averaged.networks.module(seed=seed)
+        for layer in module:  # batch norm's statistics are those of the training set
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.reset_running_stats()
+                layer.momentum = 1.0
+        module.train()(DATA.x_train.double())
+        loss = cross_entropy(module.eval()(DATA.x_test.double()), DATA.y_test).item()
+        found = averaged.test_loss.sel(seed=seed, step=7).item()
+        assert found == pytest.approx(loss, rel=1e-10)
 
 
 def test_another_criterion():
@@ -1327,43 +1304,74 @@ def test_another_criterion():
     assert runs.test_loss.isel(seed=0, step=0).item() == pytest.approx(expected, rel=1e-12)
 
 
+mean_loss = lambda losses, rows: losses.mean()
+
+
 def test_hyperparameters():
-    recipe = Recipe(Flooding(0.1), Twice(), Adam())
+    recipe = Recipe(loss=Flooding(0.1), gradient=Twice(), optimizer=Adam())
     assert recipe.hyperparameters() == {
-        "flood_level": ("loss", 0.1),
-        "scale": ("gradient", 2.0),
-        "lr": ("optimizer", 1e-3),
-        "beta1": ("optimizer", 0.9),
-        "beta2": ("optimizer", 0.999),
-        "eps": ("optimizer", 1e-8),
-        "weight_decay": ("optimizer", 0.0),
+        "loss.flood_level": 0.1,
+        "gradient.scale": 2.0,
+        "optimizer.lr": 1e-3,
+        "optimizer.beta1": 0.9,
+        "optimizer.beta2": 0.999,
+        "optimizer.eps": 1e-8,
+        "optimizer.weight_decay": 0.0,
     }
-    changed = recipe.with_values({"scale": 5.0, "lr": 0.5, "eps": 0.1})
-    assert changed == Recipe(Flooding(0.1), Twice(5.0), Adam(0.5, eps=0.1))
-    assert Recipe(loss=torch.mean).hyperparameters().keys() == {"lr", "momentum", "weight_decay"}
-    mixed = Recipe(loss=torch.mean, batch=Mixup(0.5, k=3))
-    assert mixed.hyperparameters()["alpha"] == ("batch", 0.5)
-    assert "k" not in mixed.hyperparameters()  # it sets shapes
+    changed = recipe.with_values({"scale": 5.0, "optimizer.lr": 0.5, "eps": 0.1})
+    assert changed == Recipe(loss=Flooding(0.1), gradient=Twice(5.0), optimizer=Adam(0.5, eps=0.1))
+    assert recipe.path("scale") == recipe.path("gradient.scale") == "gradient.scale"
+    assert Recipe(loss=mean_loss).hyperparameters().keys() == {
+        f"optimizer.{name}" for name in ("lr", "momentum", "weight_decay")
+    }
+    mixed = Recipe(loss=mean_loss, batch=Mixup(0.5, k=3))
+    assert mixed.hyperparameters()["batch.alpha"] == 0.5
     assert mixed.with_values({"alpha": 2}).batch == Mixup(2, k=3)
 
 
-def test_fields_declared_as_integers_set_shapes():
-    declared = {
-        "a": int,
-        "b": "int",
-        "c": int | None,
-        "d": "int | None",
-        "e": Optional[int],  # noqa: UP045
-        "f": "Optional[int]",
-        "g": "typing.Union[int, None]",
-    }
-    numbers = {"x": float, "y": "float | None", "z": "Annotated[int, 'printed']", "q": int | float}
-    fields = [(name, of, dataclasses.field(default=1)) for name, of in (declared | numbers).items()]
-    stage = dataclasses.make_dataclass("Stage", fields, frozen=True)()
-    assert Recipe(loss=torch.mean, gradient=stage, optimizer=None).hyperparameters() == {
-        name: ("gradient", 1) for name in numbers
-    }
-    assert {"m", "chunk_size"}.isdisjoint(Recipe(gradient=SAM(m=2, chunk_size=1)).hyperparameters())
+@pytest.mark.parametrize(
+    "recipe, path, least",
+    [
+        (Recipe(batch=Mixup(k=3)), "batch.k", 2),
+        (Recipe(gradient=SAM(m=2)), "gradient.m", 1),
+        (Recipe(gradient=SAM(chunk_size=2)), "gradient.chunk_size", 1),
+        (Recipe(optimizer=TwoRates()), "optimizer.period", 2),
+    ],
+    ids=["k", "m", "chunk_size", "period"],
+)
+def test_whole_numbers_are_listed_and_not_swept(recipe, path, least):
+    name = path.rpartition(".")[2]
+    assert recipe.hyperparameters()[path] in (2, 3)
+    assert recipe.with_values({name: 4}).hyperparameters()[path] == 4
+    with pytest.raises(ValueError, match=f"{name} must be a whole number >= {least}, got 2.0"):
+        fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={path: [2, 3]}, device="cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapped(OptimizerStage):
+    """An optimizer in another."""
+
+    inner: SGD = SGD(momentum=0.9, schedule="cosine")
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def __call__(self, direction, params, state, t):
+        return self.inner(direction, params, state, t)
+
+
+@pytest.mark.parametrize("name", ["optimizer.inner.lr", "lr"])
+def test_the_grid_reaches_a_wrapped_stage(name):
+    arguments = {"steps": 7, "batch_size": 10, "seeds": 2, **ON_CPU}
+    recipe = Recipe(optimizer=Wrapped())
+    assert recipe.path(name) == "optimizer.inner.lr"
+    swept = fit(MLP, DATA, recipe, grid={name: [0.05, 0.2]}, **arguments)
+    assert swept.test_loss.dims == (name, "seed", "step")
+    for lr in (0.05, 0.2):
+        single = Recipe(optimizer=SGD(lr, momentum=0.9, schedule="cosine"))
+        np.testing.assert_allclose(
+            swept.test_loss.sel({name: lr}), fit(MLP, DATA, single, **arguments).test_loss, 1e-10
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1371,12 +1379,120 @@ class Eps(Twice):
     eps: float = 0.5
 
 
-def test_a_name_in_two_stages_is_an_error_if_it_is_used():
+def test_an_ambiguous_name_is_an_error_if_it_is_used():
     recipe = Recipe(gradient=Eps(), optimizer=Adam())
-    assert "eps" not in recipe.hyperparameters()
-    fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"scale": [1.0]}, device="cpu")
-    with pytest.raises(ValueError, match="'eps' is in gradient and optimizer"):
-        fit(MLP, DATA, recipe, steps=1, batch_size=10, seeds=1, grid={"eps": [0.1]}, device="cpu")
+    assert {"gradient.eps", "optimizer.eps"} < recipe.hyperparameters().keys()
+    arguments = {"steps": 1, "batch_size": 10, "seeds": 1, "device": "cpu"}
+    fit(MLP, DATA, recipe, grid={"scale": [1.0], "optimizer.eps": [0.1]}, **arguments)
+    with pytest.raises(ValueError, match="gradient.eps or optimizer.eps, got 'eps'"):
+        fit(MLP, DATA, recipe, grid={"eps": [0.1]}, **arguments)
+
+
+MISPLACED = {
+    "batch stage as loss": (
+        {"loss": Mixup()},
+        r"loss must be a loss stage, but Mixup\(.*\) belongs in the batch stage: Recipe\(batch=",
+    ),
+    "optimizer as gradient": (
+        {"gradient": SGD()},
+        r"gradient must be a gradient stage, but SGD\(.*\) belongs .*: Recipe\(optimizer=",
+    ),
+    "loss stage as batch": ({"batch": Flooding()}, r"batch must be .*: Recipe\(loss="),
+    "torch's class": (
+        {"optimizer": torch.optim.SGD},
+        r"optimizer must be .*such as flatmin.optimizer.SGD\(lr=0.1\), got torch.optim.sgd.SGD",
+    ),
+    "torch's instance": (
+        {"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)},
+        r"optimizer must be .*such as flatmin.optimizer.SGD\(lr=0.1\), got a torch.optim.SGD",
+    ),
+    "class": (
+        {"loss": Flooding},
+        r"loss must be an instance, such as Flooding\(\), got flatmin.loss.flooding.Flooding",
+    ),
+    "number as loss": ({"loss": 0.1}, r"loss must be callable.*LossStage, got 0.1"),
+    "function": ({"gradient": torch.neg}, r"gradient must .* method init.*GradientStage, got <"),
+    "no optimizer": ({"optimizer": None}, r"optimizer must .*OptimizerStage, got None"),
+    "number as criterion": (
+        {"criterion": 3},
+        r"criterion must be a function of outputs and targets, got 3",
+    ),
+    "stage as criterion": ({"criterion": Flooding()}, r"criterion must be .*got Flooding\("),
+}
+
+
+@pytest.mark.parametrize("case", MISPLACED)
+def test_what_does_not_belong_in_a_stage_is_refused(case):
+    stages, message = MISPLACED[case]
+    with pytest.raises(TypeError, match=message):
+        Recipe(**stages)
+
+
+# ------------------------------------------------------------------------------ other targets
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_regression_equals_a_plain_loop(dtype, tolerance):
+    """Two numbers per example, in double precision; the parts of an evaluation are uneven."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(23, 5, generator=generator, dtype=torch.float64)
+    y = torch.randn(23, 2, generator=generator, dtype=torch.float64)
+    runs = fit(
+        lambda: nn.Linear(5, 2),
+        (x, y),
+        Recipe(criterion=lambda output, y: (output - y) ** 2),
+        steps=7,
+        batch_size=10,
+        seeds=2,
+        evaluate_at=[0, 7],
+        metrics={"absolute": lambda output, y: (output - y).abs()},
+        networks="last",
+        evaluation_batch_size=7,
+        device="cpu",
+        dtype=dtype,
+    )
+    assert set(runs.data_vars) == {"train_loss", "train_absolute", "diverged_at"}
+    assert next(iter(runs.networks.params.values())).dtype == dtype
+    for seed in (0, 1):
+        module = initial_module(lambda: nn.Linear(5, 2), seed).to(dtype)
+        optimizer, records = torch.optim.SGD(module.parameters(), lr=0.1), []
+        for t in range(8):
+            if t in (0, 7):
+                residual = (module(x.to(dtype)) - y.to(dtype)).detach()
+                loss, absolute = (residual**2).mean().item(), residual.abs().mean().item()
+                records.append({"train_loss": loss, "train_absolute": absolute})
+            if t < 7:
+                rows = epoch_order(seed, t // 3, 23).split(10)[t % 3]
+                optimizer.zero_grad()
+                nn.functional.mse_loss(module(x[rows].to(dtype)), y[rows].to(dtype)).backward()
+                optimizer.step()
+        assert_same_run(runs, records, module, tolerance, seed=seed)
+
+
+def test_targets_of_tokens_equal_a_plain_computation():
+    """The mean is over all tokens of all examples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(5, (2, 23, 4), generator=generator)
+    runs = fit(
+        lambda: nn.Sequential(nn.Embedding(5, 6), nn.Tanh(), nn.Linear(6, 5)),
+        Data.of(x, y, test=(x[:9], y[:9]), num_classes=5),
+        Recipe(criterion=lambda z, y: cross_entropy(z.movedim(-1, 1), y, reduction="none")),
+        steps=7,
+        batch_size=10,
+        seeds=2,
+        evaluate_at=[7],
+        networks="last",
+        evaluation_batch_size=7,
+        **ON_CPU,
+    )
+    for seed in (0, 1):
+        module = runs.networks.module(seed=seed)
+        for split, n in {"train": 23, "test": 9}.items():
+            logits, classes = module(x[:n]).detach().flatten(0, 1), y[:n].flatten()
+            found = runs.sel(seed=seed, step=7)
+            loss, wrong = cross_entropy(logits, classes), (logits.argmax(1) != classes).double()
+            np.testing.assert_allclose(found[f"{split}_loss"], loss, rtol=1e-12)
+            np.testing.assert_allclose(found[f"{split}_error"], wrong.mean(), rtol=1e-12)
 
 
 # -------------------------------------------------------------------------------- synchronization
@@ -1402,8 +1518,8 @@ class Synchronizations(TorchDispatchMode):
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(Flooding(0.5), optimizer=SGD(0.1, **COSINE)),
-        Recipe(Flooding(0.5, per_example=True), optimizer=Adam(0.1, weight_decay=0.1)),
+        Recipe(loss=Flooding(0.5), optimizer=SGD(0.1, **COSINE)),
+        Recipe(loss=Flooding(0.5, per_example=True), optimizer=Adam(0.1, weight_decay=0.1)),
         Recipe(batch=Mixup(0.3, partners="different", per_example=True)),
         Recipe(batch=Mixup(0.3, k=3, second_stream=True)),
         Recipe(batch=Gaussian()),
@@ -1444,10 +1560,10 @@ def test_a_step_does_not_wait_for_the_device(recipe, batch_size):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("model", [MLP, BATCH_NORM, DROPOUT], ids=["MLP", "batch norm", "dropout"])
 @pytest.mark.parametrize("batch", [None, Mixup(0.3), Gaussian(0.3)], ids=["ERM", "mixup", "noise"])
-def test_cpu_and_cuda_agree(model, batch, tmp_path):
+def test_cpu_and_cuda_agree(model, batch):
     state = torch.cuda.get_rng_state()
-    recipe = Recipe(Flooding(0.3), optimizer=SGD(0.1, **COSINE), batch=batch)
-    results = [
+    recipe = Recipe(loss=Flooding(0.3), optimizer=SGD(0.1, **COSINE), batch=batch)
+    ours, cuda = (
         fit(
             model,
             DATA,
@@ -1460,14 +1576,13 @@ def test_cpu_and_cuda_agree(model, batch, tmp_path):
             networks="best",
             device=device,
             dtype=torch.float64,
-            checkpoint=tmp_path / device,
         )
         for device in ("cpu", "cuda")
-    ]
-    xr.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-8, atol=1e-10)
-    for name, w in results[0][1].params.items():
-        assert results[1][1].params[name].is_cuda
-        torch.testing.assert_close(results[1][1].params[name].cpu(), w, rtol=1e-8, atol=1e-10)
+    )
+    xr.testing.assert_allclose(ours.data, cuda.data, rtol=1e-8, atol=1e-10)
+    for name, w in ours.networks.params.items():
+        assert cuda.networks.params[name].is_cuda
+        torch.testing.assert_close(cuda.networks.params[name].cpu(), w, rtol=1e-8, atol=1e-10)
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
@@ -1490,7 +1605,7 @@ def test_cuda_steps_do_not_synchronize(batch):
             DATA,
             steps=40,
             batch_size=10,
-            recipe=Recipe(Flooding(0.3), optimizer=SGD(schedule=Strict()), batch=batch),
+            recipe=Recipe(loss=Flooding(0.3), optimizer=SGD(schedule=Strict()), batch=batch),
             seeds=3,
             evaluate_at=[0],
             device="cuda",
@@ -1509,10 +1624,14 @@ BAD = {
     "large batch": ({"batch_size": 24}, r"batch_size must be at most the 23 .*got 24"),
     "chunk": ({"chunk_size": -1}, r"chunk_size must be a whole number >= 1, got -1"),
     "evaluation batch": ({"evaluation_batch_size": 0}, r"evaluation_batch_size must .*got 0"),
-    "checkpoint_every": ({"checkpoint_every": 0}, r"checkpoint_every must .*got 0"),
     "empty grid": ({"grid": {"lr": []}}, r"grid\['lr'\] must have at least one value"),
-    "unknown name": ({"grid": {"rho": [0.1]}}, r"hyperparameters.*'flood_level', 'lr'.*got 'rho'"),
+    "unknown name": ({"grid": {"rho": [0.1]}}, r"hyperparameters.*'optimizer.lr'.*got 'rho'"),
     "name of a flag": ({"grid": {"nesterov": [0, 1]}}, r"hyperparameters.*got 'nesterov'"),
+    "name of a stage": ({"grid": {"optimizer": [0.1]}}, r"hyperparameters.*got 'optimizer'"),
+    "name twice": (
+        {"grid": {"lr": [0.1], "optimizer.lr": [0.1]}},
+        r"grid names must be of different hyperparameters, got .*'lr': 'optimizer.lr'",
+    ),
     "name of a text": (
         {"grid": {"schedule": ["cosine"]}},
         r"grid\['schedule'\] must be numbers, got \['cosine'\]",
@@ -1549,7 +1668,13 @@ BAD = {
     "evaluate between": ({"evaluate_at": [0.5]}, r"evaluate_at must be .*got \[0.5\]"),
     "evaluate never": ({"evaluate_at": []}, r"evaluate_at must be .*got \[\]"),
     "evaluate zero": ({"evaluate_at": 0}, r"evaluate_at must be a whole number >= 1, got 0"),
-    "networks": ({"networks": "x"}, r"networks must be None, 'last' or 'best', got 'x'"),
+    "networks": (
+        {"networks": "x"},
+        r"networks must be None, 'last', 'best' or steps between 0 and 4, got 'x'",
+    ),
+    "networks late": ({"networks": [0, 5]}, r"networks must be .* and 4, got \[0, 5\]"),
+    "networks between": ({"networks": [0.5]}, r"networks must be .*got \[0.5\]"),
+    "networks never": ({"networks": []}, r"networks must be .*got \[\]"),
     "select_by": (
         {"networks": "best", "select_by": "loss"},
         r"select_by must be one of .*'validation_error'.*got 'loss'",
@@ -1583,9 +1708,59 @@ def test_bad_input_is_named(case):
 
 
 def test_data_of_another_type_is_named():
-    for data in (DATA.x_train, (DATA.x_train, DATA.y_train), 3):
-        with pytest.raises(TypeError, match="data must be one Data, or a sequence of one per seed"):
+    for data in (DATA.x_train, [DATA.x_train, DATA.y_train], (DATA.x_train, 3), 3):
+        with pytest.raises(
+            TypeError,
+            match=r"data must be one Data, a sequence of one per seed, or tensors \(x, y\)",
+        ):
             fit(MLP, data, steps=1, seeds=2)
+
+
+def test_a_batch_stage_takes_targets_of_any_shape():
+    x, y = torch.randn(20, 3), torch.randn(20, 2)
+    squares = lambda output, y: ((output - y) ** 2).sum(1)
+    settings = dict(steps=3, batch_size=7, seeds=2, device="cpu")
+    recipe = Recipe(batch=Gaussian(0.0), criterion=squares)
+    model = nn.Linear(3, 2)
+    for data in ((x, y), [Data.of(x, y), Data.of(x, y)]):
+        noisy = fit(model, data, recipe, **settings)
+        plain = fit(model, data, Recipe(criterion=squares), **settings)
+        np.testing.assert_array_equal(noisy.train_loss, plain.train_loss)
+
+
+def test_statistics_of_an_average_do_not_depend_on_how_it_is_evaluated():
+    recipe = Recipe(optimizer=EMA(SGD(0.1), 0.5))
+    runs = [
+        fit(BATCH_NORM, DATA, recipe, steps=4, batch_size=10, seeds=2, evaluation_batch_size=size,
+            **ON_CPU)
+        for size in (11, 1000)
+    ]  # fmt: skip
+    np.testing.assert_allclose(runs[0].train_loss, runs[1].train_loss, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"metrics": {"one": lambda z, y: z.sum()}},
+            r"metrics\['one'\] must return one number or more",
+        ),
+        (
+            {"recipe": Recipe(criterion=nn.CrossEntropyLoss())},
+            "criterion must return one number or",
+        ),
+        ({"metrics": {"loss": error}}, "metrics must have names of their own, got 'loss'"),
+        ({"networks": 3.5}, "networks must be None, 'last', 'best' or steps"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(MLP, DATA, steps=5, batch_size=10, seeds=2, device="cpu", **arguments)
+
+
+def test_a_step_can_be_copied():
+    for t in (copy.deepcopy(Step(3, of=12)), pickle.loads(pickle.dumps(Step(3, of=12)))):
+        assert (t, t.of, t.done) == (3, 12, 0.25)
 
 
 def test_labels_and_outputs_that_disagree():
@@ -1616,7 +1791,7 @@ def test_numbers_from_numpy_and_torch_are_accepted():
 # ------------------------------------------------------------------------------------ progress
 
 
-def test_one_progress_bar_counts_every_step(monkeypatch, tmp_path, capfd):
+def test_one_progress_bar_counts_every_step(monkeypatch, capfd):
     bars = []
 
     class Bar:
@@ -1634,10 +1809,15 @@ def test_one_progress_bar_counts_every_step(monkeypatch, tmp_path, capfd):
             self.done += n
 
     monkeypatch.setattr(stack, "tqdm", Bar)
-    with pytest.raises(KeyboardInterrupt):
-        experiment(Interrupts(13), tmp_path / "c.pt")
-    experiment(Interrupts(10**6), tmp_path / "c.pt")  # from step 12 of 16
-    experiment(Interrupts(0), tmp_path / "c.pt")  # is already finished
-    # 8 steps of 4 runs, two at once
-    assert [(bar.done, bar.total) for bar in bars] == [(26, 32), (32, 32), (32, 32)]
+    experiment = {"steps": 8, "batch_size": 10, "seeds": 4, "chunk_size": 2, **ON_CPU}
+    fit(MLP, DATA, **experiment)
+    assert [(bar.done, bar.total) for bar in bars] == [(32, 32)]
     assert capfd.readouterr().out == ""
+
+
+def test_progress_is_told_every_gradient_and_changes_nothing():
+    experiment = {"steps": 8, "batch_size": 10, "seeds": 3, "chunk_size": 2, **ON_CPU}
+    counted = []
+    stops = lambda n: counted.append(n) or True  # what it returns is ignored
+    assert_bitwise_equal(fit(MLP, DATA, **experiment), fit(MLP, DATA, progress=stops, **experiment))
+    assert counted == [20] * 8 + [10] * 8  # two runs at once, then one

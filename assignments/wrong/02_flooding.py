@@ -85,7 +85,7 @@ def flooded_step__decay_flooded(w, gradient, loss, flood_level, lr, weight_decay
 def flooding_effect__wrong_way_round(seeds):
     """flooded minus not flooded"""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
-    recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
+    recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
     end = fit(
         lambda: MLP(40, 32, 10),
         data,

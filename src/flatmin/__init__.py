@@ -31,7 +31,7 @@ from .measure import (
     stiffness,
 )
 from .pipeline import Recipe
-from .stack import Networks, best_step, fit
+from .stack import Networks, Runs, best_step, fit
 
 __all__ = [
     "BatchTransform",
@@ -39,6 +39,7 @@ __all__ = [
     "FloodingLoss",
     "Networks",
     "Recipe",
+    "Runs",
     "SAM",
     "average_sharpness",
     "best_step",

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ._checks import whole
 from ._tree import Params
@@ -40,6 +41,13 @@ def data_stream(seed: int, purpose: str) -> torch.Generator:
     entropy = (whole("seed", seed, 0), *purpose.encode())
     mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed))
+
+
+def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
+    """Beta(a, b) from uniform numbers, by the inverse of its distribution function; 1 for a = 0."""
+    from scipy.special import betaincinv  # here, so that importing flatmin is fast
+
+    return torch.as_tensor(betaincinv(a, b, u.numpy())) if a > 0 else torch.ones_like(u)
 
 
 def first_seed() -> int:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ._checks import hyperparameter, whole
+from ._stage import Batch
 
 
 def example_losses(logits: Tensor, target: Tensor) -> Tensor:
@@ -69,3 +70,13 @@ def floating(name: str, v: Tensor) -> Tensor:
             "255); for tokens, mix the embeddings"
         )
     return v
+
+
+def classes_of(batch: Batch) -> int:
+    """The number of classes, for transforms that make soft targets."""
+    if batch.num_classes is None:
+        raise ValueError(
+            "batch.num_classes must be set where labels become soft targets, got None: "
+            "the targets of this data set are no classes"
+        )
+    return batch.num_classes

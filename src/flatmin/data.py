@@ -14,23 +14,24 @@ __all__ = ["Data"]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """A classification data set, split into training, validation and test parts.
+    """A data set, split into training, validation and test parts.
+
+    :meth:`of` makes one from tensors of your own.
 
     Parameters
     ----------
     name : str
         Name of the data set.
-    num_classes : int
-        Number of classes K.
-    x_train, x_validation, x_test : Tensor, shape [n, ...], floating point
-        Inputs; the shape after the first dimension is the same in all three. The validation part
-        may have 0 rows.
-    y_train, y_validation : Tensor, shape [n], int64
-        Labels in 0 … K−1, possibly noisy.
-    y_test : Tensor, shape [n], int64
-        Labels of the test part, always clean.
-    y_train_clean, y_validation_clean : Tensor, shape [n], int64
-        The labels before noise.
+    num_classes : int or None
+        Number of classes K; ``None`` if the targets are no classes.
+    x_train, x_validation, x_test : Tensor, shape [n, ...]
+        Inputs; shape after the first dimension and type are the same in all three.  The validation
+        and test parts may have 0 rows.
+    y_train, y_validation, y_test : Tensor, shape [n, ...]
+        Targets as the criterion takes them.  Classes are int64 in 0 … K−1; those of the first two
+        parts may be noisy, those of the test part are clean.
+    y_train_clean, y_validation_clean : Tensor
+        The targets before noise.
 
     Raises
     ------
@@ -49,7 +50,7 @@ class Data:
     """
 
     name: str
-    num_classes: int
+    num_classes: int | None
     x_train: Tensor
     y_train: Tensor
     x_validation: Tensor
@@ -59,40 +60,97 @@ class Data:
     y_train_clean: Tensor
     y_validation_clean: Tensor
 
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        validation: tuple[Tensor, Tensor] | None = None,
+        test: tuple[Tensor, Tensor] | None = None,
+        *,
+        num_classes: int | None = None,
+        name: str = "data",
+    ) -> Data:
+        """A data set of your own: any inputs, any targets that the criterion takes.
+
+        Parameters
+        ----------
+        x, y : Tensor [n, ...]
+            The training set.
+        validation, test : (x, y), optional
+            Parts with the same shapes; without them there is nothing to evaluate there.
+        num_classes : int, optional
+            K, if the targets are classes.  Found out if ``y`` is int64 of shape [n]; else ``None``.
+        name : str
+            The set's name.
+
+        Examples
+        --------
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> Data.of(x, x.sin(), test=(x, x.sin()), name="sine")
+        Data('sine', inputs [1], targets [1], 20 train, 0 validation, 20 test)
+        """
+        parts = {"x and y": (x, y), "validation": validation, "test": test}
+        for what, part in parts.items():
+            pair = isinstance(part, tuple | list) and len(part) == 2
+            tensors = pair and all(isinstance(t, Tensor) and t.ndim for t in part or ())
+            if part is not None and not tensors:
+                got = [type(t).__name__ for t in part] if pair else type(part).__name__
+                raise TypeError(f"{what} must be two tensors [n, ...], got {got}")
+        (x_v, y_v), (x_t, y_t) = (part or (x[:0], y[:0]) for part in (validation, test))
+        if num_classes is None and y.dtype == torch.int64 and y.ndim == 1 and len(y):
+            num_classes = max(2, 1 + max(int(part.max()) for part in (y, y_v, y_t) if len(part)))
+        return cls(name, num_classes, x, y, x_v, y_v, x_t, y_t, y, y_v)
+
     def __post_init__(self) -> None:
-        whole("num_classes", self.num_classes, 2)
+        if self.num_classes is not None:
+            whole("num_classes", self.num_classes, 2)
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
             if not isinstance(value, Tensor):
                 raise TypeError(f"{field.name} must be a tensor, got {type(value).__name__}")
         for x_name, y_name in _SPLITS.values():
             x, y = getattr(self, x_name), getattr(self, y_name)
-            if x.ndim < 2 or not x.is_floating_point():
+            self._check_like_training(x_name, x, self.x_train, "inputs", "x_train")
+            self._check_like_training(y_name, y, self.y_train, "targets", "y_train")
+            if y.shape[:1] != x.shape[:1]:
                 raise ValueError(
-                    f"{x_name} must be floating point of shape [n, ...], "
-                    f"got {x.dtype} of shape {list(x.shape)}"
+                    f"{y_name} must have one row for each of the {len(x)} of {x_name}, "
+                    f"got shape {list(y.shape)}"
                 )
-            if x.shape[1:] != self.x_train.shape[1:]:
-                raise ValueError(
-                    f"{x_name} must have inputs of shape {list(self.x_train.shape[1:])} "
-                    f"like x_train, got {list(x.shape[1:])}"
-                )
-            if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-                raise ValueError(
-                    f"{y_name} must be int64 of shape [{len(x)}] like {x_name}, "
-                    f"got {y.dtype} of shape {list(y.shape)}"
-                )
-            if len(y) and not (0 <= int(y.min()) and int(y.max()) < self.num_classes):
-                raise ValueError(
-                    f"{y_name} must be in 0 … {self.num_classes - 1} (num_classes = "
-                    f"{self.num_classes}), got {int(y.min())} … {int(y.max())}"
-                )
+            if self.num_classes is not None:
+                self._check_classes(y_name, y, self.num_classes)
+
+    def _check_like_training(self, name: str, t: Tensor, first: Tensor, what: str, of: str) -> None:
+        if t.ndim < 1:
+            raise ValueError(f"{name} must be of shape [n, ...], got a single number")
+        if t.shape[1:] != first.shape[1:] or t.dtype != first.dtype:
+            raise ValueError(
+                f"{name} must have {what} of shape {list(first.shape[1:])} and type {first.dtype} "
+                f"like {of}, got {list(t.shape[1:])} and {t.dtype}"
+            )
+
+    def _check_classes(self, name: str, y: Tensor, k: int) -> None:
+        if y.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64 where num_classes is {k}, got {y.dtype}")
+        if y.numel() and not (0 <= int(y.min()) and int(y.max()) < k):
+            raise ValueError(
+                f"{name} must be in 0 … {k - 1} (num_classes = {k}), "
+                f"got {int(y.min())} … {int(y.max())}"
+            )
 
     def __repr__(self) -> str:
-        noisy = int((self.y_train != self.y_train_clean).sum())
+        noisy = len(self.y_train) - int(
+            (self.y_train == self.y_train_clean).flatten(1).all(1).sum()
+            if self.y_train.ndim > 1
+            else (self.y_train == self.y_train_clean).sum()
+        )
+        classes = self.num_classes
+        targets = f"targets {list(self.y_train.shape[1:])}" if classes is None else ""
         return (
-            f"Data({self.name!r}, {self.num_classes} classes, "
-            f"inputs {list(self.x_train.shape[1:])}, {len(self.x_train)} train"
+            f"Data({self.name!r}, {f'{classes} classes, ' if classes else ''}"
+            f"inputs {list(self.x_train.shape[1:])}, {targets and targets + ', '}"
+            f"{len(self.x_train)} train"
             f"{f' ({noisy} noisy)' if noisy else ''}, {len(self.x_validation)} validation, "
             f"{len(self.x_test)} test)"
         )

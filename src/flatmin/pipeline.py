@@ -8,158 +8,198 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 
+from ._objective import Objective
+from ._stage import STAGES, Batch, BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from ._targets import example_losses
 from ._tree import Params
+from .gradient.plain import PlainGradient
 from .loss.flooding import Flooding
 from .optimizer.sgd import SGD
 
-__all__ = ["Recipe", "example_losses", "plain_gradient", "step"]
-
-
-def plain_gradient(
-    objective: Callable[..., Any], params: Params, buffers: Params
-) -> tuple[Params, Tensor, Params]:
-    """The gradient stage of plain training: the gradient itself.
-
-    A gradient stage gets ``objective(params, buffers) -> (loss, new buffers)`` and the point at
-    which to evaluate it.  It returns the direction to descend, the loss and the new buffers.  It
-    may also use ``objective.raw``, with the plain mean of the example losses as its loss stage,
-    ``objective.examples``, the batch size n, and a third argument ``rows`` of both functions
-    (int64, values below n), the part of the batch to evaluate.
-    """
-    gradient, (loss, buffers) = grad_and_value(objective, has_aux=True)(params, buffers)
-    return gradient, loss, buffers
+__all__ = [
+    "Batch",
+    "BatchStage",
+    "GradientStage",
+    "LossStage",
+    "Objective",
+    "OptimizerStage",
+    "Recipe",
+    "State",
+    "Step",
+    "example_losses",
+    "step",
+]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What sits in each stage of the training step.
+    """What sits in each stage of the training step, in their order.
 
     Parameters
     ----------
-    loss : callable
-        From the example losses [n] of the batch to one number: :class:`~flatmin.loss.Flooding`,
-        whose level 0 is the plain mean.
-    gradient : callable
-        From an objective to the direction that is descended, see :func:`plain_gradient`.
-    optimizer : SGD or Adam
-        From the direction to the step.
-    criterion : callable
-        From logits [n, K] and targets to example losses [n].
-    batch : batch transform, optional
+    batch : batch stage, optional
         What is shown in place of the examples: :class:`~flatmin.batch.Mixup` or another transform
         of :mod:`flatmin.batch`.  ``None``: the examples themselves.
+    criterion : callable
+        From outputs and targets to example losses [n].
+    loss : loss stage
+        From example losses to one number: :class:`~flatmin.loss.Flooding`, whose level 0 is the
+        plain mean.
+    gradient : gradient stage
+        From an :class:`Objective` to the direction that is descended.
+    optimizer : optimizer stage
+        From the direction to the next weights.
+
+    Raises
+    ------
+    TypeError
+        If something does not belong in its stage; the message says where it does.
 
     Notes
     -----
-    A batch transform is a frozen dataclass with two methods.  ``draw(y, generator, shape,
-    *y_other)`` makes all random draws for a batch with labels ``y`` and inputs of ``shape``, on the
-    CPU: a dict of tensors.  Calling it, ``transform(x, y, draw, num_classes, *other)``, computes
-    from them the ``x, y`` that one run is shown.  ``other`` holds the inputs and labels of a second
-    batch if the transform has an attribute ``second_stream`` that is true; else it is empty.
+    :class:`BatchStage`, :class:`LossStage`, :class:`GradientStage` and :class:`OptimizerStage` say
+    what each stage is given and returns.  What a stage needs from one step to the next is its state:
+    ``init(params)`` makes it, of tensors in tuples, lists or dictionaries, and each call returns it
+    anew.
 
     Examples
     --------
-    >>> recipe = Recipe(loss=Flooding(0.1), optimizer=SGD(lr=0.05, momentum=0.9))
-    >>> sorted(recipe.hyperparameters())
-    ['flood_level', 'lr', 'momentum', 'weight_decay']
+    >>> recipe = Recipe(loss=Flooding(0.1), optimizer=SGD(lr=0.05))
+    >>> recipe.hyperparameters()
+    {'loss.flood_level': 0.1, 'optimizer.lr': 0.05, 'optimizer.momentum': 0.0, 'optimizer.weight_decay': 0.0}
+    >>> recipe.with_values({"lr": 0.2}).optimizer.lr
+    0.2
     """
 
-    loss: Callable[[Tensor], Tensor] = field(default_factory=Flooding)
-    gradient: Callable[..., tuple[Params, Tensor, Params]] = plain_gradient
-    optimizer: Any = field(default_factory=SGD)
+    batch: Any = None
     criterion: Callable[[Tensor, Tensor], Tensor] = example_losses
-    batch: Any = field(default=None, kw_only=True)
+    loss: Any = field(default_factory=Flooding)
+    gradient: Any = field(default_factory=PlainGradient)
+    optimizer: Any = field(default_factory=SGD)
 
-    def hyperparameters(self) -> dict[str, tuple[str, float]]:
-        """The numbers in the stages, by name: ``{name: (stage, value)}``.
+    def __post_init__(self) -> None:
+        for stage in STAGES:
+            _check_stage(stage, getattr(self, stage))
+        wrong = isinstance(self.criterion, type) or hasattr(self.criterion, "stage")
+        if wrong or not callable(self.criterion):
+            raise TypeError(
+                f"criterion must be a function of outputs and targets, got {self.criterion!r}"
+            )
 
-        Fields declared ``int`` or ``int | None`` are left out: they set shapes, which all runs
-        share.  So is a name that occurs in two stages, because it is ambiguous.
-        """
-        numbers = self._numbers_by_name().items()
-        return {name: entries[0] for name, entries in numbers if len(entries) == 1}
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every number in the tree of stages, by its path: ``{"optimizer.lr": 0.1, …}``."""
+        return dict(_numbers(self))
 
-    def _numbers_by_name(self) -> dict[str, list[tuple[str, float]]]:
-        numbers: dict[str, list[tuple[str, float]]] = {}
-        for stage in ("batch", "loss", "gradient", "optimizer"):
-            part = getattr(self, stage)
-            if dataclasses.is_dataclass(part):
-                for f in dataclasses.fields(part):
-                    value = getattr(part, f.name)
-                    is_number = isinstance(value, Real) and not isinstance(value, bool)
-                    if is_number and not _sets_a_shape(f):
-                        numbers.setdefault(f.name, []).append((stage, value))
-        return numbers
+    def path(self, name: str) -> str:
+        """The path of a hyperparameter, from its path or from a last part that is unique."""
+        paths = self.hyperparameters()
+        found = [path for path in paths if name in (path, path.rpartition(".")[2])]
+        if len(found) == 1 or name in found:
+            return name if name in found else found[0]
+        if found:
+            raise ValueError(
+                f"grid names must say which hyperparameter is meant, {' or '.join(found)}, "
+                f"got {name!r}"
+            )
+        raise ValueError(
+            f"grid names must be hyperparameters of the recipe, {sorted(paths)}, got {name!r}"
+        )
 
     def with_values(self, values: Mapping[str, float | Tensor]) -> Recipe:
         """This recipe with other hyperparameters; tensors are allowed (``vmap`` passes them)."""
-        known = self.hyperparameters()
-        changed: dict[str, dict[str, float | Tensor]] = {}
+        recipe = self
         for name, value in values.items():
-            if name not in known:
-                if stages := [stage for stage, _ in self._numbers_by_name().get(name, [])]:
-                    raise ValueError(
-                        f"grid names must be hyperparameters of one stage, but {name!r} is in "
-                        f"{' and '.join(stages)}"
-                    )
-                raise ValueError(
-                    f"grid names must be hyperparameters of the recipe, {sorted(known)}, "
-                    f"got {name!r}"
-                )
-            changed.setdefault(known[name][0], {})[name] = value
-        return replace(
-            self, **{stage: replace(getattr(self, stage), **new) for stage, new in changed.items()}
+            recipe = bind(recipe, self.path(name), value)
+        return recipe
+
+
+def _check_stage(stage: str, part: Any) -> None:
+    """Refuse what does not belong in a stage, and say where it belongs."""
+    if part is None and stage == "batch":
+        return
+    name = f"{part.__module__}.{part.__qualname__}" if isinstance(part, type) else repr(part)
+    if isinstance(part, torch.optim.Optimizer):
+        name = f"a torch.optim.{type(part).__name__}"
+    if name.startswith(("torch.optim.", "a torch.optim.")):
+        raise TypeError(
+            f"{stage} must be a stage for a stack of runs, such as flatmin.optimizer.SGD(lr=0.1), "
+            f"got {name}"
+        )
+    if isinstance(part, nn.Module):
+        raise TypeError(f"{stage} must be a stage, got the module {name}, for a loop of your own")
+    if isinstance(part, type):
+        raise TypeError(f"{stage} must be an instance, such as {part.__name__}(), got {name}")
+    if (belongs := getattr(part, "stage", stage)) != stage:
+        raise TypeError(
+            f"{stage} must be a {stage} stage, but {name} belongs in the {belongs} stage: "
+            f"Recipe({belongs}=...)"
+        )
+    methods = {"batch": "draw", "gradient": "init", "optimizer": "init"}
+    if not callable(part) or not callable(getattr(part, methods.get(stage, "__call__"), None)):
+        needed = f" with a method {methods[stage]}" if stage in methods else ""
+        raise TypeError(
+            f"{stage} must be callable{needed}, see flatmin.pipeline.{stage.capitalize()}Stage, "
+            f"got {name}"
         )
 
 
-def _sets_a_shape(f: dataclasses.Field[Any]) -> bool:
-    """Whether a field is declared ``int`` or ``int | None``, as a type or in a string."""
-    names = {"int"} if f.type is int else {*re.findall(r"\w+", str(f.type))}
-    return "int" in names and names <= {"int", "None", "Optional", "Union", "typing"}
+def _numbers(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            yield path + f.name, value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _numbers(value, f"{path}{f.name}.")
+
+
+def bind(part: Any, path: str, value: Any) -> Any:
+    """``part`` with another value at the end of ``path``."""
+    name, _, rest = path.partition(".")
+    return replace(part, **{name: bind(getattr(part, name), rest, value) if rest else value})
+
+
+class State(NamedTuple):
+    """What a run carries from one step to the next."""
+
+    params: Params
+    buffers: Params
+    gradient: Any
+    optimizer: Any
+
+    @classmethod
+    def init(cls, recipe: Recipe, params: Params, buffers: Params) -> State:
+        """Before the first step."""
+        return cls(params, buffers, recipe.gradient.init(params), recipe.optimizer.init(params))
 
 
 def step(
-    model: nn.Module,
-    recipe: Recipe,
-    params: Params,
-    buffers: Params,
-    optimizer: Any,
-    batch: tuple[Tensor, ...],
-    draw: Params,
-    num_classes: int,
-    t: int,
-    factor: float,
-) -> tuple[Params, Params, Any, Tensor]:
-    """One step of one run, through the stages in their order.
-
-    Returns the new weights, buffers and optimizer state, and the loss before the step.
-    """
-    x, y, *other = batch
+    model: nn.Module, recipe: Recipe, state: State, batch: Batch, draw: Params, t: int
+) -> tuple[State, Tensor]:
+    """One step of one run, through the stages in their order; and the loss before it."""
     if recipe.batch is not None:
-        x, y = recipe.batch(x, y, draw, num_classes, *other)
+        batch = recipe.batch(batch, draw)  # batch
 
-    def objective(
-        params: Params, buffers: Params, rows: Any = ..., loss: Any = recipe.loss
-    ) -> tuple[Tensor, Params]:
+    def evaluate(w: Params, buffers: Params, rows: Any, raw: bool) -> tuple[Tensor, Params]:
         buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
-        logits = functional_call(model, (params, buffers), (x[rows],))
-        return loss(recipe.criterion(logits, y[rows])), buffers
+        output = functional_call(model, (w, buffers), (batch.x[rows],))  # model
+        losses = recipe.criterion(output, batch.y[rows])
+        if raw:
+            return losses.mean(), buffers
+        return recipe.loss(
+            losses, None if batch.rows is None else batch.rows[rows]
+        ), buffers  # loss
 
-    described: Any = objective  # Any: mypy allows no attributes on a function
-    described.raw, described.examples = partial(objective, loss=torch.mean), len(x)
-
-    gradient, loss, buffers = recipe.gradient(objective, params, buffers)
-    params, optimizer = recipe.optimizer(params, gradient, optimizer, t, factor)
-    return params, buffers, optimizer, loss
+    objective = Objective(evaluate, len(batch.x), state.buffers)
+    direction, gradient = recipe.gradient(objective, state.params, state.gradient, t)  # gradient
+    loss, buffers = objective.first_pass(state.params)
+    params, optimizer = recipe.optimizer(direction, state.params, state.optimizer, t)  # optimizer
+    return State(params, buffers, gradient, optimizer), loss

@@ -11,42 +11,41 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 import math
-import os
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm import tqdm
 
 from . import _random, pipeline
 from ._checks import whole
-from ._files import replacing
-from ._functional import Network
+from ._functional import Network, plain_attention
 from ._random import stream
-from ._schedule import lr_factor
 from ._tree import Params
 from .data import Data
-from .pipeline import Recipe
+from .pipeline import Batch, Recipe, State, Step
 
 __all__ = [
     "Instrument",
     "Network",
     "Networks",
+    "Runs",
     "best_step",
     "epoch_order",
+    "error",
     "fit",
     "initial_module",
     "stream",
@@ -58,6 +57,12 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Instrument = Callable[[Network, Params, Tensor, Tensor], Tensor]
+Metric = Callable[[Any, Tensor], Tensor]
+
+
+def error(output: Tensor, y: Tensor) -> Tensor:
+    """Whether the largest logit is that of another class: logits [n, ..., K], classes [n, ...]."""
+    return output.argmax(-1) != y
 
 
 def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -114,8 +119,8 @@ class Networks:
         Returns
         -------
         DataArray
-            Dimensions: the grid's names, ``seed``, and ``dim_0, …`` for those of what the
-            instrument returns.
+            Dimensions: the grid's names, ``seed``, and for those of what the instrument returns
+            the names in its attribute ``dims``, or ``dim_0, …`` if it has none.
         """
         import xarray as xr  # here, so that importing flatmin is as fast as importing torch
 
@@ -126,7 +131,13 @@ class Networks:
             x, y = x[runs], y[runs]
         measured = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
         values = measured.cpu().numpy()
-        dims = [*self.coords, *(f"dim_{i}" for i in range(values.ndim - 1))]
+        names = getattr(instrument, "dims", [f"dim_{i}" for i in range(values.ndim - 1)])
+        if len(names) != values.ndim - 1:
+            raise ValueError(
+                f"instrument.dims must name the {values.ndim - 1} dimensions of what it returns, "
+                f"got {names!r}"
+            )
+        dims = [*self.coords, *names]
         return xr.DataArray(values.reshape(*self.shape, *values.shape[1:]), self.coords, dims)
 
     def select(self, **coords: Any) -> Networks:
@@ -169,53 +180,51 @@ class Networks:
         return next(iter(self.params.values())).dtype
 
 
-class _Options(TypedDict, total=False):
-    """The arguments that both overloads of :func:`fit` share."""
+class Runs:
+    """What :func:`fit` returns: labelled results, and networks if they were asked for.
 
-    batch_size: int | None
-    grid: Mapping[str, Sequence[float]] | None
-    seeds: int | Sequence[int]
-    evaluate_at: int | Sequence[int]
-    splits: Sequence[str] | None
-    instruments: Mapping[str, Instrument] | None
-    select_by: str
-    chunk_size: int | None
-    evaluation_batch_size: int
-    device: str | torch.device | None
-    dtype: torch.dtype
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: int
-    expect_divergence: bool
-    progress: Callable[[int], bool] | None
+    Whatever a Dataset has can be asked of it: ``runs.test_error.mean("seed")``, ``runs.sizes``,
+    ``runs["train_loss"]``, ``runs.sel(lr=0.1)``.
 
+    Attributes
+    ----------
+    data : xarray.Dataset
+        The results, with the dimensions (grid's names, ``seed``, ``step``).
+    networks : Networks or None
+        The trained networks.
+    """
 
-@overload
-def fit(
-    model: nn.Module | Callable[[], nn.Module],
-    data: Data | Sequence[Data],
-    recipe: Recipe = ...,
-    *,
-    steps: int,
-    networks: None = None,
-    **options: Unpack[_Options],
-) -> xr.Dataset: ...
+    def __init__(self, data: xr.Dataset, networks: Networks | None = None) -> None:
+        self.data, self.networks = data, networks
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("data", "networks"):  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.data, name)
 
-@overload
-def fit(
-    model: nn.Module | Callable[[], nn.Module],
-    data: Data | Sequence[Data],
-    recipe: Recipe = ...,
-    *,
-    steps: int,
-    networks: Literal["last", "best"],
-    **options: Unpack[_Options],
-) -> tuple[xr.Dataset, Networks]: ...
+    def __getitem__(self, key: Any) -> Any:
+        return self.data[key]
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.data)})
+
+    def __repr__(self) -> str:
+        count = 0 if self.networks is None else math.prod(self.networks.shape)
+        return f"{self.data!r}\nwith {count or 'no'} networks"
 
 
 def fit(
     model: nn.Module | Callable[[], nn.Module],
-    data: Data | Sequence[Data],
+    data: Data | Sequence[Data] | tuple[Tensor, Tensor],
     recipe: Recipe = Recipe(),
     *,
     steps: int,
@@ -225,17 +234,16 @@ def fit(
     evaluate_at: int | Sequence[int] = 20,
     splits: Sequence[str] | None = None,
     instruments: Mapping[str, Instrument] | None = None,
-    networks: Literal["last", "best"] | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    networks: Literal["last", "best"] | Sequence[int] | None = None,
     select_by: str = "validation_error",
     chunk_size: int | None = None,
     evaluation_batch_size: int = 1000,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-    checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 1000,
     expect_divergence: bool = False,
-    progress: Callable[[int], bool] | None = None,
-) -> xr.Dataset | tuple[xr.Dataset, Networks]:
+    progress: Callable[[int], Any] | None = None,
+) -> Runs:
     """Train every combination of ``grid`` and ``seeds`` at once, and return labelled results.
 
     Runs that share a seed start from the same weights and see the same batches, whatever their
@@ -248,8 +256,9 @@ def fit(
         Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once per seed; or a
         network, from whose weights every run starts.  The only random layer allowed is
         :class:`flatmin.layers.Dropout`.
-    data : Data, or a sequence of Data
-        One for all runs, or one per seed, of equal shapes: then the data are random, too.
+    data : Data, a sequence of Data, or (x, y)
+        One for all runs, or one per seed, of equal shapes: then the data are random, too.  A pair
+        of tensors is a training set alone.
     recipe : Recipe
         What sits in the stages of the training step.
     steps : int
@@ -269,8 +278,12 @@ def fit(
     instruments : mapping of str to callable
         Further measurements at those steps: ``instrument(network, params, x, y)`` gets the
         training split, see :meth:`Networks.measure`, and returns a scalar.
-    networks : {None, "last", "best"}
-        Also return the networks after the last step, or at the evaluated step that was best.
+    metrics : mapping of str to callable
+        ``metric(output, y)``, a tensor whose mean is reported for each split beside the loss.
+        Default: ``{"error": error}`` if the targets are classes, else none.
+    networks : {None, "last", "best"} or sequence of int
+        Keep the networks after the last step, at the evaluated step that was best, or after each of
+        these steps; they are in the attribute ``networks`` of the result.
     select_by : str
         The variable that "best" minimizes, e.g. ``"validation_error"`` or ``"validation_loss"``.
     chunk_size : int
@@ -279,23 +292,18 @@ def fit(
         How many examples to evaluate at once; bounds memory too.
     device, dtype
         Default: the GPU if there is one, and float32.
-    checkpoint : path
-        Where to save the state every ``checkpoint_every`` steps.  A call with the same arguments
-        resumes from there, and on a CPU ends with bitwise the same results.  With another
-        ``chunk_size`` it resumes from the last chunk that was finished.
     expect_divergence : bool
         Whether losses may become infinite or NaN: if true, there is no warning, and claims about
         the result are allowed.
     progress : callable
         Called after each step with the number of per-example gradients that it took, in place of
-        the progress bar.  If it returns true, the checkpoint is saved and ``KeyboardInterrupt``
-        raised.
+        the progress bar.
 
     Returns
     -------
-    Dataset, or (Dataset, Networks)
-        Variables ``{split}_loss`` (mean, in nats), ``{split}_error`` (fraction) and one per
-        instrument, with dimensions (grid's names, ``seed``, ``step``), all in evaluation mode; and
+    Runs
+        Variables ``{split}_loss`` (mean, in nats for cross-entropy), one per split and metric
+        (``{split}_error``, a fraction), and one per instrument, with dimensions (grid's names, ``seed``, ``step``), all in evaluation mode; and
         ``diverged_at``, the first step whose loss was not finite, or after which an evaluation
         found weights that were not (-1: none).  From that step on, a run's values are NaN.
 
@@ -303,7 +311,7 @@ def fit(
     ------
     ValueError
         For a grid that is empty or names no hyperparameter of the recipe, values out of range,
-        sizes or shapes that disagree, or a checkpoint of another experiment.
+        sizes or shapes that disagree.
 
     Notes
     -----
@@ -318,7 +326,7 @@ def fit(
     --------
     >>> from flatmin.book import MLP, two_gaussians
     >>> from flatmin.loss import Flooding
-    >>> runs = fit(lambda: MLP(10, 16, 2), two_gaussians(test_size=100), Recipe(Flooding()),
+    >>> runs = fit(lambda: MLP(10, 16, 2), two_gaussians(test_size=100), Recipe(loss=Flooding()),
     ...            steps=20, batch_size=None, grid={"flood_level": [0.0, 0.1]}, seeds=3)
     >>> dict(runs.test_error.sizes)
     {'flood_level': 2, 'seed': 3, 'step': 21}
@@ -334,6 +342,7 @@ def fit(
         evaluate_at,
         splits,
         dict(instruments or {}),
+        metrics,
         networks,
         select_by,
         chunk_size,
@@ -342,26 +351,25 @@ def fit(
         dtype,
     )
     started = time.perf_counter()
-    saved = _Checkpoint(checkpoint, checkpoint_every, plan)
     batch = plan.batch_size or plan.train_size
     off = {"disable": True} if progress else {}  # else TQDM_DISABLE decides
     with tqdm(
         total=plan.steps * plan.runs, unit="step", leave=False, dynamic_ncols=True, **off
     ) as bar:
 
-        def advance(steps: int) -> bool:  # of single runs
+        def advance(steps: int) -> None:  # of single runs
             bar.update(steps)
-            return progress is not None and bool(progress(steps * batch))
+            if progress is not None:
+                progress(steps * batch)
 
-        advance(plan.steps * saved.runs)
-        while saved.runs < plan.runs:
-            runs = plan.run_index[saved.runs :][: plan.chunk_size]
-            saved.finish(_train(plan, runs, saved, advance))
-    values = {
-        name: torch.cat([chunk["values"][name] for chunk in saved.finished])
-        for name in saved.finished[0]["values"]
+        with plain_attention():
+            parts = torch.arange(plan.runs).split(plan.chunk_size)
+            chunks = [_train(plan, runs, advance) for runs in parts]
+    joined = {
+        part: {name: torch.cat([chunk[part][name] for chunk in chunks]) for name in chunks[0][part]}
+        for part in chunks[0]
     }
-    dataset = plan.label(values)
+    dataset = plan.label(joined.pop("values"))
     dataset.attrs |= plan.describe() | {"seconds": time.perf_counter() - started}
     if expect_divergence:
         dataset.attrs["divergence"] = "expected"
@@ -371,26 +379,17 @@ def fit(
             "results are NaN from there.",
             stacklevel=2,
         )
-    if networks is None:
-        return dataset
-    stacked = {
-        part: {
-            name: torch.cat([chunk[part][name] for chunk in saved.finished]).to(plan.device)
-            for name in saved.finished[0][part]
-        }
-        for part in ("params", "buffers")
-    }
-    return dataset, Networks(plan.template.eval(), **stacked, coords=plan.coords)
+    return Runs(dataset, plan.stack(joined) if joined else None)
 
 
 def best_step(
-    runs: xr.Dataset, by: str = "validation_error", patience: int | None = None
+    runs: Runs | xr.Dataset, by: str = "validation_error", patience: int | None = None
 ) -> xr.Dataset:
     """What each run would have reported had it stopped early, without training again.
 
     Parameters
     ----------
-    runs : Dataset
+    runs : Runs or Dataset
         From :func:`fit`.
     by : str
         The variable to minimize; the first minimum counts.
@@ -430,7 +429,7 @@ def best_step(
     return runs.isel(step=score.argmin("step"))
 
 
-def unexpectedly_diverged(runs: xr.Dataset) -> list[str]:
+def unexpectedly_diverged(runs: Runs | xr.Dataset) -> list[str]:
     """The runs of a result of :func:`fit` whose loss became infinite or NaN, by name and step.
 
     Empty if the call said that it expects divergence.
@@ -463,7 +462,8 @@ class _Plan:
     evaluate_at: Any
     splits: Any
     instruments: dict[str, Any]
-    networks: str | None
+    metrics: Any
+    networks: Any
     select_by: str
     chunk_size: int | None
     evaluation_batch_size: int
@@ -475,8 +475,6 @@ class _Plan:
             value = getattr(self, name)
             if value is not None or name in ("steps", "evaluation_batch_size"):
                 setattr(self, name, whole(name, value))
-        if self.networks not in (None, "last", "best"):
-            raise ValueError(f"networks must be None, 'last' or 'best', got {self.networks!r}")
         if isinstance(self.seeds, Integral):
             self.seeds = _random.seeds(whole("seeds", self.seeds))
         integral = all(isinstance(seed, Integral) for seed in self.seeds)
@@ -494,6 +492,14 @@ class _Plan:
                 raise ValueError(f"grid[{name!r}] must have at least one value, got none")
             for value in values:
                 self.recipe.with_values({name: value})  # raises for a bad name or value
+        self.paths = {name: self.recipe.path(name) for name in self.grid}
+        if taken := {"seed", "step", "epoch"} & {*self.grid}:
+            raise ValueError(
+                f"grid names must not be those of a dimension of the result, got {sorted(taken)}: "
+                "take the whole path"
+            )
+        if len(set(self.paths.values())) < len(self.paths):
+            raise ValueError(f"grid names must be of different hyperparameters, got {self.paths}")
         self._check_data()
         if isinstance(self.evaluate_at, Integral):
             count = whole("evaluate_at", self.evaluate_at)
@@ -504,7 +510,10 @@ class _Plan:
                 f"evaluate_at must be steps between 0 and {self.steps}, got {self.evaluate_at}"
             )
         self.evaluate_at = sorted({int(t) for t in self.evaluate_at})
-        names = [f"{s}_{m}" for s in self.splits for m in ("loss", "error")]
+        self.kept_at = self._steps_kept()
+        if "loss" in self.metrics:
+            raise ValueError("metrics must have names of their own, got 'loss', the criterion's")
+        names = [f"{s}_{m}" for s in self.splits for m in ("loss", *self.metrics)]
         if taken := {*names, "diverged_at"} & {*self.instruments}:
             raise ValueError(f"instruments must have names of their own, got {sorted(taken)}")
         names += self.instruments
@@ -515,8 +524,7 @@ class _Plan:
         self.points = points = list(itertools.product(*self.grid.values()))
         self.runs = len(points) * len(self.seeds)
         self.chunk_size = self.chunk_size or self.runs
-        self.run_index = torch.arange(self.runs)
-        self.seed_of_run = self.run_index % len(self.seeds)
+        self.seed_of_run = torch.arange(self.runs) % len(self.seeds)
         self.hyper_of_run = {
             name: torch.tensor([p[i] for p in points], dtype=self.dtype).repeat_interleave(
                 len(self.seeds)
@@ -531,10 +539,28 @@ class _Plan:
                     f"got {m} at {name!r}"
                 )
 
+    def _steps_kept(self) -> list[int]:
+        """The steps whose networks are kept: those asked for, or the last."""
+        named = self.networks is None or isinstance(self.networks, str)
+        if named and self.networks in (None, "last", "best"):
+            return [self.steps] if self.networks == "last" else []
+        steps = [] if named else np.atleast_1d(self.networks).tolist()
+        if not steps or not all(0 <= t <= self.steps and t == int(t) for t in steps):
+            raise ValueError(
+                "networks must be None, 'last', 'best' or steps between 0 and "
+                f"{self.steps}, got {self.networks!r}"
+            )
+        return sorted({int(t) for t in steps})
+
     def _check_data(self) -> None:
+        if isinstance(self.data, tuple) and [*map(type, self.data)] == [Tensor, Tensor]:
+            self.data = Data.of(*self.data)
         first = _first_data(self.data, len(self.seeds))
         if self.splits is None:
-            self.splits = ["train", *["validation"] * (len(first.x_validation) > 0), "test"]
+            known = ("train", "validation", "test")
+            self.splits = [split for split in known if len(first.split(split)[0])]
+        if self.metrics is None:
+            self.metrics = {} if first.num_classes is None else {"error": error}
         self.tensors = {
             split: _split(self.data, split, len(self.seeds), self.device, self.dtype)
             for split in {"train", *self.splits}
@@ -551,8 +577,27 @@ class _Plan:
         self.train_size, self.num_classes = n, first.num_classes
         self.steps_per_epoch = math.ceil(n / self.batch_size) if self.batch_size else 1
 
+    def bound(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe with the hyperparameters of a run."""
+        recipe = self.recipe
+        for name, value in values.items():
+            recipe = pipeline.bind(recipe, self.paths[name], value)
+        return recipe
+
     def values_of(self, run: int) -> dict[str, float]:
         return dict(zip(self.grid, self.points[run // len(self.seeds)]))
+
+    def stack(self, joined: dict[str, Params]) -> Networks:
+        """The networks of all runs; those of several steps lie along a dimension ``step``."""
+        template, coords = self.template.eval(), self.coords
+        if not isinstance(self.networks, str):
+            n = len(self.seeds)
+            coords = self.grid | {"step": self.kept_at, "seed": self.seeds}
+            # [grid × seed, step, ...] → [grid × step × seed, ...]
+            order = lambda w: w.unflatten(0, (-1, n)).movedim(2, 1).flatten(0, 2)
+            joined = {part: {k: order(w) for k, w in ws.items()} for part, ws in joined.items()}
+        stacks = {part: _to(weights, self.device) for part, weights in joined.items()}
+        return Networks(template, **stacks, coords=coords)
 
     def label(self, values: dict[str, Tensor]) -> xr.Dataset:
         import xarray as xr
@@ -585,67 +630,36 @@ class _Plan:
             "torch": torch.__version__,
         }
 
-    def fingerprint(self) -> str:
-        """What must be equal for a checkpoint to be resumed."""
-        content = hashlib.sha256()
-        for split in sorted(self.tensors):
-            for tensor in self.tensors[split][:2]:
-                content.update(_bytes(tensor))
-        weights = hashlib.sha256(_description(self.template).encode())
-        for name, w in self.template.state_dict().items():
-            weights.update(name.encode() + _bytes(w))
-        return repr(
-            self.describe()
-            | {
-                "data": content.hexdigest(),
-                "weights": weights.hexdigest(),
-                "grid": self.grid,
-                "seeds": self.seeds,
-                "evaluate_at": self.evaluate_at,
-                "splits": list(self.splits),
-                "instruments": sorted(self.instruments),
-                "networks": self.networks,
-                "select_by": self.select_by,
-            }
-        )
 
-
-def _train(
-    plan: _Plan, runs: Tensor, saved: _Checkpoint, advance: Callable[[int], bool]
-) -> dict[str, Any]:
+def _train(plan: _Plan, runs: Tensor, advance: Callable[[int], None]) -> dict[str, Params]:
     """Train one chunk of runs to the end."""
     seed_of_run = plan.seed_of_run[runs].to(plan.device)
     hyper = {name: v[runs].to(plan.device) for name, v in plan.hyper_of_run.items()}
     step, evaluate = _step(plan), _evaluate(plan)
-    resumed = saved.current_of(runs)
-    if resumed:
-        t = resumed["t"]
-        state, records = (_to(resumed[part], plan.device) for part in ("state", "records"))
-    else:
-        t, state, records = 0, _start(plan, seed_of_run, hyper), []
-    stop = advance(t * len(runs))
-    batches, draws = _batches(plan, seed_of_run, t), _draws(plan, runs, t)
-    while True:
-        if t in plan.evaluate_at and not resumed:  # a saved state has been evaluated already
-            values = evaluate(state, seed_of_run, t)
+    state, records, kept, best = _start(plan, seed_of_run, hyper), [], [], None
+    batches, draws = _batches(plan, seed_of_run), _draws(plan, runs)
+    for t in range(plan.steps + 1):
+        if t in plan.evaluate_at:
+            records.append(evaluate(state, hyper, seed_of_run, t))
             if plan.networks == "best":
-                state["best"] = _better(state, values[plan.select_by])
-            records.append(values)
-        if not resumed:
-            saved.save(t, state, records, now=stop)
-        if t == plan.steps:
-            break
-        if stop:
-            raise KeyboardInterrupt
-        factor = lr_factor(plan.recipe.optimizer.schedule, t / plan.steps)
-        state |= step(state, hyper, next(batches), next(draws), t, factor)
-        t, resumed = t + 1, None
-        stop = advance(len(runs))
+                now = _evaluated(plan, state["run"], hyper, seed_of_run) | {
+                    "score": records[-1][plan.select_by]
+                }
+                best = now if best is None else _better(now, best)
+        if t in plan.kept_at:
+            kept.append(_to(_evaluated(plan, state["run"], hyper, seed_of_run), "cpu"))
+        if t < plan.steps:
+            state |= step(state, hyper, next(batches), next(draws), Step(t, of=plan.steps))
+            advance(len(runs))
     values = {name: torch.stack([r[name] for r in records], 1).cpu() for name in records[0]}
     values["diverged_at"] = state["diverged_at"].cpu()
-    final = state["best"] if plan.networks == "best" else state
-    keep = ("params", "buffers") if plan.networks else ()
-    return {"values": values} | {part: _to(final[part], "cpu") for part in keep}
+    if best is not None:
+        del best["score"]
+        return {"values": values} | _to(best, "cpu")
+    if plan.networks == "last" or not kept:
+        return {"values": values} | (kept[-1] if kept else {})
+    several = lambda *weights: torch.stack(weights, 1)
+    return {"values": values} | torch.utils._pytree.tree_map(several, *kept)
 
 
 def _start(plan: _Plan, seed_of_run: Tensor, hyper: Params) -> dict[str, Any]:
@@ -658,101 +672,88 @@ def _start(plan: _Plan, seed_of_run: Tensor, hyper: Params) -> dict[str, Any]:
     )[seed_of_run]
     params = {name: for_runs(w) for name, w in params.items()}
     buffers = {name: for_runs(b) for name, b in buffers.items()}
-    optimizer = plan.recipe.with_values(hyper).optimizer.init(params)
+    start = lambda params, buffers, hyper: State.init(plan.bound(hyper), params, buffers)
+    state = vmap(start)(params, buffers, hyper)
     never = torch.full((len(seed_of_run),), -1, device=plan.device)
-    return {"params": params, "buffers": buffers, "optimizer": optimizer, "diverged_at": never}
+    return {"run": state, "diverged_at": never}
 
 
 def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
     """One step of the pipeline, for all runs of a chunk at once."""
 
     def one_run(
-        params: Params,
-        buffers: Params,
-        optimizer: Any,
-        hyper: Params,
-        draw: Params,
-        batch: tuple[Tensor, ...],
-        *,
-        t: int,
-        factor: float,
-    ) -> Any:
-        recipe = plan.recipe.with_values(hyper)
-        return pipeline.step(
-            plan.template,
-            recipe,
-            params,
-            buffers,
-            optimizer,
-            batch,
-            draw,
-            plan.num_classes,
-            t,
-            factor,
-        )
+        state: State, hyper: Params, draw: Params, batch: tuple[Tensor, ...], t: Step
+    ) -> tuple[State, Tensor]:
+        x, y, rows, *other = batch
+        second = Batch(other[0], other[1]) if other else None
+        shown = Batch(x, y, rows, plan.num_classes, second)
+        return pipeline.step(plan.template, plan.bound(hyper), state, shown, draw, t)
 
     def step(
-        state: dict[str, Any],
-        hyper: Params,
-        batch: tuple[Tensor, ...],
-        draw: Params,
-        t: int,
-        factor: float,
+        state: dict[str, Any], hyper: Params, batch: tuple[Tensor, ...], draw: Params, t: Step
     ) -> dict[str, Any]:
         plan.template.train()
         shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
-        stacked = vmap(
-            lambda *args: one_run(*args, t=t, factor=factor), in_dims=(0, 0, 0, 0, 0, shared)
-        )
-        params, buffers, optimizer, loss = stacked(
-            state["params"], state["buffers"], state["optimizer"], hyper, draw, batch
-        )
+        stacked = vmap(partial(one_run, t=t), in_dims=(0, 0, 0, shared))
+        run, loss = stacked(state["run"], hyper, draw, batch)
         broken = ~loss.isfinite() & (state["diverged_at"] < 0)
-        return {
-            "params": params,
-            "buffers": buffers,
-            "optimizer": optimizer,
-            "diverged_at": torch.where(broken, t + 1, state["diverged_at"]),
-        }
+        diverged_at = torch.where(broken, t + 1, state["diverged_at"])
+        return {"run": run, "diverged_at": diverged_at}
 
     return step
 
 
 def _evaluate(plan: _Plan) -> Callable[..., Params]:
-    """Losses, errors and instruments of all runs of a chunk."""
+    """Losses, metrics and instruments of all runs of a chunk."""
+    size: list[float] = []
 
-    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = functional_call(plan.template, (params, buffers), (x,))
-        return plan.recipe.criterion(logits, y).sum(), (logits.argmax(-1) != y).sum()
+    metrics = {"loss": plan.recipe.criterion, **plan.metrics}
+
+    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
+        output = functional_call(plan.template, (params, buffers), (x,))
+        values = [metric(output, y) for metric in metrics.values()]
+        for name, v in zip(metrics, values, strict=True):
+            if not isinstance(v, Tensor) or v.shape[:1] != x.shape[:1]:
+                what = "criterion" if name == "loss" else f"metrics[{name!r}]"
+                got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+                raise ValueError(
+                    f"{what} must return one number or more per example (reduction='none'), "
+                    f"[{len(x)}, ...], got {got}"
+                )
+        size[:] = [v.numel() / len(x) for v in values]  # numbers per example, such as tokens
+        return [v.sum() for v in values]
 
     @torch.no_grad()
-    def evaluate(state: dict[str, Any], seed_of_run: Tensor, t: int) -> Params:
+    def evaluate(state: dict[str, Any], hyper: Params, seed_of_run: Tensor, t: int) -> Params:
         plan.template.eval()
+        params, buffers = _evaluated(plan, state["run"], hyper, seed_of_run).values()
         # The last step may have broken the weights before any loss shows it.
-        finite = [w.reshape(len(w), -1).isfinite().all(1) for w in state["params"].values()]
+        finite = [w.reshape(len(w), -1).isfinite().all(1) for w in state["run"].params.values()]
         broken = ~torch.stack(finite).all(0) & (state["diverged_at"] < 0)
         state["diverged_at"] = torch.where(broken, t, state["diverged_at"])
         values = {}
         for split in plan.splits:
             x, y, per_run = plan.tensors[split]
             n = x.shape[1] if per_run else x.shape[0]
-            loss = error = x.new_zeros((), dtype=torch.float64)
+            sums = [torch.zeros((), dtype=torch.float64, device=x.device)] * len(metrics)
             for part in torch.arange(n, device=x.device).split(plan.evaluation_batch_size):
                 rows = (seed_of_run[:, None], part) if per_run else part
                 dim = 0 if per_run else None
                 stacked = vmap(one_run, in_dims=(0, 0, dim, dim))
-                losses, wrong = stacked(state["params"], state["buffers"], x[rows], y[rows])
-                loss, error = loss + losses.double(), error + wrong.double()
-            values[f"{split}_loss"] = loss / n
-            values[f"{split}_error"] = torch.where(loss.isnan(), torch.nan, error / n)
+                found = stacked(params, buffers, x[rows], y[rows])
+                sums = [total + part.double() for total, part in zip(sums, found, strict=True)]
+            broken_loss = sums[0].isnan()
+            for name, total, per_example in zip(metrics, sums, size, strict=True):
+                mean = total / (n * per_example)
+                values[f"{split}_{name}"] = torch.where(broken_loss, torch.nan, mean)
         x, y, per_run = plan.tensors["train"]
         for name, instrument in plan.instruments.items():
             rows = (seed_of_run,) if per_run else ...
             values[name] = _measure(
                 plan.template,
                 instrument,
-                state["params"],
-                state["buffers"],
+                params,
+                buffers,
                 x[rows],
                 y[rows],
                 per_run,
@@ -786,58 +787,68 @@ def _measure(
     return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
 
 
-def _rows(plan: _Plan, t: int) -> Iterator[tuple[Tensor, ...]]:
-    """Which examples each seed visits, from step t on: int64 [S, B], on the CPU.
+def _rows(plan: _Plan) -> Iterator[tuple[Tensor, ...]]:
+    """Which examples each seed visits, step by step: int64 [S, B], on the CPU.
 
     Followed by those of an independent order, if the batch stage has a ``second_stream``.
     """
     n, second = plan.train_size, getattr(plan.recipe.batch, "second_stream", False)
-    while True:
-        epoch, position = divmod(t, plan.steps_per_epoch)
+    for epoch in itertools.count():
         streams = []
         for purpose in ("order", "second order") if second else ("order",):
             orders = [torch.arange(n)] * len(plan.seeds)
             if plan.batch_size is not None:
                 orders = [epoch_order(seed, epoch, n, purpose) for seed in plan.seeds]
-            streams.append(torch.stack(orders).split(plan.batch_size or n, 1)[position:])
+            streams.append(torch.stack(orders).split(plan.batch_size or n, 1))
         yield from zip(*streams)
-        t += len(streams[0])
 
 
-def _batches(plan: _Plan, seed_of_run: Tensor, t: int) -> Iterator[tuple[Tensor, ...]]:
-    """The batches of all runs from step t on: [R, B, ...] and [R, B]; a shared full batch as is."""
+def _batches(plan: _Plan, seed_of_run: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of all runs: [R, B, ...], [R, B], rows [R, B]; a shared full batch as is."""
     x, y, per_run = plan.tensors["train"]
     if plan.batch_size is None:
         x, y = (x[seed_of_run], y[seed_of_run]) if per_run else (x, y)
-        take = lambda rows: ...
+        everything = torch.arange(plan.train_size, device=plan.device)
+        everything = everything.expand(len(seed_of_run), -1) if per_run else everything
+
+        def take(rows: Tensor) -> tuple[Tensor, ...]:
+            return x, y, everything
+
     else:
         offset = (seed_of_run * plan.train_size)[:, None] if per_run else 0
         x, y = (x.flatten(0, 1), y.flatten(0, 1)) if per_run else (x, y)
-        take = lambda rows: rows.to(plan.device, non_blocking=True)[seed_of_run] + offset
-    for streams in _rows(plan, t):
-        yield tuple(part[rows] for rows in map(take, streams) for part in (x, y))
+
+        def take(rows: Tensor) -> tuple[Tensor, ...]:
+            rows = rows.to(plan.device, non_blocking=True)[seed_of_run]
+            return x[rows + offset], y[rows + offset], rows
+
+    for streams in _rows(plan):
+        yield tuple(part for rows in streams for part in take(rows))
 
 
-def _draws(plan: _Plan, runs: Tensor, t: int) -> Iterator[Params]:
-    """What the batch stage draws for all runs from step t on: on the CPU, so that nothing waits."""
+def _draws(plan: _Plan, runs: Tensor) -> Iterator[Params]:
+    """What the batch stage draws for all runs, on the CPU, so that nothing waits."""
     if plan.recipe.batch is None:
         yield from itertools.repeat({})
     x, y, per_run = plan.tensors["train"]
-    labels = y.cpu() if per_run else y.cpu().expand(len(plan.seeds), -1)
+    labels = y.cpu() if per_run else y.cpu().expand(len(plan.seeds), *y.shape)
+    seeds = torch.arange(len(plan.seeds))[:, None]
     shape = x.shape[2:] if per_run else x.shape[1:]
     precision = torch.promote_types(plan.dtype, torch.float32)
     # Runs of one seed share their draws, unless they differ in the batch stage itself.
     sources = [
-        (run % len(plan.seeds), plan.recipe.with_values(plan.values_of(run)).batch)
-        for run in runs.tolist()
+        (run % len(plan.seeds), plan.bound(plan.values_of(run)).batch) for run in runs.tolist()
     ]
     distinct = list(dict.fromkeys(sources))
     of_run = torch.tensor([distinct.index(source) for source in sources]).to(plan.device)
-    for step, streams in enumerate(_rows(plan, t), t):
-        y, *other = (labels.gather(1, rows) for rows in streams)
-        size = (y.shape[1], *shape)
+    for step, rows in enumerate(_rows(plan)):
+        y, *other = (labels[seeds, some] for some in rows)
+        x = torch.empty(y.shape[1], *shape, device="meta")  # only the shape is known here
         draws = [
-            transform.draw(y[s], stream(plan.seeds[s], "batch", step), size, *(o[s] for o in other))
+            transform.draw(
+                Batch(x, y[s], rows[0][s], plan.num_classes, *(Batch(x, o[s]) for o in other)),
+                stream(plan.seeds[s], "batch", step),
+            )
             for s, transform in distinct
         ]
         stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
@@ -849,61 +860,52 @@ def _draws(plan: _Plan, runs: Tensor, t: int) -> Iterator[Params]:
         }
 
 
-def _better(state: dict[str, Any], score: Tensor) -> Any:
-    """The weights with the lowest score so far."""
-    now = {"params": state["params"], "buffers": state["buffers"], "score": score}
-    old = state.get("best", now)
-    better = (score < old["score"]) | old["score"].isnan()
+def _evaluated(plan: _Plan, run: State, hyper: Params, seed_of_run: Tensor) -> dict[str, Params]:
+    """What is evaluated and kept of a run: its weights, or those that the optimizer names.
+
+    Batch norm's statistics belong to the weights of training; for others, such as an average, they
+    are those of one pass over the training set.
+    """
+    if not hasattr(plan.recipe.optimizer, "evaluated"):
+        return {"params": run.params, "buffers": run.buffers}
+    of_run = lambda run, hyper: plan.bound(hyper).optimizer.evaluated(run.params, run.optimizer)
+    params = vmap(of_run)(run, hyper)
+    return {"params": params, "buffers": _statistics(plan, params, run.buffers, seed_of_run)}
+
+
+@torch.no_grad()
+def _statistics(plan: _Plan, params: Params, buffers: Params, seed_of_run: Tensor) -> Params:
+    """The buffers, with batch norm's running statistics taken anew from the training set."""
+    norms = [m for m in plan.template.modules() if isinstance(m, _BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    names = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
+    if not norms or not names:
+        return buffers
+
+    def after_pass(params: Params, buffers: Params, x: Tensor) -> Params:
+        buffers = {name: b.clone() for name, b in buffers.items()}
+        functional_call(plan.template, (params, buffers), (x,))
+        return {name: buffers[name] for name in names}
+
+    x, _, per_run = plan.tensors["train"]
+    x = x[seed_of_run] if per_run else x
+    try:
+        plan.template.train()
+        for m in norms:
+            m.momentum = 1.0  # the statistics of this pass alone
+        found = vmap(after_pass, in_dims=(0, 0, 0 if per_run else None))(params, buffers, x)
+    finally:
+        plan.template.eval()
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.momentum = momentum
+    return buffers | found
+
+
+def _better(now: dict[str, Any], old: dict[str, Any]) -> Any:
+    """The weights with the lower score."""
+    better = (now["score"] < old["score"]) | old["score"].isnan()
     pick = lambda new, old: torch.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     return torch.utils._pytree.tree_map(pick, now, old)
-
-
-class _Checkpoint:
-    """Finished chunks, in memory and, if there is a path, on disk with the chunk being trained."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, every: int, plan: _Plan) -> None:
-        whole("checkpoint_every", every)
-        self.path = Path(path) if path is not None else None
-        self.every = every
-        self.finished: list[dict[str, Any]] = []
-        self.current: dict[str, Any] | None = None
-        self.fingerprint = plan.fingerprint() if path is not None else ""
-        if self.path is not None and self.path.exists():
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            other = content.get("fingerprint", "something else")
-            if other != self.fingerprint:
-                raise ValueError(
-                    f"checkpoint must come from the same experiment, but {self.path} has\n"
-                    f"{other}\nand this call\n{self.fingerprint}\n"
-                    "Name another file, or delete that one."
-                )
-            self.finished, self.current = content["finished"], content["current"]
-
-    @property
-    def runs(self) -> int:
-        """How many runs are finished."""
-        return sum(len(chunk["values"]["diverged_at"]) for chunk in self.finished)
-
-    def current_of(self, runs: Tensor) -> dict[str, Any] | None:
-        """The state of the chunk being trained, if it has as many runs as this one."""
-        same = self.current and len(self.current["state"]["diverged_at"]) == len(runs)
-        return self.current if same else None
-
-    def save(self, t: int, state: dict[str, Any], records: list[Params], now: bool = False) -> None:
-        if self.path is not None and (now or t and t % self.every == 0):
-            self._write({"t": t, "state": _to(state, "cpu"), "records": _to(records, "cpu")})
-
-    def finish(self, chunk: dict[str, Any]) -> None:
-        self.finished.append(chunk)
-        self.current = None
-        self._write()
-
-    def _write(self, current: dict[str, Any] | None = None) -> None:
-        if self.path is None:
-            return
-        content = {"fingerprint": self.fingerprint, "finished": self.finished, "current": current}
-        with replacing(self.path) as part:
-            torch.save(content, part)
 
 
 def _first_data(data: Any, seeds: int) -> Data:
@@ -911,7 +913,9 @@ def _first_data(data: Any, seeds: int) -> Data:
     if isinstance(data, Data):
         return data
     if not isinstance(data, Sequence) or not all(isinstance(d, Data) for d in data):
-        raise TypeError(f"data must be one Data, or a sequence of one per seed, got {type(data)}")
+        raise TypeError(
+            f"data must be one Data, a sequence of one per seed, or tensors (x, y), got {type(data)}"
+        )
     if len(data) != seeds:
         raise ValueError(
             f"data must be one Data, or one per seed: got {len(data)} for {seeds} seeds"
@@ -925,14 +929,19 @@ def _split(
     """x, y of a split on the device, and whether they have a leading dimension of seeds."""
     if isinstance(data, Data):
         x, y = data.split(split)
-        return x.to(device, dtype), y.to(device), False
+        return _cast(x, device, dtype), _cast(y, device, dtype), False
     _first_data(data, seeds)
     parts = [d.split(split) for d in data]
     shapes = {tuple(x.shape) for x, _ in parts}
     if len(shapes) > 1:
         raise ValueError(f"data of all seeds must have one shape, got {sorted(shapes)} for {split}")
     x, y = (torch.stack(tensors) for tensors in zip(*parts))
-    return x.to(device, dtype), y.to(device), True
+    return _cast(x, device, dtype), _cast(y, device, dtype), True
+
+
+def _cast(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device; numbers in the precision of the weights, classes and tokens as they are."""
+    return t.to(device, dtype if t.is_floating_point() else t.dtype)
 
 
 def _description(thing: Any) -> str:
@@ -943,10 +952,6 @@ def _description(thing: Any) -> str:
         )
         return f"{type(thing).__name__}({', '.join(parts)})"
     return getattr(thing, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _to(tree: Any, device: torch.device | str) -> Any:

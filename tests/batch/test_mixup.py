@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from flatmin import BatchTransform, Recipe, fit, mix, mix_losses, soft_targets
 from flatmin.batch import Dirac, Gaussian, LabelSmoothing, Mixup, combine, dirichlet_weights
 from flatmin.book import MLP, mnist1d
+from flatmin.pipeline import Batch
 
 SHAPES = {"features": (7,), "sequence": (3, 11), "image": (3, 6, 5), "video": (2, 3, 4, 4)}
 MIXUPS = [
@@ -39,6 +40,25 @@ def batch(n=6, shape=(7,), classes=4, seed=0, dtype=torch.float32):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def labelled(y, other=None):
+    """A batch of which only the labels matter."""
+    second = None if other is None else Batch(torch.zeros(len(other), 2), other)
+    return Batch(torch.zeros(len(y), 2), y, num_classes=4, other=second)
+
+
+def batch_for(stage, n=6, shape=(7,), dtype=torch.float32):
+    """A batch, and a second one if the stage takes one."""
+    x, y = batch(n, shape, dtype=dtype)
+    second = getattr(stage, "second_stream", False)
+    other = Batch(*batch(n, shape, seed=1, dtype=dtype)) if second else None
+    return Batch(x, y, num_classes=4, other=other)
+
+
+def shown(stage, of, seed=0):
+    """What the stage makes of a batch."""
+    return stage(of, stage.draw(of, generator(seed)))
 
 
 # ----------------------------------------------------------- the formulas of other libraries
@@ -71,8 +91,9 @@ def test_equals_torchvision_at_its_lambda_and_pairing(shape, n, lam):
     assert torch.equal(mix(x, lam, roll), expected_x)
     assert torch.equal(mix(soft_targets(y, 4), lam, roll), expected_y)
     draw = {"weights": torch.tensor([lam, 1 - lam]).expand(n, 2).T, "partners": roll[None]}
-    for found, expected in zip(Mixup()(x, y, draw, 4), (expected_x, expected_y), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    found = Mixup()(Batch(x, y, num_classes=4), draw)
+    torch.testing.assert_close(found.x, expected_x, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.y, expected_y, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("n", [2, 5])
@@ -136,8 +157,8 @@ def test_what_is_not_floating_point_is_named():
     pixels, pi = (255 * x.abs().clamp(0, 1)).to(torch.uint8), torch.tensor([1, 2, 0])
     for call in (
         lambda: mix(pixels, 0.5, pi),
-        lambda: Mixup()(pixels, y, Mixup().draw(y, generator(), pixels.shape), 4),
-        lambda: Gaussian()(pixels, y, Gaussian().draw(y, generator(), pixels.shape), 4),
+        lambda: shown(Mixup(), Batch(pixels, y, num_classes=4)),
+        lambda: shown(Gaussian(), Batch(pixels, y, num_classes=4)),
         lambda: BatchTransform(Mixup(alpha=0), 4)(pixels, y),
     ):
         with pytest.raises(
@@ -191,8 +212,9 @@ def test_soft_targets_are_smoothed_one_hot(n, classes, smoothing, seed):
 def test_label_smoothing_is_that_of_pytorch(smoothing):
     logits, y = torch.randn(8, 5).double(), torch.randint(5, (8,))
     x = torch.zeros(8, 1).double()
-    same_x, target = LabelSmoothing(smoothing)(x, y, {}, 5)
-    assert same_x is x and target.dtype == torch.float64
+    found = LabelSmoothing(smoothing)(Batch(x, y, num_classes=5), {})
+    target = found.y
+    assert found.x is x and target.dtype == torch.float64
     expected = cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(cross_entropy(logits, target, reduction="none"), expected)
 
@@ -336,12 +358,11 @@ def test_alpha_to_infinity_gives_means():
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_any_partner_is_a_permutation(n):
     _, y = batch(n)
-    draw = Mixup(k=3).draw(y, generator(), (n, 7))
+    draw = Mixup(k=3).draw(labelled(y), generator())
     assert draw["partners"].shape == (2, n) and draw["weights"].shape == (3, n)
     assert all(sorted(row.tolist()) == list(range(n)) for row in draw["partners"])
-    many = Mixup(second_stream=True).draw(
-        y, generator(), (n, 7), torch.zeros(50, dtype=torch.int64)
-    )
+    other = torch.zeros(50, dtype=torch.int64)
+    many = Mixup(second_stream=True).draw(labelled(y, other), generator())
     assert 0 <= many["partners"].min() and many["partners"].max() < 50
 
 
@@ -357,9 +378,8 @@ def test_partners_have_the_requested_class(labels, others, which, one_hot, seed)
     y = torch.tensor(labels)
     pool = y if others is None else torch.tensor(others)
     as_given = (lambda y: soft_targets(y, 4)) if one_hot else (lambda y: y)
-    other = () if others is None else (as_given(pool),)
-    stage = Mixup(1.0, k=3, partners=which)
-    draw = stage.draw(as_given(y), generator(seed), (len(y), 2), *other)
+    of = labelled(as_given(y), None if others is None else as_given(pool))
+    draw = Mixup(1.0, k=3, partners=which).draw(of, generator(seed))
     for i, label in enumerate(labels):
         allowed = {j for j, of in enumerate(pool.tolist()) if (of == label) == (which == "same")}
         if allowed:
@@ -376,7 +396,7 @@ def test_partners_are_drawn_evenly(which):
     counts = torch.zeros(6, 6, dtype=torch.float64)
     g = generator(1)
     for _ in range(draws):
-        partner = Mixup(partners=which).draw(y, g, (6, 1))["partners"][0]
+        partner = Mixup(partners=which).draw(labelled(y), g)["partners"][0]
         counts[torch.arange(6), partner] += 1
     allowed = (y[:, None] == y) == (which == "same")
     expected = draws * allowed / allowed.sum(1, keepdim=True)
@@ -385,27 +405,27 @@ def test_partners_are_drawn_evenly(which):
 
 
 def test_same_class_mixing_keeps_labels_and_different_never_does():
-    x, y = batch(40)
     for which in ("same", "different"):
         stage = Mixup(1.0, partners=which, per_example=True)
-        _, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
+        of = batch_for(stage, 40)
+        target = shown(stage, of).y
         if which == "same":
-            torch.testing.assert_close(target, soft_targets(y, 4))
+            torch.testing.assert_close(target, soft_targets(of.y, 4))
         else:
             assert ((target > 0).sum(1) == 2).all()
 
 
 def test_lambda_by_batch_and_by_example():
-    _, y = batch(50)
-    weights = Mixup(1.0).draw(y, generator(), (50, 7))["weights"]
+    of = labelled(batch(50)[1])
+    weights = Mixup(1.0).draw(of, generator())["weights"]
     assert (weights == weights[:, :1]).all()
-    each = Mixup(1.0, per_example=True).draw(y, generator(), (50, 7))["weights"]
+    each = Mixup(1.0, per_example=True).draw(of, generator())["weights"]
     assert len(each[0].unique()) == 50
 
 
 def test_draws_for_other_alphas_are_paired():
-    _, y = batch(30)
-    draws = [Mixup(a, per_example=True).draw(y, generator(7), (30, 7)) for a in (0.2, 1.0, 5.0)]
+    of = labelled(batch(30)[1])
+    draws = [Mixup(a, per_example=True).draw(of, generator(7)) for a in (0.2, 1.0, 5.0)]
     for draw in draws[1:]:
         assert torch.equal(draw["partners"], draws[0]["partners"])
         assert torch.equal(draw["weights"][0].argsort(), draws[0]["weights"][0].argsort())
@@ -419,38 +439,36 @@ def test_draws_for_other_alphas_are_paired():
 @pytest.mark.parametrize("n", [1, 5, 6])
 @pytest.mark.parametrize("shape", [SHAPES["features"], SHAPES["image"]], ids=["features", "image"])
 def test_every_transform_takes_every_batch_and_does_not_change_its_inputs(stage, n, shape):
-    x, y = batch(n, shape)
-    other = batch(n, shape, seed=1) if getattr(stage, "second_stream", False) else ()
-    inputs = [x, y, *other]
+    of = batch_for(stage, n, shape)
+    inputs = [of.x, of.y, *(of.other or ())[:2]]
     before = [v.clone() for v in inputs]
-    draw = stage.draw(y, generator(3), x.shape, *other[1:])
+    draw = stage.draw(of, generator(3))
     drawn = {name: v.clone() for name, v in draw.items()}
-    shown, target = stage(x, y, draw, 4, *other)
-    assert shown.shape == x.shape and shown.dtype == x.dtype
-    again, target_again = stage(x, y, stage.draw(y, generator(3), x.shape, *other[1:]), 4, *other)
-    assert torch.equal(shown, again) and torch.equal(target, target_again)  # reproducible
+    found = stage(of, draw)
+    assert found.x.shape == of.x.shape and found.x.dtype == of.x.dtype
+    again = shown(stage, of, seed=3)
+    assert torch.equal(found.x, again.x) and torch.equal(found.y, again.y)  # reproducible
     assert all(torch.equal(v, b) for v, b in zip(inputs, before, strict=True))
     assert all(torch.equal(v, drawn[name]) for name, v in draw.items())
-    if target is not y:
-        torch.testing.assert_close(target.sum(1), torch.ones(n))
-        one_hot = soft_targets(y, 4)
-        hots = [one_hot, *(soft_targets(t, 4) for t in other[1:])]
-        same = stage(x, one_hot, draw, 4, *other[:1], *hots[1:])
-        assert torch.equal(same[0], shown) and torch.equal(same[1], target)
+    only_shape = stage.draw(of._replace(x=of.x.to("meta")), generator(3))  # as in fit
+    assert all(torch.equal(v, only_shape[name]) for name, v in draw.items())
+    if found.y is not of.y:
+        torch.testing.assert_close(found.y.sum(1), torch.ones(n))
+        hot = lambda of: of and of._replace(y=soft_targets(of.y, 4))
+        same = stage(hot(of)._replace(other=hot(of.other)), draw)
+        assert torch.equal(same.x, found.x) and torch.equal(same.y, found.y)
 
 
 @pytest.mark.parametrize("stage", MIXUPS, ids=named)
 def test_labels_are_smoothed_before_or_after_mixing(stage):
-    x, y = batch(6, (3,))
-    other = batch(6, (3,), seed=1) if stage.second_stream else ()
-    draw = stage.draw(y, generator(3), x.shape, *other[1:])
-    mixed_x, mixed_y = stage(x, y, draw, 4, *other)
-    both_x, both_y = replace(stage, smoothing=0.3)(x, y, draw, 4, *other)
-    assert torch.equal(both_x, mixed_x)
-    torch.testing.assert_close(both_y, soft_targets(mixed_y, 4, 0.3))
-    alone = replace(stage, alpha=0.0, smoothing=0.3)(x, y, draw, 4, *other)
-    smoothed = LabelSmoothing(0.3)(x, y, {}, 4)
-    assert all(torch.equal(a, b) for a, b in zip(alone, smoothed, strict=True))
+    of = batch_for(stage, 6, (3,))
+    draw = stage.draw(of, generator(3))
+    mixed, both = stage(of, draw), replace(stage, smoothing=0.3)(of, draw)
+    assert torch.equal(both.x, mixed.x)
+    torch.testing.assert_close(both.y, soft_targets(mixed.y, 4, 0.3))
+    alone = replace(stage, alpha=0.0, smoothing=0.3)(of, draw)
+    smoothed = LabelSmoothing(0.3)(of, {})
+    assert torch.equal(alone.x, smoothed.x) and torch.equal(alone.y, smoothed.y)
 
 
 def test_a_grid_over_alpha_and_smoothing_equals_single_settings():
@@ -470,66 +488,69 @@ def test_a_grid_over_alpha_and_smoothing_equals_single_settings():
 
 @pytest.mark.parametrize("stage", MIXUPS, ids=named)
 def test_mixup_is_the_sum_over_partners(stage):
-    x, y = batch(9, dtype=torch.float64)
-    other = batch(9, dtype=torch.float64, seed=1) if stage.second_stream else ()
-    draw = stage.draw(y, generator(), x.shape, *other[1:])
-    shown, target = stage(x, y, draw, 4, *other)
-    assert target.dtype == torch.float64
-    x_pool, y_pool = other or (x, y)
+    of = batch_for(stage, 9, dtype=torch.float64)
+    (x, y), (x_pool, y_pool) = of[:2], (of.other or of)[:2]
+    draw = stage.draw(of, generator())
+    found = stage(of, draw)
+    assert found.y.dtype == torch.float64
     for i in range(9):
         w, rows = draw["weights"][:, i].tolist(), draw["partners"][:, i].tolist()
         expected_x, expected_y = w[0] * x[i], w[0] * soft_targets(y, 4).double()[i]
         for weight, j in zip(w[1:], rows, strict=True):
             expected_x = expected_x + weight * x_pool[j]
             expected_y = expected_y + weight * soft_targets(y_pool, 4).double()[j]
-        torch.testing.assert_close(shown[i], expected_x)
-        torch.testing.assert_close(target[i], expected_y)
+        torch.testing.assert_close(found.x[i], expected_x)
+        torch.testing.assert_close(found.y[i], expected_y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_inputs_keep_their_dtype_and_targets_have_at_least_single_precision(dtype):
-    x, y = batch(5, dtype=dtype)
     for stage in (Mixup(1.0), LabelSmoothing(0.1), Gaussian(0.1)):
-        shown, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
-        assert shown.dtype == dtype
-        if target.is_floating_point():
-            assert target.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        found = shown(stage, batch_for(stage, 5, dtype=dtype))
+        assert found.x.dtype == dtype
+        if found.y.is_floating_point():
+            assert found.y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_transforms_of_strength_zero_return_the_example():
-    x, y = batch(6)
+    of = batch_for(Dirac())
     for stage in (Dirac(), Gaussian(0.0), Mixup(0.0), Mixup(0.0, k=3), LabelSmoothing(0.0)):
-        shown, target = stage(x, y, stage.draw(y, generator(), x.shape), 4)
-        assert torch.equal(shown, x)
-        assert torch.equal(
-            target if target.ndim == 2 else soft_targets(target, 4), soft_targets(y, 4)
-        )
-    broken = torch.full_like(x, torch.nan).index_fill(0, torch.tensor(0), 1.0)
-    shown, _ = Mixup(0.0)(broken, y, Mixup(0.0).draw(y, generator(), x.shape), 4)
-    assert (shown[0] == 1).all()  # not affected by a partner that is not finite
+        found = shown(stage, of)
+        assert torch.equal(found.x, of.x)
+        target = found.y if found.y.ndim == 2 else soft_targets(found.y, 4)
+        assert torch.equal(target, soft_targets(of.y, 4))
+    broken = torch.full_like(of.x, torch.nan).index_fill(0, torch.tensor(0), 1.0)
+    found = shown(Mixup(0.0), of._replace(x=broken))
+    assert (found.x[0] == 1).all()  # not affected by a partner that is not finite
     stacked = Mixup(torch.tensor(0.0))  # in a stack, only the draw shows that alpha is 0
-    draw = Mixup(0.0).draw(y, generator(), x.shape)
-    assert torch.equal(stacked(x, y, draw, 4)[0], x)
+    assert torch.equal(stacked(of, Mixup(0.0).draw(of, generator())).x, of.x)
+
+
+def test_where_labels_become_soft_the_number_of_classes_is_needed():
+    of = batch_for(Dirac())._replace(num_classes=None)
+    for stage in (Mixup(), Mixup(0.0), LabelSmoothing()):
+        with pytest.raises(ValueError, match="batch.num_classes must be set .* got None"):
+            shown(stage, of)
+    for stage in (Dirac(), Gaussian()):
+        assert shown(stage, of).y is of.y
 
 
 def test_gaussian_moments():
-    stage, x = Gaussian(0.5), torch.full((400, 500), 2.0)
-    y = torch.zeros(400, dtype=torch.int64)
-    shown, same = stage(x, y, stage.draw(y, generator(), x.shape), 2)
-    assert same is y
-    assert shown.mean().item() == pytest.approx(2.0, abs=5 * 0.5 / 447)
-    assert shown.std().item() == pytest.approx(0.5, rel=0.01)
+    x, y = torch.full((400, 500), 2.0), torch.zeros(400, dtype=torch.int64)
+    found = shown(Gaussian(0.5), Batch(x, y))
+    assert found.y is y
+    assert found.x.mean().item() == pytest.approx(2.0, abs=5 * 0.5 / 447)
+    assert found.x.std().item() == pytest.approx(0.5, rel=0.01)
 
 
 def test_transforms_do_not_touch_the_global_random_state():
-    x, y = batch(6)
     torch.manual_seed(5)
     np.random.seed(5)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     for stage in TRANSFORMS:
-        other = (y,) if getattr(stage, "second_stream", False) else ()
-        stage.draw(y, generator(), x.shape, *other)
-        BatchTransform(stage, 4)(x, y)
+        of = batch_for(stage)
+        stage.draw(of, generator())
+        BatchTransform(stage, 4)(of.x, of.y)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == before_numpy).all()
 

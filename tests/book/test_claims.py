@@ -115,8 +115,9 @@ def diverged():
 # The ways in which a notebook may store its results.
 KEPT = {
     "a variable": lambda runs: runs,
+    "the Dataset": lambda runs: runs.data,
     "a dictionary": lambda runs: {"SGD": runs},
-    "what fit returns with networks": lambda runs: (runs, None),
+    "a pair": lambda runs: (runs, None),
     "a list of pairs": lambda runs: [("SGD", (runs, None))],
     "the best step": lambda runs: best_step(runs, "validation_loss"),
     "one run": lambda runs: runs.sel(lr=1e30, seed=0),

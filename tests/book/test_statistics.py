@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from flatmin.book import mean_interval, pm
+from flatmin.stack import Runs
 
 
 @given(
@@ -37,6 +38,26 @@ def test_every_combination_has_its_own_interval():
     for name in ("mean", "low", "high", "half"):
         assert m[name].sel(lr=0.2, step=5).item() == pytest.approx(one[name].item(), rel=1e-12)
     assert mean_interval(values, dim="step")["mean"].dims == ("lr", "seed")
+
+
+def test_every_variable_of_a_result_has_its_own_interval():
+    rng = np.random.default_rng(1)
+    dataset = xr.Dataset(
+        {
+            "loss": (("lr", "seed", "step"), rng.random((2, 5, 3))),
+            "diverged_at": (("lr", "seed"), np.full((2, 5), -1)),
+        },
+        {"lr": [0.1, 0.2], "step": [0, 5, 9]},
+    )
+    for result in (dataset, Runs(dataset)):
+        found = mean_interval(result)
+        assert set(found.data_vars) == {"loss", "diverged_at"} and "seed" not in found.dims
+        for name in found.data_vars:
+            one = mean_interval(dataset[name])
+            for statistic in ("mean", "low", "high", "half"):
+                xr.testing.assert_equal(
+                    found[name].sel(statistic=statistic, drop=True), one[statistic]
+                )
 
 
 def test_nan_is_not_averaged_away():
@@ -73,9 +94,10 @@ def test_bad_input_is_named():
             mean_interval(values, confidence=confidence)
     with pytest.raises(ValueError, match="at least 2 along 'seed'.*, got 1"):
         mean_interval(values[:1])
-    for other in ([1.0, 2.0], np.ones(3), values.to_dataset(name="v")):
+    for other in ([1.0, 2.0], np.ones(3), None):
+        name = type(other).__name__
         with pytest.raises(
-            TypeError, match=f"values must be a DataArray, got {type(other).__name__}"
+            TypeError, match=f"values must be a DataArray, a Dataset or Runs, got {name}"
         ):
             mean_interval(other)
 

@@ -1,6 +1,7 @@
 """Gradient penalties: closed forms, orders of error, and every member of the family."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch.func import grad, hessian, jacrev
 
 from flatmin import Recipe, fit, gradient_norm, gradient_penalty
 from flatmin.book import MLP, two_gaussians
-from flatmin.gradient import GradientPenalty
+from flatmin.gradient import GradientPenalty, PlainGradient
 from flatmin.gradient.penalty import _unit
 from flatmin.optimizer import SGD, TwoRates
-from flatmin.pipeline import plain_gradient
+from flatmin.pipeline import Objective
 from flatmin.stack import initial_module
 
 
@@ -24,9 +25,12 @@ def flatten(tree):
 
 def direction(smooth, stage, theta=None):
     loss, _, start, tree = smooth
-    at = tree(start if theta is None else theta)
-    found, value, buffers = stage(lambda p, b: (loss(flatten(p)), b), at, {"seen": torch.ones(())})
-    assert value == loss(flatten(at)) and buffers == {"seen": torch.ones(())}
+    at, seen = tree(start if theta is None else theta), {"seen": torch.ones(())}
+    objective = replace(Objective.of(lambda w: loss(flatten(w))), buffers=seen)
+    found, state = stage(objective, at, stage.init(at), t=0)
+    assert objective.passes and state == ()  # the step need not pass once more
+    value, buffers = objective.first_pass(at)
+    assert value == loss(flatten(at)) and buffers == seen
     return flatten(found)
 
 
@@ -65,9 +69,9 @@ def test_differences_converge_with_the_documented_order(smooth, squared, differe
 @pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
 @given(h=st.floats(-5, 5), w=st.floats(-3, 3), penalty=st.floats(0, 2))
 def test_all_forms_are_exact_on_a_quadratic(difference, h, w, penalty):
-    bowl = lambda params, buffers: (0.5 * h * (params["w"] ** 2).sum(), buffers)
+    bowl = Objective.of(lambda params: 0.5 * h * (params["w"] ** 2).sum())
     at = {"w": torch.tensor([w, 1.0]).double()}
-    found, _, _ = GradientPenalty(penalty, difference=difference)(bowl, at, {})
+    found, _ = GradientPenalty(penalty, difference=difference)(bowl, at, (), t=0)
     torch.testing.assert_close(found["w"], (h + penalty * h * h) * at["w"], rtol=1e-9, atol=1e-12)
 
 
@@ -76,14 +80,14 @@ def test_all_forms_are_exact_on_a_quadratic(difference, h, w, penalty):
 def test_without_penalty_it_is_the_plain_gradient_bitwise(smooth, squared, difference):
     for radius in {None, 0.1 if difference else None}:
         stage = GradientPenalty(0.0, squared=squared, difference=difference, radius=radius)
-        assert torch.equal(direction(smooth, stage), direction(smooth, plain_gradient))
+        assert torch.equal(direction(smooth, stage), direction(smooth, PlainGradient()))
 
 
 @pytest.mark.parametrize("difference", [None, "forward", "backward", "central"])
 @pytest.mark.parametrize("squared", [True, False])
 def test_zero_gradient_stays_zero(squared, difference):
-    flat = lambda params, buffers: ((params["w"] ** 2).sum(), buffers)
-    found, _, _ = GradientPenalty(0.5, squared, difference)(flat, {"w": torch.zeros(3)}, {})
+    flat = Objective.of(lambda params: (params["w"] ** 2).sum())
+    found, _ = GradientPenalty(0.5, squared, difference)(flat, {"w": torch.zeros(3)}, (), t=0)
     assert torch.equal(found["w"], torch.zeros(3))
 
 
@@ -159,7 +163,7 @@ def test_two_rates_descend_their_effective_objective(smooth):
     def error(lr):
         stage, at = TwoRates(lr=lr, ascent_lr=0.6 * lr), theta
         for t in range(2):
-            at = flatten(stage(tree(at), tree(g(at)), {}, t=t, factor=1.0)[0])
+            at = flatten(stage(tree(g(at)), tree(at), (), t)[0])
         effective = direction(smooth, GradientPenalty.two_rates(lr, 0.6 * lr))
         return at - (theta - 0.4 * lr * effective)
 
@@ -206,15 +210,16 @@ def test_stack_equals_single_runs(stage):
     )
     recipe = Recipe(gradient=stage, optimizer=SGD(lr=0.2, momentum=0.5))
     grid = {"penalty": [0.0, 0.05, 0.2]}
-    runs, networks = fit(net, data, recipe, grid=grid, seeds=2, **settings)
+    runs = fit(net, data, recipe, grid=grid, seeds=2, **settings)
     for penalty in grid["penalty"]:
-        alone, one = fit(net, data, recipe.with_values({"penalty": penalty}), seeds=2, **settings)
-        torch.testing.assert_close(
-            networks.select(penalty=penalty).params, one.params, rtol=1e-9, atol=1e-12
-        )
-        torch.testing.assert_close(
-            networks.select(penalty=penalty).buffers, one.buffers, rtol=1e-9, atol=1e-12
-        )
+        alone = fit(net, data, recipe.with_values({"penalty": penalty}), seeds=2, **settings)
+        for part in ("params", "buffers"):
+            torch.testing.assert_close(
+                getattr(runs.networks.select(penalty=penalty), part),
+                getattr(alone.networks, part),
+                rtol=1e-9,
+                atol=1e-12,
+            )
     assert runs.train_loss.sel(penalty=0).values != pytest.approx(
         runs.train_loss.sel(penalty=0.2).values
     )
@@ -224,7 +229,7 @@ def test_stack_equals_a_plain_loop():
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, activation=nn.Tanh)
     recipe = Recipe(gradient=GradientPenalty(0.3), optimizer=SGD(lr=0.2))
-    _, networks = fit(
+    networks = fit(
         net,
         data,
         recipe,
@@ -235,7 +240,7 @@ def test_stack_equals_a_plain_loop():
         networks="last",
         dtype=torch.double,
         device="cpu",
-    )
+    ).networks
     module = initial_module(net, 4).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.2)
     for _ in range(10):
@@ -253,7 +258,7 @@ def test_stack_equals_a_plain_loop():
 
 def test_gradient_norm_is_an_instrument():
     data = two_gaussians(train_size=40, test_size=50)
-    _, networks = fit(
+    networks = fit(
         lambda: MLP(10, 8, 2),
         data,
         steps=3,
@@ -263,7 +268,7 @@ def test_gradient_norm_is_an_instrument():
         networks="last",
         dtype=torch.double,
         device="cpu",
-    )
+    ).networks
     found = networks.measure(gradient_norm, data, "train")
     for seed in (0, 1):
         module = networks.module(seed=seed)
@@ -276,9 +281,9 @@ def test_gradient_norm_is_an_instrument():
 def test_composes_with_jacrev(smooth):
     """The direction can be differentiated again, as needed to analyse the dynamics."""
     loss, g, theta, _ = smooth
-    tree = {"w": theta}
-    stage = lambda w: GradientPenalty(0.1)(lambda p, b: (loss(p["w"]), b), {"w": w}, {})[0]["w"]
-    jacobian = jacrev(stage)(tree["w"])
+    objective = Objective.of(lambda params: loss(params["w"]))
+    stage = lambda w: GradientPenalty(0.1)(objective, {"w": w}, (), t=0)[0]["w"]
+    jacobian = jacrev(stage)(theta)
     torch.testing.assert_close(
         jacobian, jacobian.T, rtol=1e-9, atol=1e-10
     )  # the direction is a gradient

@@ -1,5 +1,7 @@
 """SAM's gradient: closed forms, shards, flooding, and a stack that equals single runs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import INF, NORMS, batch_objective, climb, closure_of, flatten
@@ -8,22 +10,31 @@ from torch.func import hessian, jacrev, vmap
 
 from flatmin import Recipe, fit, sam_gradient
 from flatmin.book import MLP, two_gaussians
-from flatmin.gradient import SAM, GradientPenalty
+from flatmin.gradient import SAM, GradientPenalty, PlainGradient
 from flatmin.layers import Dropout
 from flatmin.loops import SAM as SAMOptimizer
 from flatmin.loss import Flooding
 from flatmin.optimizer import SGD
-from flatmin.pipeline import plain_gradient
+from flatmin.pipeline import Objective
 from flatmin.stack import initial_module
 
 
 def direction(smooth, stage):
     loss, _, theta, tree = smooth
-    found, value, buffers = stage(
-        lambda p, b: (loss(flatten(p)), b), tree(theta), {"seen": torch.ones(())}
-    )
-    assert value == loss(theta) and buffers == {"seen": torch.ones(())}
+    at, seen = tree(theta), {"seen": torch.ones(())}
+    objective = replace(Objective.of(lambda w: loss(flatten(w))), buffers=seen)
+    found, state = stage(objective, at, stage.init(at), t=0)
+    assert objective.passes and state == ()  # the step need not pass once more
+    value, buffers = objective.first_pass(at)
+    assert value == loss(theta) and buffers == seen
     return flatten(found)
+
+
+def outcome(stage, objective, params):
+    """The direction, the loss and the new buffers of a step at ``params``."""
+    objective.passes.clear()  # those of an earlier step
+    found, _ = stage(objective, params, (), t=0)
+    return flatten(found), *objective.first_pass(params)
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -94,7 +105,7 @@ def test_unnormalized_exact_form(smooth, p):
 
 def test_without_radius_it_is_the_plain_gradient_bitwise(smooth):
     for p in (1, 1.5, 2, INF):
-        assert torch.equal(direction(smooth, SAM(0.0, p)), direction(smooth, plain_gradient))
+        assert torch.equal(direction(smooth, SAM(0.0, p)), direction(smooth, PlainGradient()))
 
 
 def test_function_composes(smooth):
@@ -122,33 +133,37 @@ def problem(n=10, **settings):
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 10])
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_shards_have_their_own_perturbations_and_are_averaged(m, chunk_size):
-    net, x, y, params, buffers = problem()
+    net, x, y, params, _ = problem()
     stage = SAM(0.3, m=m, chunk_size=chunk_size)
-    found, loss, _ = stage(batch_objective(net, x, y), params, buffers)
-    expected, mean = torch.zeros_like(flatten(params)), 0.0
+    found, loss, _ = outcome(stage, batch_objective(net, x, y), params)
+    expected, mean = torch.zeros_like(found), 0.0
     for part, target in zip(x.split(m), y.split(m), strict=True):
-        of_shard, value, _ = SAM(0.3)(batch_objective(net, part, target), params, buffers)
-        expected += flatten(of_shard) * len(part) / len(x)
+        of_shard, value, _ = outcome(SAM(0.3), batch_objective(net, part, target), params)
+        expected += of_shard * len(part) / len(x)
         mean += value * len(part) / len(x)
-    torch.testing.assert_close(flatten(found), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(loss, mean, rtol=1e-12, atol=0)
 
 
 def test_shards_as_large_as_the_batch_are_plain_sam():
-    net, x, y, params, buffers = problem()
+    net, x, y, params, _ = problem()
     objective = batch_objective(net, x, y)
-    plain = flatten(SAM(0.3)(objective, params, buffers)[0])
+    plain = outcome(SAM(0.3), objective, params)[0]
     for m in (10, 99):
-        assert torch.equal(flatten(SAM(0.3, m=m)(objective, params, buffers)[0]), plain)
+        assert torch.equal(outcome(SAM(0.3, m=m), objective, params)[0], plain)
+
+
+def test_a_function_of_the_weights_is_one_shard(smooth):
+    assert torch.equal(direction(smooth, SAM(0.3, m=2)), direction(smooth, SAM(0.3)))
 
 
 def test_batch_statistics_of_shards_are_averaged_whatever_the_chunk():
     net, x, y, params, buffers = problem(batch_norm=True)
     net.train()
-    objective = batch_objective(net, x, y)
-    results = [SAM(0.3, m=4, chunk_size=c)(objective, params, buffers) for c in (None, 1)]
+    objective = batch_objective(net, x, y, buffers)
+    results = [outcome(SAM(0.3, m=4, chunk_size=c), objective, params) for c in (None, 1)]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
-    shards = [objective(params, buffers, rows)[1] for rows in torch.arange(10).split(4)]
+    shards = [objective.value(params, rows)[1] for rows in torch.arange(10).split(4)]
     for name, b in results[0][2].items():
         if b.is_floating_point():
             mean = sum(s[name] * n / 10 for s, n in zip(shards, (4, 4, 2), strict=True))
@@ -160,16 +175,16 @@ def test_batch_statistics_of_shards_are_averaged_whatever_the_chunk():
 
 @pytest.mark.parametrize("m", [None, 5])
 def test_flooding_floods_the_perturbed_loss_and_perturbs_along_the_raw_one(m):
-    net, x, y, params, buffers = problem()
+    net, x, y, params, _ = problem()
     raw = batch_objective(net, x, y)
-    value = raw(params, buffers)[0].item()
+    value = raw(params).item()
     sharp = SAM(0.3, m=m)
-    plain = flatten(sharp(raw, params, buffers)[0])
+    plain = outcome(sharp, raw, params)[0]
     # For a level between L(w) and L(w + ε̂): descend.  (Each shard is flooded separately.)
     for level, sign in [(0.0, 1), (5.0, -1)] + [(value + 0.01, 1)] * (m is None):
-        flooded = batch_objective(net, x, y, Flooding(level))
-        found, loss, _ = sharp(flooded, params, buffers)
-        torch.testing.assert_close(flatten(found), sign * plain, rtol=1e-13, atol=0)
+        flooded = batch_objective(net, x, y, loss=Flooding(level))
+        found, loss, _ = outcome(sharp, flooded, params)
+        torch.testing.assert_close(found, sign * plain, rtol=1e-13, atol=0)
         assert loss.item() == pytest.approx(value, rel=1e-14)
 
 
@@ -183,10 +198,10 @@ def test_both_passes_drop_the_same_units_and_the_first_sets_the_buffers():
     x, y = torch.randn(10, 4).double(), torch.randint(3, (10,))
     params = {name: w.detach() for name, w in net.named_parameters()}
     buffers = {name: b.clone() for name, b in net.named_buffers()}
-    objective = batch_objective(net, x, y)
-    found, loss, new = SAM(1e-9)(objective, params, buffers)
-    plain, same, expected = plain_gradient(objective, params, buffers)
-    torch.testing.assert_close(flatten(found), flatten(plain), rtol=1e-4, atol=1e-7)
+    objective = batch_objective(net, x, y, buffers)
+    found, loss, new = outcome(SAM(1e-9), objective, params)
+    plain, same, expected = outcome(PlainGradient(), objective, params)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-7)
     assert loss == same
     assert all(torch.equal(new[name], expected[name]) for name in new)
 
@@ -213,10 +228,10 @@ def test_stack_equals_single_runs(stage, grid):
         seeds=2,
     )
     recipe = Recipe(gradient=stage, optimizer=SGD(lr=0.2, momentum=0.5))
-    _, networks = fit(net, data, recipe, grid=grid, **arguments)
+    networks = fit(net, data, recipe, grid=grid, **arguments).networks
     ((name, values),) = grid.items()
     for value in values:
-        _, one = fit(net, data, recipe.with_values({name: value}), **arguments)
+        one = fit(net, data, recipe.with_values({name: value}), **arguments).networks
         for part in ("params", "buffers"):
             torch.testing.assert_close(
                 getattr(networks.select(**{name: value}), part),
@@ -232,7 +247,7 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
     data = two_gaussians(train_size=40, test_size=50)
     net = lambda: MLP(10, 8, 2, activation=nn.Tanh, batch_norm=True)
     recipe = Recipe(gradient=SAM(0.3, p, adaptive), optimizer=SGD(lr=0.2, momentum=0.9))
-    _, networks = fit(
+    networks = fit(
         net,
         data,
         recipe,
@@ -243,7 +258,7 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
         networks="last",
         dtype=torch.double,
         device="cpu",
-    )
+    ).networks
     module = initial_module(net, 4).double()
     base = torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9)
     optimizer = SAMOptimizer(base, 0.3, p, adaptive, model=module)
@@ -270,8 +285,3 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
 def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SAM(**arguments)
-
-
-def test_shards_need_to_know_the_batch():
-    with pytest.raises(TypeError, match="objective must have an attribute `examples`"):
-        SAM(m=2)(lambda p, b: (p["w"], b), {"w": torch.ones(())}, {})

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from flatmin import BatchTransform, mix, soft_targets
 from flatmin.batch import Dirac, Gaussian, LabelSmoothing, Mixup
+from flatmin.pipeline import Batch
 from flatmin.stack import stream
 
 SHAPES = {"features": (7,), "sequence": (3, 11), "image": (3, 6, 5), "video": (2, 3, 4, 4)}
@@ -51,10 +52,10 @@ def test_the_transform_draws_what_fit_draws():
         transform = BatchTransform(stage, 4, seed=7)
         other = batch(6, seed=1) if getattr(stage, "second_stream", False) else ()
         for t in range(3):
-            draw = stage.draw(y, stream(7, "batch", t), x.shape, *other[1:])
-            expected = stage(x, y, draw, 4, *other)
+            of = Batch(x, y, num_classes=4, other=Batch(*other) if other else None)
+            expected = stage(of, stage.draw(of, stream(7, "batch", t)))
             found = transform(x, y, *other)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert torch.equal(found[0], expected.x) and torch.equal(found[1], expected.y)
         resumed = BatchTransform(stage, 4, seed=7)
         resumed.count = transform.count
         for a, b in zip(resumed(x, y, *other), transform(x, y, *other), strict=True):
@@ -89,7 +90,7 @@ def test_two_loaders():
     second = DataLoader(data, 5, shuffle=True, generator=generator(4))
     for batch_, other in zip(DataLoader(data, 5), second, strict=True):
         draw = transform.vicinity.draw(
-            batch_[1], stream(0, "batch", transform.count), (5, 3), other[1]
+            Batch(*batch_, other=Batch(*other)), stream(0, "batch", transform.count)
         )
         x, y = transform(*batch_, *other)
         torch.testing.assert_close(

@@ -807,14 +807,14 @@ def test_one_closure_per_shard_is_m_sam():
     params = {name: w.detach().clone() for name, w in model.named_parameters()}
     x, y = batch()
     objective = batch_objective(network(), x, y)
-    expected = flatten(SAMStage(0.3, m=5)(objective, params, {})[0])
+    expected = flatten(SAMStage(0.3, m=5)(objective, params, (), t=0)[0])
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1.0), rho=0.3)
     shards = zip(x.split(5), y.split(5), strict=True)
     losses = optimizer.step([closure_of(model, optimizer, *shard) for shard in shards])
     torch.testing.assert_close(
         flatten(params) - flatten(weights_of(model)), expected, rtol=1e-12, atol=1e-14
     )
-    torch.testing.assert_close(sum(losses) / 2, objective(params, {})[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(sum(losses) / 2, objective(params), rtol=1e-12, atol=0)
 
 
 def test_a_broken_shard_skips_the_step():

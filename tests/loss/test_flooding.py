@@ -74,7 +74,7 @@ def test_composes_with_vmap_and_grad():
 @given(st.lists(losses, min_size=1, max_size=20), levels)
 def test_flooding_examples_is_at_least_flooding_their_mean(values, level):  # Jensen
     each = Flooding(level, per_example=True)(tensor(values))
-    batch = Flooding(level)(tensor(values))
+    batch = Flooding(level)(tensor(values), torch.arange(len(values)))  # whichever they are
     assert each >= batch - 1e-12 * (1 + batch.abs())
     if min(values) >= level or max(values) <= level:  # one side of the level: equality
         torch.testing.assert_close(each, batch, rtol=1e-12, atol=1e-12)

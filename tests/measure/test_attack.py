@@ -254,7 +254,7 @@ def trained(**more):
         parts[f"x_{name}"] = torch.randn(n, 5, generator=generator) + 1.5 * y[:, None] - 1.5
     clean = {f"y_{name}_clean": parts[f"y_{name}"] for name in ("train", "validation")}
     data = Data("shifted", 3, **parts, **clean)
-    return data, *fit(
+    return data, fit(
         lambda: MLP(5, 12, 3, batch_norm=True),
         data,
         Recipe(optimizer=SGD(0.1)),
@@ -279,7 +279,8 @@ def trained(**more):
     ids=["pgd", "fgsm", "l2, random starts"],
 )
 def test_an_attack_is_an_instrument(attack):
-    data, runs, networks = trained(instruments={"attacked": attack})
+    data, runs = trained(instruments={"attacked": attack})
+    networks = runs.networks
     for split in ("train", "test"):
         found = networks.measure(attack, data, split)
         assert found.dims == ("lr", "seed")
@@ -297,7 +298,8 @@ def test_an_attack_is_an_instrument(attack):
 
 
 def test_a_transferred_attack_on_the_stack_is_weaker_than_its_own():
-    data, runs, networks = trained()
+    data, runs = trained()
+    networks = runs.networks
     source = networks.module(lr=0.2, seed=networks.coords["seed"][0]).train()
     white = networks.measure(Attack(0.5), data)
     black = networks.measure(Attack(0.5, source=source), data)

@@ -260,7 +260,7 @@ def test_rescaling_changes_sharpness_but_not_adaptive_sharpness():
 def test_the_stack_is_the_module(instrument):
     data = two_gaussians(30, test_size=10)
     make = lambda: MLP(10, 8, 2, batch_norm=True)
-    _, networks = fit(
+    networks = fit(
         make,
         data,
         Recipe(optimizer=SGD(lr=0.1)),
@@ -269,7 +269,7 @@ def test_the_stack_is_the_module(instrument):
         batch_size=10,
         networks="last",
         dtype=torch.float64,
-    )
+    ).networks
     x, y = data.split("train")
     found = networks.measure(instrument, data, "train").values
     names = ["rho", "adaptive", "eta", "seed", "batch_size"]

@@ -609,7 +609,7 @@ def blobs(n=30, per_seed=0):
 def test_instrument_of_fit_and_networks(batch_norm, per_seed):
     data = [blobs(per_seed=1), blobs(per_seed=2)] if per_seed else blobs()
     of = {"within": ("within", "cosine"), "between": ("between", "sign")}
-    runs, networks = fit(
+    runs = fit(
         lambda: MLP(5, 6, 3, batch_norm=batch_norm),
         data,
         Recipe(),
@@ -623,6 +623,7 @@ def test_instrument_of_fit_and_networks(batch_norm, per_seed):
         dtype=torch.float64,
         instruments={name: ClassStiffness(3, *v, examples=12) for name, v in of.items()},
     )
+    networks = runs.networks
     matrices = networks.measure(ClassStiffness(3, "matrix", "sign", 12), data, "train")
     assert matrices.shape == (2, 2, 3, 3)
     for lr, seed in itertools.product([0.05, 0.2], runs.seed.values):

@@ -501,7 +501,7 @@ def test_memory_and_seeds():
 def stack():
     data = two_gaussians(30, test_size=10)
     make = lambda: MLP(10, 5, 2, batch_norm=True, activation=nn.Tanh)
-    _, networks = fit(
+    networks = fit(
         make,
         data,
         Recipe(optimizer=SGD(lr=0.1)),
@@ -510,7 +510,7 @@ def stack():
         batch_size=10,
         networks="last",
         dtype=torch.float64,
-    )
+    ).networks
     return networks, data
 
 

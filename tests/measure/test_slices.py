@@ -172,9 +172,9 @@ def test_the_stack_is_the_module(dimensions):
     x, y = data.split("train")
     make = lambda: MLP(10, 8, 2, batch_norm=True)
     recipe = Recipe(optimizer=SGD(lr=0.1))
-    _, networks = fit(
+    networks = fit(
         make, data, recipe, seeds=2, steps=10, batch_size=10, networks="last", dtype=torch.float64
-    )
+    ).networks
     instrument = LossSlice(0.8, 5, dimensions, seed=7, examples=21, batch_size=8, chunk_size=2)
     found = networks.measure(instrument, data, "train")
     assert found.shape == (2,) + (5,) * dimensions

@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from flatmin import Recipe, fit
 from flatmin.book import MLP, two_gaussians
 from flatmin.optimizer import SGD, Adam, TwoRates, lr_factor
+from flatmin.pipeline import Step
 
 
 def objective(params):
@@ -33,8 +34,7 @@ def ours(optimizer, steps=60):
     params = start()
     state = optimizer.init(params)
     for t in range(steps):
-        factor = lr_factor(optimizer.schedule, t / steps)
-        params, state = optimizer(params, grad(objective)(params), state, t, factor)
+        params, state = optimizer(grad(objective)(params), params, state, Step(t, of=steps))
     return params
 
 
@@ -94,17 +94,27 @@ def test_cosine_schedule_is_torchs(steps):
     optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for t in range(steps):
-        assert lr_factor("cosine", t / steps) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        factor = lr_factor("cosine", Step(t, of=steps))
+        assert factor == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         schedule.step()
 
 
 def test_schedules():
-    assert [lr_factor("constant", done) for done in (0.0, 0.3, 1.0)] == [1, 1, 1]
-    assert lr_factor("cosine", 1.0) == 0
-    assert lr_factor(lambda done: torch.tensor(1 - done), 0.25) == 0.75
+    assert [lr_factor("constant", Step(t, of=10)) for t in (0, 3, 10)] == [1, 1, 1]
+    assert lr_factor("cosine", Step(10, of=10)) == 0
+    assert lr_factor(lambda done: torch.tensor(1 - done), Step(1, of=4)) == 0.75
     slow = ours(SGD(lr=0.02, schedule=lambda done: 0.5))
     assert_same(slow, ours(SGD(lr=0.01)))
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, TwoRates])
+def test_a_schedule_needs_to_know_how_much_is_done(make):
+    w = {"w": torch.ones(2)}
+    call = lambda t, **settings: make(**settings)(w, w, make().init(w), t)[0]
+    assert torch.equal(call(3)["w"], call(Step(3, of=9))["w"])
+    with pytest.raises(TypeError, match=r"t must be a Step\(t, of=steps\) for .*'cosine', got 3"):
+        call(3, schedule="cosine")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +149,7 @@ def test_values_per_run_equal_separate_runs(optimizer, values):
 
     def step(params, state, hyper, t):
         one = dataclasses.replace(optimizer, **hyper)
-        return one(params, grad(objective)(params), state, t, 1.0)
+        return one(grad(objective)(params), params, state, t)
 
     for t in range(20):
         params, state = vmap(lambda p, s, h: step(p, s, h, t))(params, state, tensors)  # noqa: B023
@@ -154,7 +164,7 @@ def test_a_step_changes_nothing_in_place():
         state = optimizer.init(params)
         gradient = grad(objective)(params)
         before = [w.clone() for w in (*params.values(), *gradient.values())]
-        optimizer(params, gradient, state, 0, 1.0)
+        optimizer(gradient, params, state, 0)
         after = [*params.values(), *gradient.values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert all(not w.any() for part in state.values() for w in part.values())
@@ -198,20 +208,20 @@ def test_numpy_numbers_are_accepted():
 
 @given(st.floats(0.01, 0.5), st.floats(0.01, 0.5), st.integers(2, 5), st.floats(0, 0.1))
 def test_two_rates_is_torchs_sgd_with_a_rate_that_changes_sign(down, up, period, weight_decay):
-    stage = TwoRates(down, up, period, weight_decay)
+    stage = TwoRates(down, up, period, weight_decay, schedule=lambda done: 0.5)
     w = {"w": torch.tensor([1.0, -2.0]).double()}
     theirs = torch.nn.Parameter(w["w"].clone())
     optimizer = torch.optim.SGD([theirs], lr=down)
     for t in range(2 * period):
         g = torch.sin(theirs.detach())
-        w, state = stage(w, {"w": torch.sin(w["w"])}, {}, t=t, factor=0.5)
+        w, state = stage({"w": torch.sin(w["w"])}, w, (), Step(t, of=2 * period))
         ascent = t % period == period - 1
         theirs.grad = (
             -(g + weight_decay * theirs.detach()) if ascent else g + weight_decay * theirs.detach()
         )
         optimizer.param_groups[0]["lr"] = 0.5 * (up if ascent else down)
         optimizer.step()
-        assert state == {}
+        assert state == ()
     torch.testing.assert_close(w["w"], theirs.detach(), rtol=1e-12, atol=1e-14)
 
 

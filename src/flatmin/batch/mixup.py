@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from .._checks import hyperparameter, whole
-from .._targets import floating, soft_targets, target_dtype
+from .._random import beta_quantile
+from .._stage import Batch, BatchStage
+from .._targets import classes_of, floating, soft_targets, target_dtype
 from .._tree import Params
 
 __all__ = ["Mixup", "combine", "dirichlet_weights", "mix", "mix_losses"]
@@ -204,13 +206,9 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     >>> dirichlet_weights(u, 0.0)[0]
     tensor([1., 1., 1.], dtype=torch.float64)
     """
-    from scipy.special import betaincinv  # here, so that importing flatmin is fast
-
     rest, weights = torch.ones_like(u[0]), []
     for j, uniform in enumerate(u, 1):
-        share = torch.ones_like(uniform)
-        if alpha > 0:
-            share = torch.as_tensor(betaincinv(alpha, (len(u) + 1 - j) * alpha, uniform.numpy()))
+        share = beta_quantile(uniform, alpha, (len(u) + 1 - j) * alpha)
         weights.append(share * rest)
         rest = rest * (1 - share)
     return torch.stack([*weights, rest])
@@ -220,7 +218,7 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Mixup:
+class Mixup(BatchStage):
     r"""Convex combinations of examples and of their labels.
 
     .. math:: \tilde x=\sum_{j=1}^k w_j x_{\pi_j(i)},\quad
@@ -259,10 +257,10 @@ class Mixup:
     >>> x, y = torch.tensor([[0.0], [8.0]]), torch.tensor([0, 1])
     >>> draw = {"weights": torch.tensor([[0.75, 0.75], [0.25, 0.25]]),
     ...         "partners": torch.tensor([[1, 0]])}
-    >>> mixup(x, y, draw, num_classes=2)[0]
+    >>> mixup(Batch(x, y, num_classes=2), draw).x
     tensor([[2.],
             [6.]])
-    >>> draw = mixup.draw(y, torch.Generator().manual_seed(0), x.shape)
+    >>> draw = mixup.draw(Batch(x, y), torch.Generator().manual_seed(0))
     >>> {name: list(v.shape) for name, v in draw.items()}
     {'weights': [2, 2], 'partners': [1, 2]}
     """
@@ -283,14 +281,13 @@ class Mixup:
                 f"partners must be 'any', 'same' or 'different', got {self.partners!r}"
             )
 
-    def draw(
-        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
-    ) -> Params:
+    def draw(self, batch: Batch, generator: torch.Generator) -> Params:
         """Weights [k, n], float64, and the k−1 partners of each example, int64 [k−1, n]."""
-        n, examples = len(y), len(y) if self.per_example else 1
+        y, n = batch.y, len(batch.y)
+        examples = n if self.per_example else 1
         u = torch.rand(self.k - 1, examples, generator=generator, dtype=torch.float64)
         weights = dirichlet_weights(u, self.alpha).expand(self.k, n)
-        (pool,) = y_other or (y,)
+        pool = (batch.other or batch).y
         if self.partners == "any":
             partners = _any_partners(n, len(pool), self.k - 1, generator)
             return {"weights": weights, "partners": partners}
@@ -298,20 +295,17 @@ class Mixup:
         unmixed = torch.zeros_like(weights).index_fill(0, torch.tensor(0), 1.0)
         return {"weights": torch.where(exists, weights, unmixed), "partners": partners}
 
-    def __call__(
-        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        y = soft_targets(y, num_classes, self.smoothing, target_dtype(floating("x", x)))
+    def __call__(self, batch: Batch, draw: Params) -> Batch:
+        dtype = target_dtype(floating("x", batch.x))
+        soft = lambda y: soft_targets(y, classes_of(batch), self.smoothing, dtype)
+        batch = batch._replace(y=soft(batch.y))
         if not isinstance(self.alpha, Tensor) and self.alpha == 0:
-            return x, y
-        x_pool, y_pool = other or (x, y)
-        if other:
-            y_pool = soft_targets(y_pool, num_classes, self.smoothing, y.dtype)
-        x, y = (
-            combine(draw["weights"], (own, *(pool[partner] for partner in draw["partners"])))
-            for own, pool in ((x, x_pool), (y, y_pool))
+            return batch
+        pool = batch.other._replace(y=soft(batch.other.y)) if batch.other else batch
+        mixed = lambda own, pool: combine(
+            draw["weights"], (own, *(pool[partner] for partner in draw["partners"]))
         )
-        return x, y
+        return batch._replace(x=mixed(batch.x, pool.x), y=mixed(batch.y, pool.y))
 
 
 def _any_partners(n: int, m: int, k: int, generator: torch.Generator) -> Tensor:

@@ -10,42 +10,35 @@ training step draws from it (Chapelle, Weston, Bottou & Vapnik, *Vicinal Risk Mi
 Mixup is another such distribution (:mod:`flatmin.batch.mixup`).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .._checks import hyperparameter
-from .._targets import floating, soft_targets, target_dtype
+from .._stage import Batch, BatchStage
+from .._targets import classes_of, floating, soft_targets, target_dtype
 from .._tree import Params
 
 __all__ = ["Dirac", "Gaussian", "LabelSmoothing"]
 
 
 @dataclass(frozen=True)
-class Dirac:
+class Dirac(BatchStage):
     """The vicinity is the example itself: empirical risk minimization.
 
     Examples
     --------
-    >>> Dirac()(torch.ones(1, 2), torch.tensor([0]), {}, num_classes=3)
-    (tensor([[1., 1.]]), tensor([0]))
+    >>> batch = Batch(torch.ones(1, 2), torch.tensor([0]))
+    >>> Dirac()(batch, draw={}) == batch
+    True
     """
 
-    def draw(
-        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
-    ) -> Params:
-        return {}
-
-    def __call__(
-        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return x, y
+    def __call__(self, batch: Batch, draw: Params) -> Batch:
+        return batch
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(BatchStage):
     r"""Noise on the inputs: :math:`\tilde x\sim\mathcal N(x_i,\sigma^2 I)`, :math:`\tilde y=y_i`.
 
     The vicinity that Chapelle et al. (NIPS 2000) study.
@@ -57,9 +50,9 @@ class Gaussian:
 
     Examples
     --------
-    >>> noise = {"noise": torch.tensor([[1.0, -2.0]])}
-    >>> Gaussian(sigma=0.1)(torch.ones(1, 2), torch.tensor([0]), noise, num_classes=3)
-    (tensor([[1.1000, 0.8000]]), tensor([0]))
+    >>> batch = Batch(torch.ones(1, 2), torch.tensor([0]))
+    >>> Gaussian(sigma=0.1)(batch, {"noise": torch.tensor([[1.0, -2.0]])}).x
+    tensor([[1.1000, 0.8000]])
     """
 
     sigma: float = 0.1
@@ -67,19 +60,16 @@ class Gaussian:
     def __post_init__(self) -> None:
         hyperparameter("sigma", self.sigma, 0)
 
-    def draw(
-        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
-    ) -> Params:
-        return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
+    def draw(self, batch: Batch, generator: torch.Generator) -> Params:
+        return {"noise": torch.randn(batch.x.shape, generator=generator, dtype=torch.float32)}
 
-    def __call__(
-        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return floating("x", x) + self.sigma * draw["noise"].to(x.dtype), y
+    def __call__(self, batch: Batch, draw: Params) -> Batch:
+        x = floating("x", batch.x)
+        return batch._replace(x=x + self.sigma * draw["noise"].to(x.dtype))
 
 
 @dataclass(frozen=True)
-class LabelSmoothing:
+class LabelSmoothing(BatchStage):
     r"""A vicinity on the labels: :math:`\tilde x=x_i`, :math:`\tilde y=(1-s)\,e_{y_i}+s/K`.
 
     The expectation of a label that, with probability s, is redrawn uniformly from all K classes.
@@ -96,8 +86,9 @@ class LabelSmoothing:
 
     Examples
     --------
-    >>> LabelSmoothing(0.2)(torch.ones(1, 1), torch.tensor([0]), {}, num_classes=2)
-    (tensor([[1.]]), tensor([[0.9000, 0.1000]]))
+    >>> batch = Batch(torch.ones(1, 1), torch.tensor([0]), num_classes=2)
+    >>> LabelSmoothing(0.2)(batch, draw={}).y
+    tensor([[0.9000, 0.1000]])
     """
 
     smoothing: float = 0.1
@@ -105,12 +96,6 @@ class LabelSmoothing:
     def __post_init__(self) -> None:
         hyperparameter("smoothing", self.smoothing, 0, 1)
 
-    def draw(
-        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
-    ) -> Params:
-        return {}
-
-    def __call__(
-        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return x, soft_targets(y, num_classes, self.smoothing, target_dtype(x))
+    def __call__(self, batch: Batch, draw: Params) -> Batch:
+        dtype = target_dtype(batch.x)
+        return batch._replace(y=soft_targets(batch.y, classes_of(batch), self.smoothing, dtype))

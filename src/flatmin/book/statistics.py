@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..stack import Runs
+
 if TYPE_CHECKING:
     import xarray as xr
 
 __all__ = ["mean_interval", "pm"]
 
 
-def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0.95) -> xr.Dataset:
+def mean_interval(
+    values: xr.DataArray | xr.Dataset | Runs, dim: str = "seed", confidence: float = 0.95
+) -> xr.Dataset:
     r"""The mean over ``dim`` and its Student-t confidence interval.
 
     .. math:: \bar v \pm t_{(1+c)/2,\,n-1}\; s/\sqrt n
@@ -20,7 +24,7 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
 
     Parameters
     ----------
-    values : DataArray
+    values : DataArray, Dataset or Runs
         With a dimension ``dim`` of length :math:`n \ge 2`.
     dim : str
         What varies between repetitions.
@@ -31,7 +35,8 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
     -------
     Dataset
         ``mean``, ``low``, ``high`` and ``half`` (half the width), without ``dim``.  One NaN among
-        the values makes all four NaN: a diverged run is not averaged away.
+        the values makes all four NaN: a diverged run is not averaged away.  Of a Dataset or of
+        Runs, every variable has the four along a dimension ``statistic``.
 
     Examples
     --------
@@ -44,8 +49,17 @@ def mean_interval(values: xr.DataArray, dim: str = "seed", confidence: float = 0
     import xarray as xr  # here, to keep importing flatmin fast
     from scipy.special import stdtrit
 
+    dataset = values.data if isinstance(values, Runs) else values
+    if isinstance(dataset, xr.Dataset):
+        of_each = {
+            name: mean_interval(v, dim, confidence).to_array("statistic")
+            for name, v in dataset.data_vars.items()
+        }
+        return xr.Dataset(of_each)
     if not isinstance(values, xr.DataArray):
-        raise TypeError(f"values must be a DataArray, got {type(values).__name__}")
+        raise TypeError(
+            f"values must be a DataArray, a Dataset or Runs, got {type(values).__name__}"
+        )
     if dim not in values.dims:
         raise ValueError(f"dim must be one of {list(values.dims)}, got {dim!r}")
     if not 0 < confidence < 1:

@@ -2,6 +2,14 @@
 
 from .._ball import dual_norm_perturbation
 from .penalty import GradientPenalty
+from .plain import Clipped, PlainGradient
 from .sam import SAM, sam_gradient
 
-__all__ = ["SAM", "GradientPenalty", "dual_norm_perturbation", "sam_gradient"]
+__all__ = [
+    "SAM",
+    "Clipped",
+    "GradientPenalty",
+    "PlainGradient",
+    "dual_norm_perturbation",
+    "sam_gradient",
+]

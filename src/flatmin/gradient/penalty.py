@@ -12,16 +12,16 @@ unnormalized form, the penalized gradient norm, implicit gradient regularization
 form of flooding.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
-from torch.func import grad_and_value, vjp
+from torch.func import grad, grad_and_value, vjp
 
 from .._ball import dual_norm_perturbation
 from .._checks import hyperparameter, number
+from .._objective import Objective
+from .._stage import GradientStage
 from .._tree import Params, plus
 
 __all__ = ["GradientPenalty"]
@@ -36,7 +36,7 @@ def _unit(v: Params) -> Params:
 
 
 @dataclass(frozen=True)
-class GradientPenalty:
+class GradientPenalty(GradientStage):
     r"""Gradient stage of a recipe: the gradient of a penalized loss.
 
     .. math:: d = g + \lambda D_r v, \qquad v = g \text{ or } g/\|g\|
@@ -91,10 +91,9 @@ class GradientPenalty:
     For :math:`L=\frac12hw^2` the penalized gradient is :math:`hw+\lambda h^2w`:
 
     >>> import torch
-    >>> bowl = lambda params, buffers: (0.5 * 3.0 * params["w"] ** 2, buffers)
-    >>> direction, loss, _ = GradientPenalty(0.1)(bowl, {"w": torch.tensor(2.0)}, {})
-    >>> direction, loss
-    ({'w': tensor(7.8000)}, tensor(6.))
+    >>> bowl = Objective.of(lambda params: 0.5 * 3.0 * params["w"] ** 2)
+    >>> GradientPenalty(0.1)(bowl, {"w": torch.tensor(2.0)}, (), t=0)[0]
+    {'w': tensor(7.8000)}
     """
 
     penalty: float = 0.0
@@ -114,25 +113,24 @@ class GradientPenalty:
             raise ValueError(f"radius must be > 0, got {self.radius!r}")
 
     def __call__(
-        self, objective: Callable[..., Any], params: Params, buffers: Params
-    ) -> tuple[Params, Tensor, Params]:
-        def field(params: Params) -> Any:
-            return grad_and_value(objective, has_aux=True)(params, buffers)
-
+        self, objective: Objective, params: Params, state: Any, t: int
+    ) -> tuple[Params, Any]:
         v_of = (lambda g: g) if self.squared else _unit
         if self.difference is None:
+            field = grad_and_value(objective.value, has_aux=True)
             linearized: Any = vjp(field, params, has_aux=True)
-            g, hessian_times, (loss, buffers) = linearized
-            return plus(g, hessian_times(v_of(g))[0], self.penalty), loss, buffers
+            g, hessian_times, first_pass = linearized
+            objective.keep(*first_pass)
+            return plus(g, hessian_times(v_of(g))[0], self.penalty), state
 
-        g, (loss, new_buffers) = field(params)
+        g = objective.gradient(params)
         v = v_of(g)
         r, alpha = (
             (self.penalty, 1.0)
             if self.radius is None
             else (self.radius, self.penalty / self.radius)
         )
-        gradient_at = lambda r: field(plus(params, v, r))[0]
+        gradient_at = lambda r: grad(objective)(plus(params, v, r))
         mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
         if self.difference == "forward":
             direction = mix(1 - alpha, g, alpha, gradient_at(r))
@@ -140,7 +138,7 @@ class GradientPenalty:
             direction = mix(1 + alpha, g, -alpha, gradient_at(-r))
         else:
             direction = plus(g, mix(1, gradient_at(r), -1, gradient_at(-r)), alpha / 2)
-        return direction, loss, new_buffers
+        return direction, state
 
     # Members of the family by name: each returns an instance of the class above.
 

@@ -13,7 +13,7 @@ with :math:`g=\nabla L(w)`: the worst point is found to first order, and the der
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map
 
 from .._ball import check_ball, dual_norm_perturbation
 from .._checks import whole
+from .._objective import Objective
+from .._stage import GradientStage
 from .._tree import Params, plus
 
 __all__ = ["SAM", "sam_gradient"]
@@ -31,7 +33,7 @@ Result = tuple[Params, Tensor, Params]  # the direction, the loss, the new buffe
 
 
 @dataclass(frozen=True)
-class SAM:
+class SAM(GradientStage):
     r"""Gradient stage of a recipe: the gradient at the worst point of the neighbourhood.
 
     .. math::
@@ -75,13 +77,9 @@ class SAM:
     level, and to first order the step would descend :math:`|L-b|+\rho\|g\|` instead of
     :math:`\big|L+\rho\|g\|-b\big|`: another method.)  With m-SAM every shard is flooded by itself.
 
-    The returned loss is the raw one at :math:`w`, and the buffers (batch statistics, dropout's
+    The loss of the step is the raw one at :math:`w`, and its buffers (batch statistics, dropout's
     counters) are those after the pass at :math:`w`; both passes start from the same buffers.  With
     several shards, whose batch statistics differ, the buffers are averaged.
-
-    Beyond ``objective(params, buffers)``, SAM uses ``objective.raw``, the same without the loss
-    stage, if it exists.  m-SAM needs ``objective.examples``, the batch size, and in both functions
-    a third argument ``rows`` (int64): which examples to take.
 
     References
     ----------
@@ -92,10 +90,9 @@ class SAM:
     --------
     For :math:`L=\frac12hw^2` SAM's gradient is :math:`h(w+\rho\,\mathrm{sign}\,w)`:
 
-    >>> bowl = lambda params, buffers: (0.5 * 3.0 * params["w"] ** 2, buffers)
-    >>> direction, loss, _ = SAM(rho=0.1)(bowl, {"w": torch.tensor(2.0)}, {})
-    >>> direction, loss
-    ({'w': tensor(6.3000)}, tensor(6.))
+    >>> bowl = Objective.of(lambda params: 0.5 * 3.0 * params["w"] ** 2)
+    >>> SAM(rho=0.1)(bowl, {"w": torch.tensor(2.0)}, (), t=0)[0]
+    {'w': tensor(6.3000)}
     """
 
     rho: float = 0.05
@@ -131,53 +128,40 @@ class SAM:
             ]
         return dict(zip(params, epsilon, strict=True))
 
-    def __call__(self, objective: Callable[..., Any], params: Params, buffers: Params) -> Result:
-        raw = getattr(objective, "raw", objective)
-        if self.m is None:
-            return self._one_shard(objective, raw, params, buffers)
-        if not hasattr(objective, "examples"):
-            raise TypeError(
-                "objective must have an attribute `examples`, the size of the batch, "
-                f"if m is set, got {objective!r}"
-            )
-        return self._all_shards(objective, raw, params, buffers)
+    def __call__(
+        self, objective: Objective, params: Params, state: Any, t: int
+    ) -> tuple[Params, Any]:
+        one = self._one_shard if self.m is None else self._all_shards
+        direction, loss, buffers = one(objective, params)
+        objective.keep(loss, buffers)
+        return direction, state
 
-    def _one_shard(
-        self,
-        objective: Callable[..., Any],
-        raw: Callable[..., Any],
-        params: Params,
-        buffers: Params,
-        *rows: Tensor,
-    ) -> Result:
-        g, (loss, new_buffers) = grad_and_value(raw, has_aux=True)(params, buffers, *rows)
-
-        def perturbed(params: Params, perturbation: Params) -> Any:
-            return objective(plus(params, perturbation), buffers, *rows)
-
+    def _one_shard(self, objective: Objective, params: Params, rows: Any = ...) -> Result:
+        raw = lambda w: objective.value(w, rows, raw=True)
+        g, (loss, buffers) = grad_and_value(raw, has_aux=True)(params)
+        perturbed = lambda w, epsilon: objective(plus(w, epsilon), rows)
         if self.exact:
-            raw_gradient = lambda params: grad(raw, has_aux=True)(params, buffers, *rows)[0]
-            epsilon = lambda params: self.perturbation(params, raw_gradient(params))
-            worst = lambda params: perturbed(params, epsilon(params))
-            direction, _ = grad(worst, has_aux=True)(params)
+            epsilon = lambda w: self.perturbation(w, grad(raw, has_aux=True)(w)[0])
+            direction = grad(lambda w: perturbed(w, epsilon(w)))(params)
         else:
-            direction, _ = grad(perturbed, has_aux=True)(params, self.perturbation(params, g))
-        return direction, loss, new_buffers
+            direction = grad(perturbed)(params, self.perturbation(params, g))
+        return direction, loss, buffers
 
-    def _all_shards(
-        self, objective: Any, raw: Callable[..., Any], params: Params, buffers: Params
-    ) -> Result:
-        n, m = objective.examples, min(self.m, objective.examples)
+    def _all_shards(self, objective: Objective, params: Params) -> Result:
+        n = objective.size
+        m = min(self.m or n, n)
         rows = torch.arange(n, device=next(iter(params.values())).device)
         full, rest = rows[: n // m * m].view(-1, m), rows[n // m * m :].view(1, -1)
         parts = [*full.split(self.chunk_size or len(full)), *[rest] * (n % m > 0)]
-        one = lambda rows, buffers: self._one_shard(objective, raw, params, buffers, rows)
+        one = lambda rows, buffers: self._one_shard(
+            replace(objective, buffers=buffers), params, rows
+        )
         average: Result | None = None
         for part in parts:
             if len(part) == 1:
-                result = one(part[0], buffers)
+                result = one(part[0], objective.buffers)
             else:  # each shard has its own buffers, which it may change in place
-                own = {name: b.expand(len(part), *b.shape) for name, b in buffers.items()}
+                own = {name: b.expand(len(part), *b.shape) for name, b in objective.buffers.items()}
                 result = tree_map(_average, vmap(one)(part, own))
             average = _add(average, result, part.numel() / n)
         return average  # type: ignore[return-value]  # a batch has at least one part
@@ -223,4 +207,4 @@ def sam_gradient(
     {'w': tensor(6.3000)}
     """
     sam = SAM(rho, p, **settings)  # type: ignore[arg-type]  # see Recipe: or tensors
-    return sam(lambda params, buffers: (loss(params), buffers), params, {})[0]
+    return sam(Objective.of(loss), params, (), t=0)[0]

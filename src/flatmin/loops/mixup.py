@@ -1,7 +1,6 @@
 """Mixup and the other batch transforms, for a training loop of your own."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,21 +8,9 @@ from torch.utils.data import default_collate, get_worker_info
 
 from .._checks import whole
 from .._random import stream
-from .._tree import Params
+from .._stage import Batch, BatchStage
 
 __all__ = ["BatchTransform"]
-
-
-class BatchStage(Protocol):
-    """What fills the batch stage, see :class:`flatmin.Recipe`."""
-
-    def draw(
-        self, y: Tensor, generator: torch.Generator, shape: Sequence[int], *y_other: Tensor
-    ) -> Params: ...
-
-    def __call__(
-        self, x: Tensor, y: Tensor, draw: Params, num_classes: int, *other: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 class BatchTransform:
@@ -92,9 +79,11 @@ class BatchTransform:
             raise TypeError("other must be the inputs and the labels of a second batch")
         for labels in (y, *other[1:]):
             self._check_labels(labels)
-        draw = self.vicinity.draw(y, self._generator(), x.shape, *other[1:])
-        draw = {name: v.to(x.device) for name, v in draw.items()}
-        return self.vicinity(x, y, draw, self.num_classes, *other)
+        second = Batch(other[0], other[1]) if other else None
+        batch = Batch(x, y, num_classes=self.num_classes, other=second)
+        draw = self.vicinity.draw(batch, self._generator())
+        batch = self.vicinity(batch, {name: v.to(x.device) for name, v in draw.items()})
+        return batch.x, batch.y
 
     def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
         """The batch of the samples ``(x, y)``: ``DataLoader(..., collate_fn=….collate)``."""

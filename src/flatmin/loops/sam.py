@@ -105,6 +105,7 @@ class SAM(torch.optim.Optimizer):
     --------
     A closure, as ``torch.optim.LBFGS`` takes it:
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Linear(3, 1)
     >>> x, y = torch.ones(4, 3), torch.zeros(4, 1)
     >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .._checks import hyperparameter
+from .._stage import LossStage
 
 __all__ = ["Flooding", "flood"]
 
@@ -48,7 +49,7 @@ def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Flooding:
+class Flooding(LossStage):
     r"""Flooding as the loss stage of a recipe.
 
     Parameters
@@ -73,7 +74,7 @@ class Flooding:
     def __post_init__(self) -> None:
         hyperparameter("flood_level", self.flood_level, 0)
 
-    def __call__(self, losses: Tensor) -> Tensor:
+    def __call__(self, losses: Tensor, rows: Tensor | None = None) -> Tensor:
         if self.per_example:
             return flood(losses, self.flood_level).mean()
         return flood(losses.mean(), self.flood_level)

@@ -267,7 +267,8 @@ class Attack:
     >>> from flatmin import fit
     >>> from flatmin.book import MLP, two_gaussians
     >>> data = two_gaussians(test_size=100)
-    >>> runs, networks = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> runs = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> networks = runs.networks
     >>> white = networks.measure(Attack(eps=0.5), data)
     >>> source = networks.module(seed=runs.seed.values[0])
     >>> transferred = networks.measure(Attack(eps=0.5, source=source), data)

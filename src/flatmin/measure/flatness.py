@@ -354,7 +354,8 @@ class Sharpness:
     >>> from flatmin import fit
     >>> from flatmin.book import MLP, two_gaussians
     >>> data = two_gaussians(test_size=100)
-    >>> runs, networks = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> runs = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> networks = runs.networks
     >>> one = networks.measure(Sharpness(rho=0.1, m=1), data, "train")
     >>> bool((one > networks.measure(Sharpness(rho=0.1), data, "train")).all())
     True

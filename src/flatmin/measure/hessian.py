@@ -744,7 +744,8 @@ class HessianEigenvalues(_Instrument):
     >>> from flatmin import fit
     >>> from flatmin.book import MLP, two_gaussians
     >>> data = two_gaussians(test_size=100)
-    >>> runs, networks = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> runs = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> networks = runs.networks
     >>> networks.measure(HessianEigenvalues(top=5, bottom=1), data, "train").shape
     (3, 6)
     """

@@ -229,7 +229,8 @@ class LossSlice:
     >>> from flatmin import fit
     >>> from flatmin.book import MLP, two_gaussians
     >>> data = two_gaussians(test_size=100)
-    >>> runs, networks = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> runs = fit(lambda: MLP(10, 16, 2), data, steps=20, seeds=3, networks="last")
+    >>> networks = runs.networks
     >>> line = LossSlice(radius=1, points=11)
     >>> line.coordinates[:3]
     tensor([-1.0000, -0.8000, -0.6000])

@@ -6,6 +6,7 @@ at once and every run can have its own learning rate, momentum or weight decay.
 
 from .._schedule import lr_factor
 from .adam import Adam
+from .averaging import EMA, SWA
 from .sgd import SGD, TwoRates
 
-__all__ = ["Adam", "SGD", "TwoRates", "lr_factor"]
+__all__ = ["EMA", "SGD", "SWA", "Adam", "TwoRates", "lr_factor"]

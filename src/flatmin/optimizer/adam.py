@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import torch
 
 from .._checks import hyperparameter
-from .._schedule import check_schedule
+from .._schedule import check_schedule, lr_factor
+from .._stage import OptimizerStage
 from .._tree import Params, decayed
 
 __all__ = ["Adam"]
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(OptimizerStage):
     r"""Adam (Kingma & Ba, 2015, Algorithm 1).
 
     .. math::
@@ -30,7 +31,7 @@ class Adam:
     --------
     >>> step = Adam(lr=0.1)
     >>> w = {"w": torch.tensor(1.0)}
-    >>> new, _ = step(w, {"w": torch.tensor(30.0)}, step.init(w), t=0, factor=1.0)
+    >>> new, _ = step({"w": torch.tensor(30.0)}, w, step.init(w), t=0)
     >>> new                          # the first step is lr long, whatever the gradient's size
     {'w': tensor(0.9000)}
     """
@@ -54,9 +55,10 @@ class Adam:
         return {"mean": zeros(), "square": zeros()}
 
     def __call__(
-        self, params: Params, grads: Params, state: dict[str, Params], t: int, factor: float
+        self, grads: Params, params: Params, state: dict[str, Params], t: int
     ) -> tuple[Params, dict[str, Params]]:
-        lr, grads = self.lr * factor, decayed(grads, self.weight_decay, params)
+        lr = self.lr * lr_factor(self.schedule, t)
+        grads = decayed(grads, self.weight_decay, params)
         new: Params = {}
         mean: Params = {}
         square: Params = {}

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import hyperparameter, whole
-from .._schedule import check_schedule
+from .._schedule import check_schedule, lr_factor
+from .._stage import OptimizerStage
 from .._tree import Params, decayed, fused_plus
 
 __all__ = ["SGD", "TwoRates"]
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(OptimizerStage):
     r"""Gradient descent with momentum :math:`\mu` and weight decay :math:`\lambda`.
 
     .. math:: v \leftarrow \mu v + (g + \lambda\theta), \qquad \theta \leftarrow \theta - \eta v
@@ -36,7 +38,7 @@ class SGD:
     Examples
     --------
     >>> step = SGD(lr=0.5)
-    >>> step({"w": torch.tensor(1.0)}, {"w": torch.tensor(0.2)}, {}, t=0, factor=1.0)
+    >>> step({"w": torch.tensor(0.2)}, {"w": torch.tensor(1.0)}, {}, t=0)
     ({'w': tensor(0.9000)}, {})
     """
 
@@ -58,9 +60,10 @@ class SGD:
         return {"velocity": {name: torch.zeros_like(w) for name, w in params.items()}}
 
     def __call__(
-        self, params: Params, grads: Params, state: dict[str, Params], t: int, factor: float
+        self, grads: Params, params: Params, state: dict[str, Params], t: int
     ) -> tuple[Params, dict[str, Params]]:
-        lr, grads = self.lr * factor, decayed(grads, self.weight_decay, params)
+        lr = self.lr * lr_factor(self.schedule, t)
+        grads = decayed(grads, self.weight_decay, params)
         new: Params = {}
         velocity: Params = {}
         for name, w in params.items():
@@ -73,7 +76,7 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class TwoRates:
+class TwoRates(OptimizerStage):
     r"""Gradient descent that takes every ``period``-th step *up*, with a smaller rate.
 
     .. math::
@@ -103,7 +106,7 @@ class TwoRates:
 
     >>> step, w = TwoRates(lr=0.5, ascent_lr=0.2), {"w": torch.tensor(1.0)}
     >>> for t in range(2):
-    ...     w, _ = step(w, w, {}, t=t, factor=1.0)       # the gradient of L is w
+    ...     w, _ = step(w, w, (), t)       # the gradient of L is w
     >>> w
     {'w': tensor(0.6000)}
     """
@@ -120,12 +123,8 @@ class TwoRates:
         check_schedule(self.schedule)
         whole("period", self.period, 2)
 
-    def init(self, params: Params) -> dict[str, Params]:
-        return {}
-
-    def __call__(
-        self, params: Params, grads: Params, state: dict[str, Params], t: int, factor: float
-    ) -> tuple[Params, dict[str, Params]]:
-        rate = (self.lr if (t + 1) % self.period else -self.ascent_lr) * factor
+    def __call__(self, grads: Params, params: Params, state: Any, t: int) -> tuple[Params, Any]:
+        rate = self.lr if (t + 1) % self.period else -self.ascent_lr
+        rate = rate * lr_factor(self.schedule, t)
         grads = decayed(grads, self.weight_decay, params)
-        return {name: fused_plus(w, -rate, grads[name]) for name, w in params.items()}, {}
+        return {name: fused_plus(w, -rate, grads[name]) for name, w in params.items()}, state

@@ -160,7 +160,7 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
         seeds=settings["seeds"],
         networks="last",
         device="cpu",
-    )[1]
+    ).networks
     model = kept.module(lr=1e-3, seed=1)
     found = records["stiffness_training"].sel(**unit, lr=1e-3, seed=1, step=2)
     probes = {s: [t[:50] for t in data.split(s)] for s in ("train", "validation")}
@@ -363,7 +363,7 @@ def test_m_sharpness_is_that_of_the_networks_that_fit_keeps(records):
         seeds=settings["seeds"],
         networks="last",
         device="cpu",
-    )[1]
+    ).networks
     model = kept.module(rho=0.05, seed=1)
     for m in settings["measured_m"]:
         ours = sharpness(model, example_losses, data.x_train[:16], data.y_train[:16], 0.05, m=m)

@@ -633,7 +633,7 @@ def test_the_study_equals_fit(tmp_path):
     alone = fit(
         lambda: MLP(2, 8, 8, 8, 8, 2, bias=False, batch_norm=True),
         data,
-        Recipe(Flooding(0.3), optimizer=SGD(lr=0.01, momentum=0.9)),
+        Recipe(loss=Flooding(0.3), optimizer=SGD(lr=0.01, momentum=0.9)),
         steps=4,
         batch_size=None,
         seeds=2,

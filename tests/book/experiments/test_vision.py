@@ -125,8 +125,8 @@ RECIPES = {
         CNN,
         Recipe(optimizer=Adam(0.01, weight_decay=0.1, schedule=vision.step_decay(0.5))),
     ),
-    "flooding": (CNN, Recipe(Flooding(0.9), optimizer=SGD(0.1))),
-    "flooding an example": (CNN, Recipe(Flooding(0.9, per_example=True), optimizer=SGD(0.1))),
+    "flooding": (CNN, Recipe(loss=Flooding(0.9), optimizer=SGD(0.1))),
+    "flooding an example": (CNN, Recipe(loss=Flooding(0.9, per_example=True), optimizer=SGD(0.1))),
     "mixup": (CNN, Recipe(batch=Mixup(0.7), optimizer=SGD(0.1))),
     "mixup, three": (CNN, Recipe(batch=Mixup(0.7, k=3, per_example=True), optimizer=SGD(0.1))),
     "sam": (CNN, Recipe(gradient=SAM(0.3), optimizer=SGD(0.1, 0.9, 0.01))),
@@ -136,9 +136,9 @@ RECIPES = {
     ),
     "sam, flooding, mixup": (
         CNN,
-        Recipe(Flooding(1.0), SAM(0.3), SGD(0.1), batch=Mixup(1.0)),
+        Recipe(Mixup(1.0), loss=Flooding(1.0), gradient=SAM(0.3), optimizer=SGD(0.1)),
     ),
-    "m-sam": (PLAIN_CNN, Recipe(Flooding(1.0), SAM(0.3, m=4), SGD(0.1))),
+    "m-sam": (PLAIN_CNN, Recipe(loss=Flooding(1.0), gradient=SAM(0.3, m=4), optimizer=SGD(0.1))),
     "mlp": (lambda: MLP(192, 6, 3), Recipe(optimizer=SGD(0.1))),
 }
 
@@ -150,7 +150,7 @@ def test_same_as_fit(name, work):
         model, DATA, recipe, work, epochs=4, batch_size=10, seed=5, evaluate_at=[0, 2, 4], **EXACT
     )
     splits = ["train", "train_clean", "validation", "validation_clean", "test"]
-    expected, networks = fit(
+    expected = fit(
         model,
         DATA,
         recipe,
@@ -167,7 +167,7 @@ def test_same_as_fit(name, work):
     assert {*found.data_vars} == {f"{s}_{m}" for s in splits for m in ("loss", "error")}
     for key in found:
         np.testing.assert_allclose(found[key], expected[key].sel(seed=5), rtol=1e-9, atol=1e-9)
-    for key, weight in networks.module(seed=5).state_dict().items():
+    for key, weight in expected.networks.module(seed=5).state_dict().items():
         torch.testing.assert_close(network.state_dict()[key], weight, rtol=1e-9, atol=1e-9)
     assert work.gradients == 4 * 23 * (2 if "sam" in name else 1)
 
@@ -175,7 +175,7 @@ def test_same_as_fit(name, work):
 @pytest.mark.parametrize("what", ["SGD", "mixup", "SAM"])
 def test_same_as_a_plain_loop(what, work):
     recipe = {
-        "SGD": Recipe(Flooding(0.8), optimizer=SGD(0.1, 0.9, 0.01)),
+        "SGD": Recipe(loss=Flooding(0.8), optimizer=SGD(0.1, 0.9, 0.01)),
         "mixup": Recipe(batch=Mixup(2.0), optimizer=SGD(0.1, 0.9, 0.01)),
         "SAM": Recipe(gradient=SAM(0.2), optimizer=SGD(0.1, 0.9, 0.01)),
     }[what]
@@ -211,7 +211,12 @@ def test_same_as_a_plain_loop(what, work):
 def test_an_interrupted_run_resumes_bitwise(after, tmp_path):
     data = vision.synthetic(train_size=20, label_noise=0.2)
     model = lambda: mixup_corrupt.PreActResNet(width=2, stages=(1, 1), dropout=0.3)
-    recipe = Recipe(Flooding(1.0), SAM(0.05), SGD(0.05, 0.9, schedule="cosine"), batch=Mixup(1.0))
+    recipe = Recipe(
+        Mixup(1.0),
+        loss=Flooding(1.0),
+        gradient=SAM(0.05),
+        optimizer=SGD(0.05, 0.9, schedule="cosine"),
+    )
     measure = lambda epoch, model: {
         "epoch_again": epoch,
         "norm": ("layer", [w.detach().norm().item() for w in model.parameters()]),
@@ -278,7 +283,7 @@ def test_a_step_does_not_wait_for_the_device(work):
             return func(*args, **(kwargs or {}))
 
     data = vision.synthetic(train_size=32)
-    recipe = Recipe(Flooding(0.5), optimizer=SGD(0.1, 0.9), batch=Mixup(1.0))
+    recipe = Recipe(loss=Flooding(0.5), optimizer=SGD(0.1, 0.9), batch=Mixup(1.0))
     model = initial_module(lambda: mixup_corrupt.PreActResNet(width=2, stages=(1,), dropout=0.5), 0)
     optimizer = vision._optimizer(recipe, model)
     network = vision._network(model, True, torch.float32)

@@ -195,7 +195,7 @@ def flooded_step(trial: Trial) -> None:
 @lru_cache
 def _flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
-    recipe = Recipe(Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
+    recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
     end = fit(
         lambda: MLP(40, 32, 10),
         data,

@@ -185,7 +185,7 @@ def _level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
     runs = fit(
         lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
         mnist1d(train_size=100),
-        Recipe(Flooding(0.5), optimizer=SGD(lr=1.0)),
+        Recipe(loss=Flooding(0.5), optimizer=SGD(lr=1.0)),
         steps=600,
         batch_size=None,
         seeds=list(seeds),

@@ -223,7 +223,7 @@ def hutchinson(trial: Trial) -> None:
 @lru_cache
 def _sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
-    runs, networks = fit(
+    runs = fit(
         lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
         data,
         Recipe(optimizer=SGD()),
@@ -234,7 +234,8 @@ def _sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
         networks="last",
         dtype=torch.float64,
     )
-    largest = networks.measure(HessianEigenvalues(), data, "train")
+    assert runs.networks is not None
+    largest = runs.networks.measure(HessianEigenvalues(), data, "train")
     end = runs.isel(step=0)
     change = lambda v: (v.sel(lr=0.3) - v.sel(lr=0.05)).values
     return {"largest eigenvalue": change(largest), "test error": change(end.test_error)}

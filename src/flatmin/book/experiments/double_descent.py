@@ -79,7 +79,9 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     _, result = train(
         lambda: ResNet(width=settings["width"], stages=settings["stages"]),
         data,
-        Recipe(Flooding(unit["flood_level"]), optimizer=SGD(settings["lr"], settings["momentum"])),
+        Recipe(
+            loss=Flooding(unit["flood_level"]), optimizer=SGD(settings["lr"], settings["momentum"])
+        ),
         work,
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],

@@ -113,7 +113,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         lambda size: fit(
             network,
             data,
-            Recipe(Flooding(), optimizer=OPTIMIZERS[unit["optimizer"]]),
+            Recipe(loss=Flooding(), optimizer=OPTIMIZERS[unit["optimizer"]]),
             steps=settings["steps"],
             batch_size=None,
             grid={"flood_level": levels},
@@ -123,13 +123,13 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            progress=lambda gradients: work.progress(gradients * per_gradient(settings)),
-            checkpoint=work.path / "fit",
-            checkpoint_every=settings["steps"] + 1,
+            progress=lambda gradients: work.advance(gradients * per_gradient(settings)),
         ),
         settings["chunk_size"],
     )
-    runs = runs.map(lambda v: v.astype("float32") if v.dtype.kind == "f" else v)  # half the space
+    runs = runs.data.map(
+        lambda v: v.astype("float32") if v.dtype.kind == "f" else v
+    )  # half the space
     runs = runs.assign({name: rounded(v) for name, v in runs.items() if name.endswith("_loss")})
     runs.attrs = {
         "data": "generated: " + ", ".join(settings["sets"]),

@@ -99,7 +99,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
         gradient=SAM(m=unit["m"], chunk_size=settings["shards"]),
         optimizer=SGD(settings["lr"], momentum=0.9, schedule="cosine"),
     )
-    runs, networks = work.chunks(
+    runs = work.chunks(
         lambda size: fit(
             lambda: network(settings["network"], data),
             data,
@@ -114,15 +114,13 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            checkpoint=work.path / "stack",
-            checkpoint_every=200,
-            progress=lambda gradients: work.progress(2 * gradients),
+            progress=lambda gradients: work.advance(2 * gradients),
         ),
         len(settings["rho"]) * len(settings["seeds"]),
     )
     result = runs.isel(step=-1, drop=True)
     result["sharpness"] = xr.concat(
-        [sharpness(networks, data, m, settings) for m in settings["measured_m"]], "measured_m"
+        [sharpness(runs.networks, data, m, settings) for m in settings["measured_m"]], "measured_m"
     ).assign_coords(measured_m=settings["measured_m"])
     work.progress(_measured(settings))
     result.attrs = {"data": vision.data_source(settings["data"])}

@@ -21,7 +21,7 @@ import torch
 import xarray as xr
 
 from ..._targets import example_losses
-from ...gradient import SAM
+from ...gradient import SAM, PlainGradient
 from ...measure import (
     Density,
     HessianDensity,
@@ -30,7 +30,7 @@ from ...measure import (
     hessian_operator,
 )
 from ...optimizer import SGD
-from ...pipeline import Recipe, plain_gradient
+from ...pipeline import Recipe
 from ..models import ResNet
 from ..plotting import COLORS, band, use_style
 from . import vision
@@ -128,7 +128,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     method = settings["methods"][unit["method"]]
     data = vision.load(settings["data"], settings["train_size"])
     recipe = Recipe(
-        gradient=SAM(method["rho"]) if method["rho"] else plain_gradient,
+        gradient=SAM(method["rho"]) if method["rho"] else PlainGradient(),
         optimizer=SGD(method["lr"], 0.9, settings["weight_decay"], schedule="cosine"),
     )
     network = lambda: ResNet(

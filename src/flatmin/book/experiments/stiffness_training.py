@@ -129,7 +129,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     for step in settings["moments"]:
         if step in done:
             continue
-        runs, networks = work.chunks(
+        runs = work.chunks(
             lambda size: fit(
                 lambda: network(unit["network"], data),
                 data,
@@ -144,17 +144,16 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
                 splits=["train", "validation", "test"],
                 chunk_size=size,
                 device=work.device,
-                checkpoint=work.path / str(step),
-                progress=work.progress,
+                progress=work.advance,
                 expect_divergence=True,
             ),
             len(rates) * len(seeds),
         )
         measured = [
-            xr.concat([probes(networks.module(lr=lr, seed=seed)) for seed in seeds], "seed")
+            xr.concat([probes(runs.networks.module(lr=lr, seed=seed)) for seed in seeds], "seed")
             for lr in rates
         ]
-        measured = xr.concat(measured, "lr").assign_coords(networks.coords)
+        measured = xr.concat(measured, "lr").assign_coords(runs.networks.coords)
         done[step] = xr.merge([runs.squeeze("step"), measured], combine_attrs="drop").to_dict()
         work.progress(_measured(settings))
         work.save(done)

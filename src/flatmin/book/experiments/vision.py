@@ -30,9 +30,9 @@ from ... import optimizer as optimizers
 from ..._checks import whole
 from ..._random import stream
 from ...data import Data
-from ...gradient import SAM
+from ...gradient import SAM, PlainGradient
 from ...loops import SAM as SAMOptimizer
-from ...pipeline import Recipe, plain_gradient
+from ...pipeline import Batch, Recipe, Step
 from ...stack import epoch_order, initial_module
 from .. import datasets as sets
 
@@ -143,7 +143,8 @@ def train(
             break
         model.train()
         for x, y, draw in _batches(images, recipe, seed, epoch, batch_size, t % steps_per_epoch):
-            factor = optimizers.lr_factor(recipe.optimizer.schedule, t / (epochs * steps_per_epoch))
+            now = Step(t, of=epochs * steps_per_epoch)
+            factor = optimizers.lr_factor(recipe.optimizer.schedule, now)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.optimizer.lr * factor
             _step(network, recipe, optimizer, x, y, draw, data.num_classes)
@@ -167,7 +168,8 @@ def train(
 def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, num_classes: int):
     """batch ──▶ model ──▶ loss ──▶ gradient ──▶ optimizer"""
     if recipe.batch is not None:
-        x, y = recipe.batch(x, y, draw, num_classes)
+        batch = recipe.batch(Batch(x, y, num_classes=num_classes), draw)
+        x, y = batch.x, batch.y
 
     def backward(rows, loss_stage, share=1.0):
         optimizer.zero_grad()
@@ -175,7 +177,7 @@ def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, 
         (loss * share).backward()
         return loss.detach()
 
-    if recipe.gradient is plain_gradient:
+    if type(recipe.gradient) is PlainGradient:
         backward(slice(None), recipe.loss)
         optimizer.step()
         return
@@ -193,7 +195,7 @@ def _step(network, recipe: Recipe, optimizer, x: Tensor, y: Tensor, draw: dict, 
 
 def passes(recipe: Recipe) -> int:
     """How many gradients a step takes."""
-    return 1 if recipe.gradient is plain_gradient else 2
+    return 1 if type(recipe.gradient) is PlainGradient else 2
 
 
 def step_decay(*milestones: float, factor: float = 0.1) -> Callable[[float], float]:
@@ -326,7 +328,8 @@ def _batches(
         draws = _to_device(
             [
                 recipe.batch.draw(
-                    labels[rows], stream(seed, "batch", first + k), (len(rows), *shape)
+                    Batch(torch.empty(len(rows), *shape, device="meta"), labels[rows], rows),
+                    stream(seed, "batch", first + k),
                 )
                 for k, rows in enumerate(parts)
             ],
@@ -385,7 +388,7 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if getattr(recipe.batch, "second_stream", False):
         raise ValueError("recipe.batch must not draw a second stream in vision.train")
     gradient = recipe.gradient
-    if gradient is plain_gradient:
+    if type(gradient) is PlainGradient:
         return base
     if type(gradient) is not SAM or gradient.exact or not gradient.normalized:
         raise ValueError(
