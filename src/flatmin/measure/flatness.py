@@ -438,6 +438,11 @@ class AverageSharpness:
             whole("examples", self.examples)
         whole("seed", self.seed, 0)
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions that it returns."""
+        return ("part",) * self.standard_error
+
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         with plain_attention():
             rise = _average_rise(

@@ -484,6 +484,11 @@ class ClassStiffness:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions that it returns."""
+        return ("class_1", "class_2") if self.of == "matrix" else ()
+
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         x, y = x[: self.examples], y[: self.examples]
         pairs = getattr(network_stiffness(network, params, x, y, loss=self.loss), self.measure)

@@ -761,6 +761,11 @@ class HessianEigenvalues(_Instrument):
         if whole("steps", self.steps) < k:
             raise ValueError(f"steps must be at least top + bottom = {k}, got {self.steps!r}")
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions that it returns, see :meth:`~flatmin.Networks.measure`."""
+        return ("part",) * self.errors + ("eigenvalue",) * (self.top + self.bottom > 1)
+
     def of(self, hessian: HessianOperator) -> Tensor:
         _check_counts(self.top, self.bottom, hessian.size)
         v0 = _vectors(1, hessian, self.seed, "eigenvalues", "normal")[0]
@@ -798,6 +803,11 @@ class HessianTrace(_Instrument):
         whole("probes", self.probes, 2)
         whole("sketch", self.sketch, 0)
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions that it returns."""
+        return ("part",) * self.standard_error
+
     def of(self, hessian: HessianOperator) -> Tensor:
         signs = lambda count, index: _vectors(count, hessian, self.seed, "trace", "signs", index)
         Q, exact = _sketch(hessian, signs(min(self.sketch, hessian.size), 0))
@@ -823,6 +833,7 @@ class HessianDensity(_Instrument):
         Nodes and weights: ``Density(*values)`` for one network.
     """
 
+    dims = ("part", "probe", "node")
     steps: int = 80
     probes: int = 10
 

@@ -262,6 +262,11 @@ class LossSlice:
         """Where along each direction, [points]."""
         return torch.linspace(-self.radius, self.radius, self.points)
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions that it returns."""
+        return ("coordinate",) if self.dimensions == 1 else ("coordinate_1", "coordinate_2")
+
     def __call__(self, network: Network, params: Params, x: Tensor, y: Tensor) -> Tensor:
         x, y = x[: self.examples], y[: self.examples]
         k, like = self.dimensions, next(iter(params.values()))
