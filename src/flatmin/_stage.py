@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._objective import Objective
 from ._tree import Params
 
 STAGES = ("batch", "loss", "gradient", "optimizer")
@@ -55,6 +56,9 @@ class LossStage:
 
     stage = "loss"
 
+    def __call__(self, losses: Tensor, rows: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
 
 class GradientStage:
     """From an objective to a direction: ``gradient(objective, w, state, t) -> (direction, state)``."""
@@ -65,6 +69,11 @@ class GradientStage:
         """The state before the first step."""
         return ()
 
+    def __call__(
+        self, objective: Objective, params: Params, state: Any, t: int
+    ) -> tuple[Params, Any]:
+        raise NotImplementedError
+
 
 class OptimizerStage:
     """From a direction to the next weights: ``optimizer(direction, w, state, t) -> (w, state)``."""
@@ -74,6 +83,9 @@ class OptimizerStage:
     def init(self, params: Params) -> Any:
         """The state before the first step."""
         return ()
+
+    def __call__(self, grads: Params, params: Params, state: Any, t: int) -> tuple[Params, Any]:
+        raise NotImplementedError
 
 
 class Step(int):

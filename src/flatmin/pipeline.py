@@ -80,11 +80,11 @@ class Recipe:
     0.2
     """
 
-    batch: Any = None
-    criterion: Callable[[Tensor, Tensor], Tensor] = example_losses
-    loss: Any = field(default_factory=Flooding)
-    gradient: Any = field(default_factory=PlainGradient)
-    optimizer: Any = field(default_factory=SGD)
+    batch: BatchStage | None = None
+    criterion: Callable[[Any, Tensor], Tensor] = example_losses
+    loss: LossStage = field(default_factory=Flooding)
+    gradient: GradientStage = field(default_factory=PlainGradient)
+    optimizer: OptimizerStage = field(default_factory=SGD)
 
     def __post_init__(self) -> None:
         for stage in STAGES:

@@ -836,7 +836,7 @@ def _draws(plan: _Plan, runs: Tensor) -> Iterator[Params]:
     shape = x.shape[2:] if per_run else x.shape[1:]
     precision = torch.promote_types(plan.dtype, torch.float32)
     # Runs of one seed share their draws, unless they differ in the batch stage itself.
-    sources = [
+    sources: list[tuple[int, Any]] = [
         (run % len(plan.seeds), plan.bound(plan.values_of(run)).batch) for run in runs.tolist()
     ]
     distinct = list(dict.fromkeys(sources))
@@ -868,7 +868,11 @@ def _evaluated(plan: _Plan, run: State, hyper: Params, seed_of_run: Tensor) -> d
     """
     if not hasattr(plan.recipe.optimizer, "evaluated"):
         return {"params": run.params, "buffers": run.buffers}
-    of_run = lambda run, hyper: plan.bound(hyper).optimizer.evaluated(run.params, run.optimizer)
+
+    def of_run(run: State, hyper: Params) -> Params:
+        optimizer: Any = plan.bound(hyper).optimizer
+        return optimizer.evaluated(run.params, run.optimizer)
+
     params = vmap(of_run)(run, hyper)
     return {"params": params, "buffers": _statistics(plan, params, run.buffers, seed_of_run)}
 

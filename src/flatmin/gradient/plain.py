@@ -48,7 +48,7 @@ class Clipped(GradientStage):
     """
 
     max_norm: float = 1.0
-    inner: Any = field(default_factory=PlainGradient)
+    inner: GradientStage = field(default_factory=PlainGradient)
 
     def __post_init__(self) -> None:
         hyperparameter("max_norm", self.max_norm, 0)

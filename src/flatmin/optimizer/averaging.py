@@ -43,7 +43,7 @@ class EMA(OptimizerStage):
     ({'w': tensor(8.)}, {'w': tensor(4.)})
     """
 
-    inner: Any
+    inner: OptimizerStage
     decay: float = 0.99
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class SWA(OptimizerStage):
     ({'w': tensor(4.)}, {'w': tensor(3.5000)})
     """
 
-    inner: Any
+    inner: OptimizerStage
     start: float = 0.75
     every: int = 1
 
