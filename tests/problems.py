@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from flatmin.batch import Dirac, Gaussian, LabelSmoothing, Mixup
 from flatmin.book import MLP
 from flatmin.pipeline import Objective
 
@@ -102,3 +103,23 @@ def closure_of(model, optimizer, x, y):
         return loss
 
     return closure
+
+
+MIXUPS = [
+    Mixup(0.4),
+    Mixup(1.0, per_example=True),
+    Mixup(0.3, k=3),
+    Mixup(1.0, k=4, per_example=True),
+    Mixup(1.0, partners="same"),
+    Mixup(1.0, partners="different", k=3),
+    Mixup(0.5, second_stream=True),
+    Mixup(0.5, partners="same", second_stream=True, per_example=True),
+]
+TRANSFORMS = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
+
+
+def labelled_batch(n=6, shape=(7,), classes=4, seed=0, dtype=torch.float32):
+    """Inputs and labels, for what transforms a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *shape, generator=generator).to(dtype)
+    return x, torch.randint(classes, (n,), generator=generator)

@@ -7,15 +7,8 @@ import torch
 
 from flatmin import Data
 from flatmin.book import (
-    digits,
-    mnist1d,
     sinusoid,
-    spiral,
-    two_gaussians,
 )
-
-SETS = {f.__name__: f for f in (two_gaussians, sinusoid, spiral, digits, mnist1d)}
-every_set = pytest.mark.parametrize("make", SETS.values(), ids=SETS.keys())
 
 
 def seeded(seed=0):

@@ -4,34 +4,18 @@ import warnings
 
 import pytest
 import torch
+from problems import TRANSFORMS
+from problems import labelled_batch as batch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from flatmin import BatchTransform, mix, soft_targets
-from flatmin.batch import Dirac, Gaussian, LabelSmoothing, Mixup
+from flatmin.batch import Gaussian, Mixup
 from flatmin.pipeline import Batch
 from flatmin.stack import stream
 
-SHAPES = {"features": (7,), "sequence": (3, 11), "image": (3, 6, 5), "video": (2, 3, 4, 4)}
-MIXUPS = [
-    Mixup(0.4),
-    Mixup(1.0, per_example=True),
-    Mixup(0.3, k=3),
-    Mixup(1.0, k=4, per_example=True),
-    Mixup(1.0, partners="same"),
-    Mixup(1.0, partners="different", k=3),
-    Mixup(0.5, second_stream=True),
-    Mixup(0.5, partners="same", second_stream=True, per_example=True),
-]
-TRANSFORMS = [Dirac(), Gaussian(0.3), LabelSmoothing(0.2), *MIXUPS]
 named = lambda value: repr(value) if not isinstance(value, torch.Tensor) else None
-
-
-def batch(n=6, shape=(7,), classes=4, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, *shape, generator=generator).to(dtype)
-    return x, torch.randint(classes, (n,), generator=generator)
 
 
 def generator(seed=0):
