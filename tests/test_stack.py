@@ -22,7 +22,7 @@ from flatmin.gradient import SAM, PlainGradient
 from flatmin.layers import Dropout
 from flatmin.loss import Flooding
 from flatmin.optimizer import EMA, SGD, Adam, TwoRates
-from flatmin.pipeline import GradientStage, LossStage, OptimizerStage, Step
+from flatmin.pipeline import BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from flatmin.stack import epoch_order, error, initial_module, stream
 
 
@@ -1756,6 +1756,24 @@ def test_statistics_of_an_average_do_not_depend_on_how_it_is_evaluated():
 def test_what_would_be_silently_wrong_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(MLP, DATA, steps=5, batch_size=10, seeds=2, device="cpu", **arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(BatchStage):
+    """Every second example, with or without saying which these are."""
+
+    rows: bool
+
+    def __call__(self, batch, draw):
+        half = batch._replace(x=batch.x[::2], y=batch.y[::2])
+        return half._replace(rows=batch.rows[::2]) if self.rows else half
+
+
+def test_a_batch_stage_that_changes_the_number_of_examples_says_which_are_left():
+    settings = dict(steps=2, batch_size=10, seeds=2, device="cpu")
+    assert np.isfinite(fit(MLP, DATA, Recipe(batch=Half(rows=True)), **settings).train_loss).all()
+    with pytest.raises(ValueError, match="batch.rows must say for each of the 5 examples"):
+        fit(MLP, DATA, Recipe(batch=Half(rows=False)), **settings)
 
 
 def test_a_step_can_be_copied():

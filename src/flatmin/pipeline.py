@@ -187,6 +187,11 @@ def step(
     """One step of one run, through the stages in their order; and the loss before it."""
     if recipe.batch is not None:
         batch = recipe.batch(batch, draw)  # batch
+        if batch.rows is not None and len(batch.rows) != len(batch.x):
+            raise ValueError(
+                f"batch.rows must say for each of the {len(batch.x)} examples that the batch stage "
+                f"returns which it is, or be None, got {len(batch.rows)}"
+            )
 
     def evaluate(w: Params, buffers: Params, rows: Any, raw: bool) -> tuple[Tensor, Params]:
         buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
