@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from flatmin.book import claims
 from flatmin.gradient import SAM, PlainGradient
 from flatmin.layers import Dropout
 from flatmin.loss import Flooding
+from flatmin.measure import dims
 from flatmin.optimizer import EMA, SGD, Adam, TwoRates
 from flatmin.pipeline import BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from flatmin.stack import epoch_order, error, initial_module, stream
@@ -1017,11 +1019,32 @@ def test_an_instrument_with_gradients(model, per_seed):
         assert runs.gradient_norm.sel(seed=seed, step=4).item() == pytest.approx(norm, rel=1e-10)
 
 
-def test_an_instrument_returns_one_number_under_its_own_name():
-    with pytest.raises(
-        ValueError, match=r"instruments must return one number, but 'all' .* \(23, 3\)"
-    ):
-        fit(MLP, DATA, steps=1, batch_size=10, instruments={"all": lambda f, p, x, y: f(p, x)})
+def test_instruments_have_named_values_and_dimensions():
+    def outputs(network, params, x, y):
+        return network(params, x)
+
+    @dims(mean=[], largest=["class"])
+    def summary(network, params, x, y, scale=1.0):
+        output = scale * network(params, x)
+        return {"mean": output.mean(), "largest": output.amax(0)}
+
+    instruments = {"all": outputs, "twice": partial(summary, scale=2.0)}
+    runs = fit(
+        MLP, DATA, steps=2, batch_size=10, seeds=2, evaluate_at=1, instruments=instruments,
+        networks="last", **ON_CPU,
+    )  # fmt: skip
+    assert runs["all"].dims == ("seed", "step", "dim_0", "dim_1")
+    assert runs["twice_mean"].dims == ("seed", "step")
+    assert runs["twice_largest"].dims == ("seed", "step", "class")
+    last = {name: runs[f"twice_{name}"].isel(step=-1) for name in ("mean", "largest")}
+    found = runs.networks.measure(instruments["twice"], DATA, "train")
+    for name, values in last.items():
+        np.testing.assert_allclose(values, found[name])
+    few = runs.networks.measure(outputs, DATA, "train", examples=3)
+    np.testing.assert_allclose(few, runs["all"].isel(step=-1, dim_0=slice(3)))
+
+
+def test_instruments_have_names_of_their_own():
     with pytest.raises(ValueError, match=r"instruments must have names of their own.*test_error"):
         fit(
             MLP,

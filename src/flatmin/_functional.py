@@ -1,8 +1,9 @@
 """A module as a function of its weights, and its mean loss: the basis of all instruments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,84 @@ from ._tree import Params
 
 Loss = Callable[[Any, Tensor], Tensor]
 Network = Callable[[Params, Tensor], Any]
+T = TypeVar("T")
+Marked = TypeVar("Marked", bound=Callable[..., Any])
+
+
+def on(
+    model: nn.Module,
+    instrument: Callable[..., T],
+    x: Tensor,
+    y: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> T:
+    """An instrument, applied to one module.
+
+    Parameters
+    ----------
+    model : Module
+        Measured in evaluation mode; its mode, weights, buffers and ``.grad`` are left as they are.
+    instrument : callable
+        ``instrument(network, params, x, y, **options)``, such as :func:`sharpness`; ``params`` are
+        the parameters of the model that require a gradient.
+    x, y : Tensor
+        Examples [n, ...] and targets [n, ...], on the model's device.
+    dtype : torch.dtype, optional
+        ``torch.float64`` computes with copies in double precision.
+    **options
+        Of the instrument.
+
+    Examples
+    --------
+    >>> from flatmin.measure import gradient_norm
+    >>> model = nn.Linear(2, 3)
+    >>> on(model, gradient_norm, torch.zeros(1, 2), torch.tensor([0])).shape
+    torch.Size([])
+    """
+    with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
+        return instrument(*as_function(model, x, y, dtype), **options)
+
+
+def dims(*names: str, **of_fields: Sequence[str]) -> Callable[[Marked], Marked]:
+    """Name the dimensions of what an instrument returns: of a tensor, or of each named value.
+
+    >>> @dims("coordinate")
+    ... def line(network, params, x, y): ...
+    >>> @dims(value=["eigenvalue"], error=["eigenvalue"])
+    ... def eigenvalues(network, params, x, y): ...
+    """
+
+    def mark(instrument: Marked) -> Marked:
+        instrument.dims = of_fields or names  # type: ignore[attr-defined]
+        return instrument
+
+    return mark
+
+
+def named_values(instrument: Any, found: Any, runs: int = 0) -> dict[str, tuple[Any, Tensor]]:
+    """What an instrument returned, ``{name: (names of its dimensions, tensor)}``; "" for a tensor.
+
+    ``runs`` is how many dimensions of the tensors come before those of the instrument.
+    """
+    fields = found._asdict() if hasattr(found, "_asdict") else found
+    values = fields if isinstance(fields, dict) else {"": fields}
+    while isinstance(instrument, partial):
+        instrument = instrument.func
+    names = getattr(instrument, "dims", None)
+    named = {}
+    for field, value in values.items():
+        count = value.ndim - runs
+        of_field = names.get(field) if isinstance(names, dict) else names
+        of_field = [f"dim_{i}" for i in range(count)] if of_field is None else of_field
+        if len(of_field) != count:
+            raise ValueError(
+                f"instrument.dims must name the {count} dimensions of what it returns, "
+                f"got {of_field!r}"
+            )
+        named[field] = (tuple(of_field), value)
+    return named
 
 
 class MeanLoss:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from . import _random, pipeline
 from ._checks import whole
-from ._functional import Network, plain_attention
+from ._functional import Network, named_values, plain_attention
 from ._random import stream
 from ._tree import Params
 from .data import Data
@@ -56,7 +56,7 @@ __all__ = [
 if TYPE_CHECKING:
     import xarray as xr
 
-Instrument = Callable[[Network, Params, Tensor, Tensor], Tensor]
+Instrument = Callable[[Network, Params, Tensor, Tensor], Any]
 Metric = Callable[[Any, Tensor], Tensor]
 
 
@@ -103,42 +103,50 @@ class Networks:
         return tuple(len(values) for values in self.coords.values())
 
     def measure(
-        self, instrument: Instrument, data: Data | Sequence[Data], split: str = "test"
-    ) -> xr.DataArray:
+        self,
+        instrument: Instrument,
+        data: Data | Sequence[Data],
+        split: str = "test",
+        examples: int | None = None,
+    ) -> Any:
         """Apply an instrument to every network at once.
 
         Parameters
         ----------
         instrument : callable
-            ``instrument(network, params, x, y) -> Tensor`` for one network, written with
-            ``torch.func``; ``network(params, x)`` gives logits in evaluation mode.
+            ``instrument(network, params, x, y)`` for one network, written with ``torch.func``:
+            one of :mod:`flatmin.measure`, its options set by :func:`functools.partial`, or your
+            own.  ``network(params, x)`` is the output in evaluation mode.
         data : Data, or a sequence of Data with one per seed
         split : str
             Which part of the data: ``"train"``, ``"validation"``, ``"test"``, …
+        examples : int, optional
+            How many examples of the split, from the first on; default: all.
 
         Returns
         -------
-        DataArray
-            Dimensions: the grid's names, ``seed``, and for those of what the instrument returns
-            the names in its attribute ``dims``, or ``dim_0, …`` if it has none.
+        DataArray, or Dataset
+            A Dataset if the instrument returns named values (a named tuple or a dictionary).
+            Dimensions: the grid's names, ``seed``, and those of what the instrument returns: the
+            names in its attribute ``dims``, or ``dim_0, …`` if it has none.
         """
         import xarray as xr  # here, so that importing flatmin is as fast as importing torch
 
         device = next(iter(self.params.values())).device
         x, y, per_run = _split(data, split, self.shape[-1], device, self._dtype)
+        if examples is not None:
+            first = slice(whole("examples", examples))
+            x, y = (x[:, first], y[:, first]) if per_run else (x[first], y[first])
         if per_run:
             runs = torch.arange(math.prod(self.shape), device=device) % self.shape[-1]
             x, y = x[runs], y[runs]
-        measured = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
-        values = measured.cpu().numpy()
-        names = getattr(instrument, "dims", [f"dim_{i}" for i in range(values.ndim - 1)])
-        if len(names) != values.ndim - 1:
-            raise ValueError(
-                f"instrument.dims must name the {values.ndim - 1} dimensions of what it returns, "
-                f"got {names!r}"
-            )
-        dims = [*self.coords, *names]
-        return xr.DataArray(values.reshape(*self.shape, *values.shape[1:]), self.coords, dims)
+        with plain_attention():
+            found = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
+        arrays = {}
+        for name, (dims, value) in named_values(instrument, found, runs=1).items():
+            values = value.cpu().numpy().reshape(*self.shape, *value.shape[1:])
+            arrays[name] = xr.DataArray(values, self.coords, (*self.coords, *dims))
+        return arrays[""] if "" in arrays else xr.Dataset(arrays)
 
     def select(self, **coords: Any) -> Networks:
         """Some of the networks: ``networks.select(flood_level=[0.0, 0.1])`` keeps all seeds."""
@@ -277,7 +285,8 @@ def fit(
         Which parts of the data; default: train, validation (if there is one) and test.
     instruments : mapping of str to callable
         Further measurements at those steps: ``instrument(network, params, x, y)`` gets the
-        training split, see :meth:`Networks.measure`, and returns a scalar.
+        training split, see :meth:`Networks.measure`.  Named values become variables
+        ``{instrument}_{value}``.
     metrics : mapping of str to callable
         ``metric(output, y)``, a tensor whose mean is reported for each split beside the loss.
         Default: ``{"error": error}`` if the targets are classes, else none.
@@ -521,6 +530,7 @@ class _Plan:
             raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
 
         self.coords = self.grid | {"seed": self.seeds}
+        self.dims: dict[str, tuple[str, ...]] = {}  # of what the instruments return
         self.points = points = list(itertools.product(*self.grid.values()))
         self.runs = len(points) * len(self.seeds)
         self.chunk_size = self.chunk_size or self.runs
@@ -607,10 +617,13 @@ class _Plan:
             "step": self.evaluate_at,
             "epoch": ("step", [t / self.steps_per_epoch for t in self.evaluate_at]),
         }
-        dims = (*self.coords, "step")
+        dims = lambda name: (*self.coords, "step", *self.dims.get(name, ()))
         return xr.Dataset(
             {
-                name: (dims[: len(shape) + v.ndim - 1], v.numpy().reshape(*shape, *v.shape[1:]))
+                name: (
+                    dims(name)[: len(shape) + v.ndim - 1],
+                    v.numpy().reshape(*shape, *v.shape[1:]),
+                )
                 for name, v in values.items()
             },
             coords,
@@ -749,22 +762,13 @@ def _evaluate(plan: _Plan) -> Callable[..., Params]:
         x, y, per_run = plan.tensors["train"]
         for name, instrument in plan.instruments.items():
             rows = (seed_of_run,) if per_run else ...
-            values[name] = _measure(
-                plan.template,
-                instrument,
-                params,
-                buffers,
-                x[rows],
-                y[rows],
-                per_run,
-            ).double()
-            if values[name].ndim > 1:
-                raise ValueError(
-                    f"instruments must return one number, but {name!r} returned shape "
-                    f"{tuple(values[name].shape[1:])}"
-                )
+            found = _measure(plan.template, instrument, params, buffers, x[rows], y[rows], per_run)
+            for field, (dims, value) in named_values(instrument, found, runs=1).items():
+                variable = f"{name}_{field}" if field else name
+                values[variable], plan.dims[variable] = value.double(), dims
         healthy = state["diverged_at"] < 0
-        return {name: torch.where(healthy, v, torch.nan) for name, v in values.items()}
+        where = lambda v: torch.where(healthy.view(-1, *[1] * (v.ndim - 1)), v, torch.nan)
+        return {name: where(v) for name, v in values.items()}
 
     return evaluate
 
@@ -777,8 +781,8 @@ def _measure(
     x: Tensor,
     y: Tensor,
     per_run: bool,
-) -> Tensor:
-    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Tensor:
+) -> Any:
+    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Any:
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
 

@@ -1,5 +1,6 @@
 """Instruments: measurements of a trained network."""
 
+from .._functional import dims, on
 from .attack import (
     Attack,
     fgsm,
@@ -73,6 +74,7 @@ __all__ = [
     "between_classes",
     "class_matrix",
     "critical_length",
+    "dims",
     "eigenvalues",
     "fgsm",
     "filter_normalized",
@@ -83,6 +85,7 @@ __all__ = [
     "lanczos",
     "loss_slice",
     "network_stiffness",
+    "on",
     "pgd",
     "project",
     "random_direction",
