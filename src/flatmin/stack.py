@@ -18,9 +18,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from . import _random, pipeline
@@ -102,6 +102,24 @@ class Networks:
     def shape(self) -> tuple[int, ...]:
         return tuple(len(values) for values in self.coords.values())
 
+    @overload
+    def measure(
+        self,
+        instrument: Callable[..., Tensor],
+        data: Data | Sequence[Data],
+        split: str = ...,
+        examples: int | None = ...,
+    ) -> xr.DataArray: ...
+
+    @overload
+    def measure(
+        self,
+        instrument: Instrument,
+        data: Data | Sequence[Data],
+        split: str = ...,
+        examples: int | None = ...,
+    ) -> Any: ...
+
     def measure(
         self,
         instrument: Instrument,
@@ -132,16 +150,14 @@ class Networks:
         """
         import xarray as xr  # here, so that importing flatmin is as fast as importing torch
 
-        device = next(iter(self.params.values())).device
-        x, y, per_run = _split(data, split, self.shape[-1], device, self._dtype)
+        like = next(iter(self.params.values()))
+        part = _Split.of(data, split, self.shape[-1], like.device, like.dtype)
+        seed_of_run = torch.arange(len(like), device=like.device) % self.shape[-1]
+        rows = None
         if examples is not None:
-            first = slice(whole("examples", examples))
-            x, y = (x[:, first], y[:, first]) if per_run else (x[first], y[first])
-        if per_run:
-            runs = torch.arange(math.prod(self.shape), device=device) % self.shape[-1]
-            x, y = x[runs], y[runs]
-        with plain_attention():
-            found = _measure(self.template, instrument, self.params, self.buffers, x, y, per_run)
+            rows = torch.arange(min(whole("examples", examples), part.size), device=like.device)
+        x, y = part.take(seed_of_run, rows)
+        found = _measure(self.template, instrument, self.params, self.buffers, x, y, part.dim)
         arrays = {}
         for name, (dims, value) in named_values(instrument, found, runs=1).items():
             values = value.cpu().numpy().reshape(*self.shape, *value.shape[1:])
@@ -182,10 +198,6 @@ class Networks:
         if not len(hits):
             raise ValueError(f"{name} must be one of {list(self.coords[name])}, got {value!r}")
         return int(hits[0])
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(iter(self.params.values())).dtype
 
 
 class Runs:
@@ -340,40 +352,20 @@ def fit(
     >>> dict(runs.test_error.sizes)
     {'flood_level': 2, 'seed': 3, 'step': 21}
     """
-    plan = _Plan(
-        model,
-        data,
-        recipe,
-        steps,
-        batch_size,
-        dict(grid or {}),
-        seeds,
-        evaluate_at,
-        splits,
-        dict(instruments or {}),
-        metrics,
-        networks,
-        select_by,
-        chunk_size,
-        evaluation_batch_size,
-        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        dtype,
-    )
+    plan = _Plan(**locals())  # its fields are the arguments
     started = time.perf_counter()
-    batch = plan.batch_size or plan.train_size
     off = {"disable": True} if progress else {}  # else TQDM_DISABLE decides
-    with tqdm(
-        total=plan.steps * plan.runs, unit="step", leave=False, dynamic_ncols=True, **off
-    ) as bar:
+    total = plan.steps * plan.runs
+    with tqdm(total=total, unit="step", leave=False, dynamic_ncols=True, **off) as bar:
 
         def advance(steps: int) -> None:  # of single runs
             bar.update(steps)
             if progress is not None:
-                progress(steps * batch)
+                progress(steps * (plan.batch_size or plan.train_size))
 
         with plain_attention():
-            parts = torch.arange(plan.runs).split(plan.chunk_size)
-            chunks = [_train(plan, runs, advance) for runs in parts]
+            parts = torch.arange(plan.runs).split(plan.chunk_size or plan.runs)
+            chunks = [_Chunk(plan, runs).train(advance) for runs in parts]
     joined = {
         part: {name: torch.cat([chunk[part][name] for chunk in chunks]) for name in chunks[0][part]}
         for part in chunks[0]
@@ -454,7 +446,65 @@ def unexpectedly_diverged(runs: Runs | xr.Dataset) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------ implementation
+# --------------------------------------------------------------------------- the data on the device
+
+
+class _Split(NamedTuple):
+    """A part of the data on the device: one for all runs, or one per seed, [S, n, ...]."""
+
+    x: Tensor
+    y: Tensor
+    per_seed: bool
+
+    @classmethod
+    def of(
+        cls, data: Any, name: str, seeds: int, device: torch.device, dtype: torch.dtype
+    ) -> _Split:
+        parts = [d.split(name) for d in _for_seeds(data, seeds)]
+        shapes = {tuple(x.shape) for x, _ in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"data of all seeds must have one shape, got {sorted(shapes)} for {name}"
+            )
+        per_seed = not isinstance(data, Data)
+        x, y = (torch.stack(t) if per_seed else t[0] for t in zip(*parts, strict=True))
+        # numbers in the precision of the weights, classes and tokens as they are
+        cast = lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype)
+        return cls(cast(x), cast(y), per_seed)
+
+    @property
+    def size(self) -> int:
+        return self.x.shape[1] if self.per_seed else self.x.shape[0]
+
+    @property
+    def dim(self) -> int | None:
+        """Which dimension of what :meth:`take` returns counts runs, for ``vmap``."""
+        return 0 if self.per_seed else None
+
+    def take(self, seed_of_run: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What runs of these seeds see: everything, or the examples ``rows``, [B] or [R, B]."""
+        if rows is None:
+            return (self.x[seed_of_run], self.y[seed_of_run]) if self.per_seed else (self.x, self.y)
+        at = (seed_of_run[:, None], rows) if self.per_seed else (rows,)
+        return self.x[at], self.y[at]
+
+
+def _for_seeds(data: Any, seeds: int) -> Sequence[Data]:
+    """One Data, or one per seed."""
+    if isinstance(data, Data):
+        return [data]
+    if not isinstance(data, Sequence) or not all(isinstance(d, Data) for d in data):
+        raise TypeError(
+            f"data must be one Data, a sequence of one per seed, or tensors (x, y), got {type(data)}"
+        )
+    if len(data) != seeds:
+        raise ValueError(
+            f"data must be one Data, or one per seed: got {len(data)} for {seeds} seeds"
+        )
+    return data
+
+
+# ------------------------------------------------------------------------------------ the arguments
 
 
 @dataclass
@@ -466,24 +516,50 @@ class _Plan:
     recipe: Recipe
     steps: int
     batch_size: int | None
-    grid: dict[str, Any]
+    grid: Any
     seeds: Any
     evaluate_at: Any
     splits: Any
-    instruments: dict[str, Any]
+    instruments: Any
     metrics: Any
     networks: Any
     select_by: str
     chunk_size: int | None
     evaluation_batch_size: int
-    device: torch.device
+    device: Any
     dtype: torch.dtype
+    expect_divergence: bool
+    progress: Any
 
     def __post_init__(self) -> None:
+        self.dims: dict[str, tuple[str, ...]] = {}  # of what the instruments return
+        self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for name in ("steps", "evaluation_batch_size", "batch_size", "chunk_size"):
             value = getattr(self, name)
             if value is not None or name in ("steps", "evaluation_batch_size"):
                 setattr(self, name, whole(name, value))
+        self._check_runs()
+        self._check_data()
+        if isinstance(self.evaluate_at, Integral):
+            count = whole("evaluate_at", self.evaluate_at)
+            self.evaluate_at = np.linspace(0, self.steps, count + 1).round()
+        self.evaluate_at = self._checked_steps("evaluate_at", "", self.evaluate_at)
+        named = self.networks is None or isinstance(self.networks, str)
+        self.kept_at = [self.steps] if named and self.networks == "last" else []
+        if not named or self.networks not in (None, "last", "best"):
+            steps = [] if named else np.atleast_1d(self.networks).tolist()
+            self.kept_at = self._checked_steps("networks", "None, 'last', 'best' or ", steps)
+        self._check_names()
+        self.template = initial_module(self.model, self.seeds[0]).to(self.device, self.dtype)
+        for name, m in self.template.named_modules():
+            if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", True):
+                raise ValueError(
+                    "model must have no random layer but flatmin.layers.Dropout, "
+                    f"got {m} at {name!r}"
+                )
+
+    def _check_runs(self) -> None:
+        """Seeds and grid: which runs there are, in row-major order."""
         if isinstance(self.seeds, Integral):
             self.seeds = _random.seeds(whole("seeds", self.seeds))
         integral = all(isinstance(seed, Integral) for seed in self.seeds)
@@ -492,6 +568,7 @@ class _Plan:
                 f"seeds must be whole numbers, at least one, and all different, got {self.seeds}"
             )
         self.seeds = [int(seed) for seed in self.seeds]
+        self.grid = dict(self.grid or {})
         for name, values in self.grid.items():
             try:
                 self.grid[name] = values = [float(v) for v in values]
@@ -501,82 +578,35 @@ class _Plan:
                 raise ValueError(f"grid[{name!r}] must have at least one value, got none")
             for value in values:
                 self.recipe.with_values({name: value})  # raises for a bad name or value
-        self.paths = {name: self.recipe.path(name) for name in self.grid}
         if taken := {"seed", "step", "epoch"} & {*self.grid}:
             raise ValueError(
                 f"grid names must not be those of a dimension of the result, got {sorted(taken)}: "
                 "take the whole path"
             )
+        self.paths = {name: self.recipe.path(name) for name in self.grid}
         if len(set(self.paths.values())) < len(self.paths):
             raise ValueError(f"grid names must be of different hyperparameters, got {self.paths}")
-        self._check_data()
-        if isinstance(self.evaluate_at, Integral):
-            count = whole("evaluate_at", self.evaluate_at)
-            self.evaluate_at = np.linspace(0, self.steps, count + 1).round()
-        inside = [0 <= t <= self.steps and t == int(t) for t in self.evaluate_at]
-        if not inside or not all(inside):
-            raise ValueError(
-                f"evaluate_at must be steps between 0 and {self.steps}, got {self.evaluate_at}"
-            )
-        self.evaluate_at = sorted({int(t) for t in self.evaluate_at})
-        self.kept_at = self._steps_kept()
-        if "loss" in self.metrics:
-            raise ValueError("metrics must have names of their own, got 'loss', the criterion's")
-        names = [f"{s}_{m}" for s in self.splits for m in ("loss", *self.metrics)]
-        if taken := {*names, "diverged_at"} & {*self.instruments}:
-            raise ValueError(f"instruments must have names of their own, got {sorted(taken)}")
-        names += self.instruments
-        if self.networks == "best" and self.select_by not in names:
-            raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
-
         self.coords = self.grid | {"seed": self.seeds}
-        self.dims: dict[str, tuple[str, ...]] = {}  # of what the instruments return
-        self.points = points = list(itertools.product(*self.grid.values()))
-        self.runs = len(points) * len(self.seeds)
-        self.chunk_size = self.chunk_size or self.runs
-        self.seed_of_run = torch.arange(self.runs) % len(self.seeds)
-        self.hyper_of_run = {
-            name: torch.tensor([p[i] for p in points], dtype=self.dtype).repeat_interleave(
-                len(self.seeds)
-            )
-            for i, name in enumerate(self.grid)
-        }
-        self.template = initial_module(self.model, self.seeds[0]).to(self.device, self.dtype)
-        for name, m in self.template.named_modules():
-            if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", True):
-                raise ValueError(
-                    "model must have no random layer but flatmin.layers.Dropout, "
-                    f"got {m} at {name!r}"
-                )
-
-    def _steps_kept(self) -> list[int]:
-        """The steps whose networks are kept: those asked for, or the last."""
-        named = self.networks is None or isinstance(self.networks, str)
-        if named and self.networks in (None, "last", "best"):
-            return [self.steps] if self.networks == "last" else []
-        steps = [] if named else np.atleast_1d(self.networks).tolist()
-        if not steps or not all(0 <= t <= self.steps and t == int(t) for t in steps):
-            raise ValueError(
-                "networks must be None, 'last', 'best' or steps between 0 and "
-                f"{self.steps}, got {self.networks!r}"
-            )
-        return sorted({int(t) for t in steps})
+        self.points = [
+            dict(zip(self.grid, p, strict=True)) for p in itertools.product(*self.grid.values())
+        ]
+        self.runs = len(self.points) * len(self.seeds)
 
     def _check_data(self) -> None:
         if isinstance(self.data, tuple) and [*map(type, self.data)] == [Tensor, Tensor]:
             self.data = Data.of(*self.data)
-        first = _first_data(self.data, len(self.seeds))
+        first = _for_seeds(self.data, len(self.seeds))[0]
         if self.splits is None:
             known = ("train", "validation", "test")
             self.splits = [split for split in known if len(first.split(split)[0])]
         if self.metrics is None:
             self.metrics = {} if first.num_classes is None else {"error": error}
-        self.tensors = {
-            split: _split(self.data, split, len(self.seeds), self.device, self.dtype)
+        self.parts = {
+            split: _Split.of(self.data, split, len(self.seeds), self.device, self.dtype)
             for split in {"train", *self.splits}
         }
         for split in self.splits:
-            if not len(first.split(split)[0]):
+            if not self.parts[split].size:
                 raise ValueError(f"splits must have examples, got {split!r} of {first!r}")
         n = len(first.x_train)
         if self.batch_size is not None and self.batch_size > n:
@@ -585,7 +615,26 @@ class _Plan:
                 f"or None for the full batch, got {self.batch_size}"
             )
         self.train_size, self.num_classes = n, first.num_classes
-        self.steps_per_epoch = math.ceil(n / self.batch_size) if self.batch_size else 1
+
+    def _checked_steps(self, name: str, others: str, steps: Any) -> list[int]:
+        inside = [0 <= t <= self.steps and t == int(t) for t in steps]
+        if not inside or not all(inside):
+            got = getattr(self, name)
+            raise ValueError(
+                f"{name} must be {others}steps between 0 and {self.steps}, got {got!r}"
+            )
+        return sorted({int(t) for t in steps})
+
+    def _check_names(self) -> None:
+        if "loss" in self.metrics:
+            raise ValueError("metrics must have names of their own, got 'loss', the criterion's")
+        self.instruments = dict(self.instruments or {})
+        names = [f"{s}_{m}" for s in self.splits for m in ("loss", *self.metrics)]
+        if taken := {*names, "diverged_at"} & {*self.instruments}:
+            raise ValueError(f"instruments must have names of their own, got {sorted(taken)}")
+        names += self.instruments
+        if self.networks == "best" and self.select_by not in names:
+            raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
 
     def bound(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with the hyperparameters of a run."""
@@ -594,183 +643,277 @@ class _Plan:
             recipe = pipeline.bind(recipe, self.paths[name], value)
         return recipe
 
-    def values_of(self, run: int) -> dict[str, float]:
-        return dict(zip(self.grid, self.points[run // len(self.seeds)]))
-
     def stack(self, joined: dict[str, Params]) -> Networks:
         """The networks of all runs; those of several steps lie along a dimension ``step``."""
-        template, coords = self.template.eval(), self.coords
+        coords = self.coords
         if not isinstance(self.networks, str):
             n = len(self.seeds)
             coords = self.grid | {"step": self.kept_at, "seed": self.seeds}
             # [grid × seed, step, ...] → [grid × step × seed, ...]
             order = lambda w: w.unflatten(0, (-1, n)).movedim(2, 1).flatten(0, 2)
             joined = {part: {k: order(w) for k, w in ws.items()} for part, ws in joined.items()}
-        stacks = {part: _to(weights, self.device) for part, weights in joined.items()}
-        return Networks(template, **stacks, coords=coords)
+        return Networks(self.template.eval(), **_to(joined, self.device), coords=coords)
 
-    def label(self, values: dict[str, Tensor]) -> xr.Dataset:
+    def label(self, values: Params) -> xr.Dataset:
+        """The values [R, steps, ...], and ``diverged_at`` [R], by the names of their dimensions."""
         import xarray as xr
 
+        per_epoch = math.ceil(self.train_size / (self.batch_size or self.train_size))
+        epochs = [t / per_epoch for t in self.evaluate_at]
+        coords = self.coords | {"step": self.evaluate_at, "epoch": ("step", epochs)}
         shape = tuple(len(v) for v in self.coords.values())
-        coords = self.coords | {
-            "step": self.evaluate_at,
-            "epoch": ("step", [t / self.steps_per_epoch for t in self.evaluate_at]),
-        }
-        dims = lambda name: (*self.coords, "step", *self.dims.get(name, ()))
-        return xr.Dataset(
-            {
-                name: (
-                    dims(name)[: len(shape) + v.ndim - 1],
-                    v.numpy().reshape(*shape, *v.shape[1:]),
-                )
-                for name, v in values.items()
-            },
-            coords,
-        )
+        arrays = {}
+        for name, v in values.items():
+            names = (*self.coords, "step", *self.dims.get(name, ()))[: len(shape) + v.ndim - 1]
+            arrays[name] = (names, v.numpy().reshape(*shape, *v.shape[1:]))
+        return xr.Dataset(arrays, coords)
 
     def describe(self) -> dict[str, Any]:
-        first = self.data if isinstance(self.data, Data) else self.data[0]
+        on_gpu = self.device.type == "cuda"
         return {
-            "data": first.name,
+            "data": _for_seeds(self.data, len(self.seeds))[0].name,
             "recipe": _description(self.recipe),
             "steps": self.steps,
             "batch_size": self.batch_size or self.train_size,
-            "device": torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else str(self.device),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else str(self.device),
             "dtype": str(self.dtype),
             "torch": torch.__version__,
         }
 
 
-def _train(plan: _Plan, runs: Tensor, advance: Callable[[int], None]) -> dict[str, Params]:
-    """Train one chunk of runs to the end."""
-    seed_of_run = plan.seed_of_run[runs].to(plan.device)
-    hyper = {name: v[runs].to(plan.device) for name, v in plan.hyper_of_run.items()}
-    step, evaluate = _step(plan), _evaluate(plan)
-    state, records, kept, best = _start(plan, seed_of_run, hyper), [], [], None
-    batches, draws = _batches(plan, seed_of_run), _draws(plan, runs)
-    for t in range(plan.steps + 1):
-        if t in plan.evaluate_at:
-            records.append(evaluate(state, hyper, seed_of_run, t))
-            if plan.networks == "best":
-                now = _evaluated(plan, state["run"], hyper, seed_of_run) | {
-                    "score": records[-1][plan.select_by]
-                }
-                best = now if best is None else _better(now, best)
-        if t in plan.kept_at:
-            kept.append(_to(_evaluated(plan, state["run"], hyper, seed_of_run), "cpu"))
-        if t < plan.steps:
-            state |= step(state, hyper, next(batches), next(draws), Step(t, of=plan.steps))
-            advance(len(runs))
-    values = {name: torch.stack([r[name] for r in records], 1).cpu() for name in records[0]}
-    values["diverged_at"] = state["diverged_at"].cpu()
-    if best is not None:
-        del best["score"]
-        return {"values": values} | _to(best, "cpu")
-    if plan.networks == "last" or not kept:
-        return {"values": values} | (kept[-1] if kept else {})
-    several = lambda *weights: torch.stack(weights, 1)
-    return {"values": values} | torch.utils._pytree.tree_map(several, *kept)
+# ----------------------------------------------------------------------------------------- the loop
 
 
-def _start(plan: _Plan, seed_of_run: Tensor, hyper: Params) -> dict[str, Any]:
-    modules = [initial_module(plan.model, seed) for seed in plan.seeds]
-    params, buffers = stack_module_state(modules)
-    for name in [name for name, w in params.items() if not w.requires_grad]:
-        buffers[name] = params.pop(name)  # frozen
-    for_runs = lambda w: w.detach().to(
-        plan.device, plan.dtype if w.is_floating_point() else w.dtype
-    )[seed_of_run]
-    params = {name: for_runs(w) for name, w in params.items()}
-    buffers = {name: for_runs(b) for name, b in buffers.items()}
-    start = lambda params, buffers, hyper: State.init(plan.bound(hyper), params, buffers)
-    state = vmap(start)(params, buffers, hyper)
-    never = torch.full((len(seed_of_run),), -1, device=plan.device)
-    return {"run": state, "diverged_at": never}
+class _Chunk:
+    """Some of the runs, trained side by side."""
 
+    def __init__(self, plan: _Plan, runs: Tensor) -> None:
+        self.plan, self.model = plan, plan.template
+        self.seed_of_run = (runs % len(plan.seeds)).to(plan.device)
+        self.points = [plan.points[run // len(plan.seeds)] for run in runs.tolist()]
+        self.hyper = {
+            name: torch.tensor([p[name] for p in self.points], dtype=plan.dtype, device=plan.device)
+            for name in plan.grid
+        }
+        self.diverged_at = torch.full((len(runs),), -1, device=plan.device)
+        self.state = self._initial_state()
 
-def _step(plan: _Plan) -> Callable[..., dict[str, Any]]:
-    """One step of the pipeline, for all runs of a chunk at once."""
+    def _initial_state(self) -> State:
+        plan = self.plan
+        params, buffers = stack_module_state([initial_module(plan.model, s) for s in plan.seeds])
+        for name in [name for name, w in params.items() if not w.requires_grad]:
+            buffers[name] = params.pop(name)  # frozen
+        cast = lambda w: w.to(plan.device, plan.dtype if w.is_floating_point() else w.dtype)
+        for_runs = lambda named: {
+            name: cast(w.detach())[self.seed_of_run] for name, w in named.items()
+        }
+        start = lambda params, buffers, hyper: State.init(plan.bound(hyper), params, buffers)
+        return vmap(start)(for_runs(params), for_runs(buffers), self.hyper)
 
-    def one_run(
-        state: State, hyper: Params, draw: Params, batch: tuple[Tensor, ...], t: Step
-    ) -> tuple[State, Tensor]:
-        x, y, rows, *other = batch
-        second = Batch(other[0], other[1]) if other else None
-        shown = Batch(x, y, rows, plan.num_classes, second)
-        return pipeline.step(plan.template, plan.bound(hyper), state, shown, draw, t)
+    def train(self, advance: Callable[[int], None]) -> dict[str, Params]:
+        """The values at all evaluated steps, and the networks that are kept."""
+        plan, records, kept, best = self.plan, [], [], None
+        batches, draws = self._batches(), self._draws()
+        for t in range(plan.steps + 1):
+            if t in plan.evaluate_at:
+                records.append(self._evaluate(t))
+                if plan.networks == "best":
+                    now = self._evaluated() | {"score": records[-1][plan.select_by]}
+                    best = now if best is None else _better(now, best)
+            if t in plan.kept_at:
+                kept.append(_to(self._evaluated(), "cpu"))
+            if t < plan.steps:
+                self._step(next(batches), next(draws), Step(t, of=plan.steps))
+                advance(len(self.points))
+        values = {name: torch.stack([r[name] for r in records], 1).cpu() for name in records[0]}
+        result = {"values": values | {"diverged_at": self.diverged_at.cpu()}}
+        if best is not None:
+            return result | _to({part: best[part] for part in ("params", "buffers")}, "cpu")
+        if kept and plan.networks != "last":
+            return result | tree_map(lambda *weights: torch.stack(weights, 1), *kept)
+        return result | (kept[0] if kept else {})
 
-    def step(
-        state: dict[str, Any], hyper: Params, batch: tuple[Tensor, ...], draw: Params, t: Step
-    ) -> dict[str, Any]:
-        plan.template.train()
-        shared = None if plan.batch_size is None and not plan.tensors["train"][2] else 0
-        stacked = vmap(partial(one_run, t=t), in_dims=(0, 0, 0, shared))
-        run, loss = stacked(state["run"], hyper, draw, batch)
-        broken = ~loss.isfinite() & (state["diverged_at"] < 0)
-        diverged_at = torch.where(broken, t + 1, state["diverged_at"])
-        return {"run": run, "diverged_at": diverged_at}
+    def _step(self, batch: tuple[Tensor, ...], draw: Params, t: Step) -> None:
+        """One step of the pipeline, for all runs at once."""
+        plan = self.plan
 
-    return step
+        def one_run(
+            state: State, hyper: Params, draw: Params, batch: tuple[Tensor, ...]
+        ) -> tuple[State, Tensor]:
+            x, y, rows, *other = batch
+            second = Batch(other[0], other[1]) if other else None
+            shown = Batch(x, y, rows, plan.num_classes, second)
+            return pipeline.step(self.model, plan.bound(hyper), state, shown, draw, t)
 
+        self.model.train()
+        of_batch = 0 if plan.batch_size else plan.parts["train"].dim
+        stacked = vmap(one_run, in_dims=(0, 0, 0, of_batch))
+        self.state, loss = stacked(self.state, self.hyper, draw, batch)
+        self._mark(~loss.isfinite(), t + 1)
 
-def _evaluate(plan: _Plan) -> Callable[..., Params]:
-    """Losses, metrics and instruments of all runs of a chunk."""
-    size: list[float] = []
-
-    metrics = {"loss": plan.recipe.criterion, **plan.metrics}
-
-    def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
-        output = functional_call(plan.template, (params, buffers), (x,))
-        values = [metric(output, y) for metric in metrics.values()]
-        for name, v in zip(metrics, values, strict=True):
-            if not isinstance(v, Tensor) or v.shape[:1] != x.shape[:1]:
-                what = "criterion" if name == "loss" else f"metrics[{name!r}]"
-                got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
-                raise ValueError(
-                    f"{what} must return one number or more per example (reduction='none'), "
-                    f"[{len(x)}, ...], got {got}"
-                )
-        size[:] = [v.numel() / len(x) for v in values]  # numbers per example, such as tokens
-        return [v.sum() for v in values]
+    def _mark(self, broken: Tensor, t: int) -> None:
+        self.diverged_at = torch.where(broken & (self.diverged_at < 0), t, self.diverged_at)
 
     @torch.no_grad()
-    def evaluate(state: dict[str, Any], hyper: Params, seed_of_run: Tensor, t: int) -> Params:
-        plan.template.eval()
-        params, buffers = _evaluated(plan, state["run"], hyper, seed_of_run).values()
+    def _evaluate(self, t: int) -> Params:
+        """Losses, metrics and instruments."""
         # The last step may have broken the weights before any loss shows it.
-        finite = [w.reshape(len(w), -1).isfinite().all(1) for w in state["run"].params.values()]
-        broken = ~torch.stack(finite).all(0) & (state["diverged_at"] < 0)
-        state["diverged_at"] = torch.where(broken, t, state["diverged_at"])
-        values = {}
-        for split in plan.splits:
-            x, y, per_run = plan.tensors[split]
-            n = x.shape[1] if per_run else x.shape[0]
-            sums = [torch.zeros((), dtype=torch.float64, device=x.device)] * len(metrics)
-            for part in torch.arange(n, device=x.device).split(plan.evaluation_batch_size):
-                rows = (seed_of_run[:, None], part) if per_run else part
-                dim = 0 if per_run else None
-                stacked = vmap(one_run, in_dims=(0, 0, dim, dim))
-                found = stacked(params, buffers, x[rows], y[rows])
-                sums = [total + part.double() for total, part in zip(sums, found, strict=True)]
-            broken_loss = sums[0].isnan()
-            for name, total, per_example in zip(metrics, sums, size, strict=True):
-                mean = total / (n * per_example)
-                values[f"{split}_{name}"] = torch.where(broken_loss, torch.nan, mean)
-        x, y, per_run = plan.tensors["train"]
-        for name, instrument in plan.instruments.items():
-            rows = (seed_of_run,) if per_run else ...
-            found = _measure(plan.template, instrument, params, buffers, x[rows], y[rows], per_run)
+        finite = [w.reshape(len(w), -1).isfinite().all(1) for w in self.state.params.values()]
+        self._mark(~torch.stack(finite).all(0), t)
+        weights = self._evaluated()
+        self.model.eval()
+        values: Params = {}
+        for split in self.plan.splits:
+            values |= self._means(split, **weights)
+        train = self.plan.parts["train"]
+        for name, instrument in self.plan.instruments.items():
+            x, y = train.take(self.seed_of_run)
+            found = _measure(self.model, instrument, **weights, x=x, y=y, dim=train.dim)
             for field, (dims, value) in named_values(instrument, found, runs=1).items():
                 variable = f"{name}_{field}" if field else name
-                values[variable], plan.dims[variable] = value.double(), dims
-        healthy = state["diverged_at"] < 0
+                values[variable], self.plan.dims[variable] = value.double(), dims
+        healthy = self.diverged_at < 0
         where = lambda v: torch.where(healthy.view(-1, *[1] * (v.ndim - 1)), v, torch.nan)
         return {name: where(v) for name, v in values.items()}
 
-    return evaluate
+    def _means(self, split: str, params: Params, buffers: Params) -> Params:
+        """The means of the criterion and the metrics over a split."""
+        metrics = {"loss": self.plan.recipe.criterion, **self.plan.metrics}
+        size: list[float] = []
+
+        def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
+            output = functional_call(self.model, (params, buffers), (x,))
+            values = [metric(output, y) for metric in metrics.values()]
+            for name, v in zip(metrics, values, strict=True):
+                if not isinstance(v, Tensor) or v.shape[:1] != x.shape[:1]:
+                    what = "criterion" if name == "loss" else f"metrics[{name!r}]"
+                    got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+                    raise ValueError(
+                        f"{what} must return one number or more per example (reduction='none'), "
+                        f"[{len(x)}, ...], got {got}"
+                    )
+            size[:] = [v.numel() / len(x) for v in values]  # numbers per example, such as tokens
+            return [v.sum() for v in values]
+
+        part = self.plan.parts[split]
+        stacked = vmap(one_run, in_dims=(0, 0, part.dim, part.dim))
+        sums = [torch.zeros((), dtype=torch.float64, device=part.x.device)] * len(metrics)
+        for rows in torch.arange(part.size, device=part.x.device).split(
+            self.plan.evaluation_batch_size
+        ):
+            found = stacked(params, buffers, *part.take(self.seed_of_run, rows))
+            sums = [total + value.double() for total, value in zip(sums, found, strict=True)]
+        broken = sums[0].isnan()
+        return {
+            f"{split}_{name}": torch.where(broken, torch.nan, total / (part.size * per_example))
+            for name, total, per_example in zip(metrics, sums, size, strict=True)
+        }
+
+    def _evaluated(self) -> dict[str, Params]:
+        """What is evaluated and kept: the weights, or those that the optimizer names.
+
+        Batch norm's statistics belong to the weights of training; for others, such as an average,
+        they are those of one pass over the training set.
+        """
+        params, buffers = self.state.params, self.state.buffers
+        if hasattr(self.plan.recipe.optimizer, "evaluated"):
+
+            def of_run(run: State, hyper: Params) -> Params:
+                optimizer: Any = self.plan.bound(hyper).optimizer
+                return optimizer.evaluated(run.params, run.optimizer)
+
+            params = vmap(of_run)(self.state, self.hyper)
+            buffers = buffers | self._statistics(params)
+        return {"params": params, "buffers": buffers}
+
+    @torch.no_grad()
+    def _statistics(self, params: Params) -> Params:
+        """Batch norm's running statistics, taken anew from the training set."""
+        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm)]
+        momenta = [m.momentum for m in norms]
+        running = ("running_mean", "running_var")
+        names = [name for name in self.state.buffers if name.endswith(running)]
+        if not norms or not names:
+            return {}
+
+        def after_pass(params: Params, buffers: Params, x: Tensor) -> Params:
+            buffers = {name: b.clone() for name, b in buffers.items()}
+            functional_call(self.model, (params, buffers), (x,))
+            return {name: buffers[name] for name in names}
+
+        train = self.plan.parts["train"]
+        x, _ = train.take(self.seed_of_run)
+        try:
+            self.model.train()
+            for m in norms:
+                m.momentum = 1.0  # the statistics of this pass alone
+            return vmap(after_pass, in_dims=(0, 0, train.dim))(params, self.state.buffers, x)
+        finally:
+            self.model.eval()
+            for m, momentum in zip(norms, momenta, strict=True):
+                m.momentum = momentum
+
+    def _rows(self) -> Iterator[tuple[Tensor, ...]]:
+        """Which examples each seed visits, step by step: int64 [S, B], on the CPU.
+
+        Followed by those of an independent order, if the batch stage has a ``second_stream``.
+        """
+        plan, n = self.plan, self.plan.train_size
+        second = getattr(plan.recipe.batch, "second_stream", False)
+        for epoch in itertools.count():
+            streams = []
+            for purpose in ("order", "second order") if second else ("order",):
+                orders = [torch.arange(n)] * len(plan.seeds)
+                if plan.batch_size is not None:
+                    orders = [epoch_order(seed, epoch, n, purpose) for seed in plan.seeds]
+                streams.append(torch.stack(orders).split(plan.batch_size or n, 1))
+            yield from zip(*streams)
+
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of all runs: [R, B, ...], [R, B], rows [R, B]; a shared full batch as is."""
+        plan, train = self.plan, self.plan.parts["train"]
+        everything = torch.arange(plan.train_size, device=plan.device)
+        everything = everything.expand(len(self.points), -1) if train.per_seed else everything
+        full_batch = (*train.take(self.seed_of_run), everything) if not plan.batch_size else ()
+        for streams in self._rows():
+            if full_batch:
+                yield full_batch * len(streams)
+                continue
+            of_runs = [r.to(plan.device, non_blocking=True)[self.seed_of_run] for r in streams]
+            yield tuple(t for rows in of_runs for t in (*train.take(self.seed_of_run, rows), rows))
+
+    def _draws(self) -> Iterator[Params]:
+        """What the batch stage draws for all runs, on the CPU, so that nothing waits."""
+        plan = self.plan
+        if plan.recipe.batch is None:
+            yield from itertools.repeat({})
+        seeds, train = torch.arange(len(plan.seeds))[:, None], plan.parts["train"]
+        labels = (
+            train.y.cpu() if train.per_seed else train.y.cpu().expand(len(seeds), *train.y.shape)
+        )
+        shape = train.x.shape[1 + train.per_seed :]
+        precision = torch.promote_types(plan.dtype, torch.float32)
+        cast = lambda v: v.to(
+            plan.device, precision if v.is_floating_point() else v.dtype, non_blocking=True
+        )
+        # Runs of one seed share their draws, unless they differ in the batch stage itself.
+        stages = [plan.bound(point).batch for point in self.points]
+        sources: list[tuple[int, Any]] = [*zip(self.seed_of_run.tolist(), stages, strict=True)]
+        distinct = list(dict.fromkeys(sources))
+        of_run = torch.tensor([distinct.index(source) for source in sources]).to(plan.device)
+        for step, rows in enumerate(self._rows()):
+            y, *other = (labels[seeds, some] for some in rows)
+            x = torch.empty(y.shape[1], *shape, device="meta")  # only the shape is known here
+            draws = [
+                transform.draw(
+                    Batch(x, y[s], rows[0][s], plan.num_classes, *(Batch(x, o[s]) for o in other)),
+                    stream(plan.seeds[s], "batch", step),
+                )
+                for s, transform in distinct
+            ]
+            yield {
+                name: cast(torch.stack([draw[name] for draw in draws]))[of_run] for name in draws[0]
+            }
 
 
 def _measure(
@@ -780,176 +923,24 @@ def _measure(
     buffers: Params,
     x: Tensor,
     y: Tensor,
-    per_run: bool,
+    dim: int | None,
 ) -> Any:
+    """What the instrument returns for each network; ``dim`` of x and y counts networks."""
+
     def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Any:
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
 
-    dim = 0 if per_run else None
     template.eval()
-    return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
+    with plain_attention():
+        return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
 
 
-def _rows(plan: _Plan) -> Iterator[tuple[Tensor, ...]]:
-    """Which examples each seed visits, step by step: int64 [S, B], on the CPU.
-
-    Followed by those of an independent order, if the batch stage has a ``second_stream``.
-    """
-    n, second = plan.train_size, getattr(plan.recipe.batch, "second_stream", False)
-    for epoch in itertools.count():
-        streams = []
-        for purpose in ("order", "second order") if second else ("order",):
-            orders = [torch.arange(n)] * len(plan.seeds)
-            if plan.batch_size is not None:
-                orders = [epoch_order(seed, epoch, n, purpose) for seed in plan.seeds]
-            streams.append(torch.stack(orders).split(plan.batch_size or n, 1))
-        yield from zip(*streams)
-
-
-def _batches(plan: _Plan, seed_of_run: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The batches of all runs: [R, B, ...], [R, B], rows [R, B]; a shared full batch as is."""
-    x, y, per_run = plan.tensors["train"]
-    if plan.batch_size is None:
-        x, y = (x[seed_of_run], y[seed_of_run]) if per_run else (x, y)
-        everything = torch.arange(plan.train_size, device=plan.device)
-        everything = everything.expand(len(seed_of_run), -1) if per_run else everything
-
-        def take(rows: Tensor) -> tuple[Tensor, ...]:
-            return x, y, everything
-
-    else:
-        offset = (seed_of_run * plan.train_size)[:, None] if per_run else 0
-        x, y = (x.flatten(0, 1), y.flatten(0, 1)) if per_run else (x, y)
-
-        def take(rows: Tensor) -> tuple[Tensor, ...]:
-            rows = rows.to(plan.device, non_blocking=True)[seed_of_run]
-            return x[rows + offset], y[rows + offset], rows
-
-    for streams in _rows(plan):
-        yield tuple(part for rows in streams for part in take(rows))
-
-
-def _draws(plan: _Plan, runs: Tensor) -> Iterator[Params]:
-    """What the batch stage draws for all runs, on the CPU, so that nothing waits."""
-    if plan.recipe.batch is None:
-        yield from itertools.repeat({})
-    x, y, per_run = plan.tensors["train"]
-    labels = y.cpu() if per_run else y.cpu().expand(len(plan.seeds), *y.shape)
-    seeds = torch.arange(len(plan.seeds))[:, None]
-    shape = x.shape[2:] if per_run else x.shape[1:]
-    precision = torch.promote_types(plan.dtype, torch.float32)
-    # Runs of one seed share their draws, unless they differ in the batch stage itself.
-    sources: list[tuple[int, Any]] = [
-        (run % len(plan.seeds), plan.bound(plan.values_of(run)).batch) for run in runs.tolist()
-    ]
-    distinct = list(dict.fromkeys(sources))
-    of_run = torch.tensor([distinct.index(source) for source in sources]).to(plan.device)
-    for step, rows in enumerate(_rows(plan)):
-        y, *other = (labels[seeds, some] for some in rows)
-        x = torch.empty(y.shape[1], *shape, device="meta")  # only the shape is known here
-        draws = [
-            transform.draw(
-                Batch(x, y[s], rows[0][s], plan.num_classes, *(Batch(x, o[s]) for o in other)),
-                stream(plan.seeds[s], "batch", step),
-            )
-            for s, transform in distinct
-        ]
-        stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-        yield {
-            name: v.to(
-                plan.device, precision if v.is_floating_point() else v.dtype, non_blocking=True
-            )[of_run]
-            for name, v in stacked.items()
-        }
-
-
-def _evaluated(plan: _Plan, run: State, hyper: Params, seed_of_run: Tensor) -> dict[str, Params]:
-    """What is evaluated and kept of a run: its weights, or those that the optimizer names.
-
-    Batch norm's statistics belong to the weights of training; for others, such as an average, they
-    are those of one pass over the training set.
-    """
-    if not hasattr(plan.recipe.optimizer, "evaluated"):
-        return {"params": run.params, "buffers": run.buffers}
-
-    def of_run(run: State, hyper: Params) -> Params:
-        optimizer: Any = plan.bound(hyper).optimizer
-        return optimizer.evaluated(run.params, run.optimizer)
-
-    params = vmap(of_run)(run, hyper)
-    return {"params": params, "buffers": _statistics(plan, params, run.buffers, seed_of_run)}
-
-
-@torch.no_grad()
-def _statistics(plan: _Plan, params: Params, buffers: Params, seed_of_run: Tensor) -> Params:
-    """The buffers, with batch norm's running statistics taken anew from the training set."""
-    norms = [m for m in plan.template.modules() if isinstance(m, _BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    names = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
-    if not norms or not names:
-        return buffers
-
-    def after_pass(params: Params, buffers: Params, x: Tensor) -> Params:
-        buffers = {name: b.clone() for name, b in buffers.items()}
-        functional_call(plan.template, (params, buffers), (x,))
-        return {name: buffers[name] for name in names}
-
-    x, _, per_run = plan.tensors["train"]
-    x = x[seed_of_run] if per_run else x
-    try:
-        plan.template.train()
-        for m in norms:
-            m.momentum = 1.0  # the statistics of this pass alone
-        found = vmap(after_pass, in_dims=(0, 0, 0 if per_run else None))(params, buffers, x)
-    finally:
-        plan.template.eval()
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.momentum = momentum
-    return buffers | found
-
-
-def _better(now: dict[str, Any], old: dict[str, Any]) -> Any:
+def _better(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """The weights with the lower score."""
     better = (now["score"] < old["score"]) | old["score"].isnan()
     pick = lambda new, old: torch.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-    return torch.utils._pytree.tree_map(pick, now, old)
-
-
-def _first_data(data: Any, seeds: int) -> Data:
-    """The first Data, after a check that there is one, or one per seed."""
-    if isinstance(data, Data):
-        return data
-    if not isinstance(data, Sequence) or not all(isinstance(d, Data) for d in data):
-        raise TypeError(
-            f"data must be one Data, a sequence of one per seed, or tensors (x, y), got {type(data)}"
-        )
-    if len(data) != seeds:
-        raise ValueError(
-            f"data must be one Data, or one per seed: got {len(data)} for {seeds} seeds"
-        )
-    return data[0]
-
-
-def _split(
-    data: Any, split: str, seeds: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, bool]:
-    """x, y of a split on the device, and whether they have a leading dimension of seeds."""
-    if isinstance(data, Data):
-        x, y = data.split(split)
-        return _cast(x, device, dtype), _cast(y, device, dtype), False
-    _first_data(data, seeds)
-    parts = [d.split(split) for d in data]
-    shapes = {tuple(x.shape) for x, _ in parts}
-    if len(shapes) > 1:
-        raise ValueError(f"data of all seeds must have one shape, got {sorted(shapes)} for {split}")
-    x, y = (torch.stack(tensors) for tensors in zip(*parts))
-    return _cast(x, device, dtype), _cast(y, device, dtype), True
-
-
-def _cast(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """On the device; numbers in the precision of the weights, classes and tokens as they are."""
-    return t.to(device, dtype if t.is_floating_point() else t.dtype)
+    return tree_map(pick, now, old)
 
 
 def _description(thing: Any) -> str:
@@ -963,6 +954,4 @@ def _description(thing: Any) -> str:
 
 
 def _to(tree: Any, device: torch.device | str) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda v: v.to(device) if isinstance(v, Tensor) else v, tree
-    )
+    return tree_map(lambda v: v.to(device), tree)
