@@ -468,7 +468,7 @@ def _idx_set(name: str, choice: _Choice) -> Data:
         if len(x) != len(y):
             raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
         parts.append((x[:, None], y.long()))
-    return _assemble(name, 10, *parts, choice)
+    return _assemble(name, 10, parts[0], parts[1], choice)
 
 
 def mnist(
