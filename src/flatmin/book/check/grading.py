@@ -84,23 +84,23 @@ def time_limit(seconds: float) -> Iterator[None]:
                         ctypes.c_ulong(thread), ctypes.py_object(OutOfTime)
                     )
 
-    threading.Thread(target=ring, daemon=True).start()
     try:
-        yield
-    finally:
-        with lock:
-            done.set()
+        try:
+            threading.Thread(target=ring, daemon=True).start()
+            yield
+        finally:
+            with lock:
+                done.set()
+    finally:  # if it rang just now, in the lines above
+        done.set()
 
 
 def _where(error: BaseException, answer: Callable[..., Any]) -> str:
     """The last line of the student's own code in an error's traceback."""
     filename = getattr(getattr(answer, "__code__", None), "co_filename", None)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == filename]
-    return (
-        f"in line {frames[-1].lineno} of your cell: {frames[-1].line}".rstrip(": ")
-        if frames
-        else ""
-    )
+    where = f"in line {frames[-1].lineno} of your cell: {frames[-1].line}" if frames else ""
+    return where.removesuffix(": ")
 
 
 # -------------------------------------------------------------------------------------- comparing
