@@ -51,14 +51,12 @@ def flooded(trial: Trial) -> None:
     ):
         by_mean, by_example = fold(x.mean()), fold(x).mean()
         want, other = (by_example, by_mean) if each else (by_mean, by_example)
-        flat = x if each else x.mean()
+        clamped = (x if each else x.mean()).clamp(min=b).mean()
         rivals = {
             "The order of mean and fold is the other kind's: per example means fold, then "
             "average.": other if x is losses else [],
             "That is the raw loss: below the level it has to be mirrored.": x.mean(),
-            "That is a clamp: below the level it is constant, so nothing climbs.": flat.clamp(
-                min=b
-            ).mean(),
+            "That is a clamp: below the level it is constant, so nothing climbs.": clamped,
             "The + b is missing: above the level the flooded loss is the loss.": want - b,
             "One number was wanted, the mean over the examples.": fold(x),
         }
@@ -113,19 +111,14 @@ def accumulate(trial: Trial) -> None:
             max(batch_sizes, default=0) <= max(sizes),
             "The microbatches were put together into one batch, which does not fit into memory.",
         )
-        left = flat(stale)
+        kept = [sign * g + flat(stale), sign * (g + flat(stale))]
+        equal = total / len(parts)
         rivals = {
             "Every microbatch was flooded by itself. One sign for all of them, decided by the mean "
             "of the whole batch, is what is wanted.": each,
             "The sign of the flood is lost: below the level the gradient turns around.": g,
-            "The gradients that were in .grad before are still in the sum.": [
-                sign * g + left,
-                sign * (g + left),
-            ],
-            "All microbatches weigh the same here, but they differ in size.": [
-                total / len(parts),
-                -total / len(parts),
-            ],
+            "The gradients that were in .grad before are still in the sum.": kept,
+            "All microbatches weigh the same here, but they differ in size.": [equal, -equal],
             "This is the gradient of the sum of the microbatches' losses, not of the batch's "
             "mean.": sign * total,
         }

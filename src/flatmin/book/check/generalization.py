@@ -42,18 +42,16 @@ def margins(trial: Trial) -> None:
         y[0], y[1] = z[0].argmax(), z[1].argmin()  # one is right, one is wrong
         right = z.gather(1, y[:, None])[:, 0]
         wrong = z.scatter(1, y[:, None], -torch.inf).amax(1)
-        largest, second = z.topk(2).values.T
+        want, top = right - wrong, -z.topk(2).values.diff()[:, 0]
         rivals = {
             "The right class took part in the maximum, so no margin came out positive. Only the "
             "wrong classes compete.": right - z.amax(1),
-            "The sign is turned around: a rightly classified example has a positive margin.": wrong
-            - right,
-            "These are margins between the two largest logits, whatever the label.": largest
-            - second,
-            "This is the mean; one number an example is wanted.": (right - wrong).mean(),
+            "The sign is turned around: a rightly classified example has a positive margin.": -want,
+            "These are margins between the two largest logits, whatever the label.": top,
+            "This is the mean; one number an example is wanted.": want.mean(),
         }
         hint = "For each example: its own class's logit, minus the largest of the others."
-        trial(part, {"logits": z, "labels": y}, right - wrong, rivals, hint)
+        trial(part, {"logits": z, "labels": y}, want, rivals, hint)
 
 
 @question
@@ -65,7 +63,7 @@ def paired_interval(trial: Trial) -> None:
         d, t = a - b, student_t.ppf
         mean, error, biased = d.mean(), d.std() / n**0.5, d.std(correction=0) / n**0.5
         unpaired = ((a.var() + b.var()) / n).sqrt()
-        q = t(0.975, n - 1)
+        q, one_sided = t(0.975, n - 1), t(0.95, n - 1) * error
         rivals = {
             "1.96 is for a known standard deviation. With an estimated one, and so few pairs, "
             "Student's t is needed (1.12).": (mean, 1.959964 * error),
@@ -73,10 +71,7 @@ def paired_interval(trial: Trial) -> None:
             "This is the spread of single differences, not the uncertainty of their mean: a root "
             "of n is missing.": (mean, q * d.std()),
             "The t distribution has n - 1 degrees of freedom, not n.": (mean, t(0.975, n) * error),
-            "That leaves 10 % outside: two-sided 95 % needs the quantile 0.975.": (
-                mean,
-                t(0.95, n - 1) * error,
-            ),
+            "That leaves 10 % outside: two-sided 95 % needs the quantile 0.975.": (mean, one_sided),
             "The intervals of the two means were put together as if nothing were shared. "
             "Runs that share a seed are pairs: take the differences first.": [
                 (mean, t(0.975, 2 * n - 2) * unpaired),
@@ -93,12 +88,10 @@ def stopped_early(trial: Trial) -> None:
     validation, test = trial.rand(4, 9), trial.rand(4, 9)
     rows = torch.arange(4)
     validation[rows, torch.tensor([2, 5, 7, 3])] -= 1  # each run's minimum is at another step
-    want = test[rows, validation.argmin(1)]
+    want, at_one = test[rows, validation.argmin(1)], test[:, validation.mean(0).argmin()]
     rivals = {
         "The test set chose the step. Choose by validation, report the test.": test.amin(1),
-        "All runs were stopped at one step, that of the mean curve. Each run has its own.": test[
-            :, validation.mean(0).argmin()
-        ],
+        "All runs were stopped at one step, that of the mean curve. Each run has its own.": at_one,
         "This is the lowest validation loss, not the test error there.": validation.amin(1),
         "This is the error at the last step.": test[:, -1],
         "The step of the highest validation loss was taken.": test[rows, validation.argmax(1)],

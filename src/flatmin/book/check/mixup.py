@@ -47,14 +47,13 @@ def mixed_loss(trial: Trial) -> None:
     own, theirs = loss(z, y), loss(z, y[partners])
     for part, lam in (("the same λ for all", equal), ("one λ per example", each)):
         losses = lam * own + (1 - lam) * theirs
+        exchanged = (own + theirs - losses).mean()
+        mean_first = lam.mean() * own.mean() + (1 - lam.mean()) * theirs.mean()
         permuted = lam * own + (1 - lam) * loss(z[partners], y[partners])
         rivals = {
-            "λ and 1 - λ are exchanged: λ is the weight of the example's own label.": (
-                own + theirs - losses
-            ).mean(),
+            "λ and 1 - λ are exchanged: λ is the weight of the example's own label.": exchanged,
             "The mean over the batch was taken before the weights came in. With one λ an example "
-            "take reduction='none' first.": lam.mean() * own.mean()
-            + (1 - lam.mean()) * theirs.mean(),
+            "take reduction='none' first.": mean_first,
             "The partners play no part: this is the loss on the own labels.": own.mean(),
             "The logits were permuted with the labels: then it is the same loss "
             "twice.": permuted.mean(),

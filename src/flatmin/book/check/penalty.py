@@ -36,24 +36,16 @@ def effective_objective(trial: Trial) -> None:
         total, squares, lengths = sum(rates), sum(r * r for r in rates), sum(map(abs, rates))
         pairs = 0.5 * (total**2 - squares)
         weight = -pairs / (2 * total)
-        unsigned = -0.5 * (lengths**2 - squares) / (2 * lengths)
+        undivided, itself = (total, -pairs / 2), (total, -(pairs + squares) / (2 * total))
+        unsigned = lengths, -0.5 * (lengths**2 - squares) / (2 * lengths)
         rivals = {
             "The weight has the wrong sign: θ - A g + B Hg is a step of rate A on a penalty with "
             "the sign of -B.": (total, -weight),
             "The gradient of ‖g‖² is 2 Hg (3.4), or a pair was counted twice (the sum is over "
             "j < k): a factor 2 is off in the weight.": (total, 2 * weight),
-            "The weight has to be divided by the rate: it is multiplied by it in the step.": (
-                total,
-                -pairs / 2,
-            ),
-            "A step was paired with itself: the sum is over j < k.": (
-                total,
-                -(pairs + squares) / (2 * total),
-            ),
-            "The rates have signs, minus for a step up. They are all taken positive here.": (
-                lengths,
-                unsigned,
-            ),
+            "The weight has to be divided by the rate: it is multiplied by it in the step.": undivided,
+            "A step was paired with itself: the sum is over j < k.": itself,
+            "The rates have signs, minus for a step up. They are all taken positive here.": unsigned,
         }
         hint = "Expand with (3.8), then read off L + weight · ‖g‖², descended with the rate."
         trial(part, {"rates": rates}, (total, weight), rivals, hint)
@@ -111,20 +103,18 @@ def difference_penalty(trial: Trial) -> None:
         calls.append(point)
         return slope(point)
 
-    rise = lambda length: slope(theta + length * g) - g
-    penalty = lam / r * rise(r)
+    at = lambda length: g + lam / r * (slope(theta + length * g) - g)
+    want = at(r)
     rivals = {
-        "The difference was multiplied by λ, but not divided by the radius.": g + lam * rise(r),
-        "This looks downhill; (3.13) displaces to θ + r g.": g - lam / r * rise(-r),
-        "The second gradient is taken at θ + λ g; the displacement is r g.": g
-        + lam / r * rise(lam),
-        "The displacement is r g, of length r ‖g‖; here it has length r (that is SAM's).": g
-        + lam / r * rise(r / g.norm()),
-        "Only the penalty's gradient came back; the loss has one too.": penalty,
-        "That is g + 2λ Hg: the penalty is λ/2 ‖g‖².": g + 2 * penalty,
+        "The difference was multiplied by λ, but not divided by the radius.": g + r * (want - g),
+        "This looks downhill; (3.13) displaces to θ + r g.": 2 * g - at(-r),
+        "The second gradient is taken at θ + λ g; the displacement is r g.": at(lam),
+        "The displacement is r g; here it has length r (that is SAM's).": at(r / g.norm()),
+        "Only the penalty's gradient came back; the loss has one too.": want - g,
+        "That is g + 2λ Hg: the penalty is λ/2 ‖g‖².": 2 * want - g,
     }
     inputs = {"gradient": gradient, "theta": theta, "penalty": lam, "radius": r}
-    trial("a short radius", inputs, g + penalty, rivals, rtol=1e-6)
+    trial("a short radius", inputs, want, rivals, rtol=1e-6)
     count = len(calls)
     trial.require(count == 2, f"The gradient was computed {count} times; twice is enough.")
     trial("no penalty at all", {**inputs, "penalty": 0.0}, g)

@@ -22,13 +22,12 @@ def sharpest_stable(trial: Trial) -> None:
         ("a small radius", trial.number(0.1, 0.5), 1e-14),
         ("no radius: gradient descent", 0.25, 0.0),
     ):
-        want = 4 / (eta * (1 + math.sqrt(1 + 8 * rho / eta)))
+        want, ascent = 4 / (eta * (1 + math.sqrt(1 + 8 * rho / eta))), 2 / (eta * (1 + rho))
         rivals = {
             "That is gradient descent's limit, 2/η; SAM's step is longer.": 2 / eta,
             "There w jumps to 0 or beyond but does not grow: it diverges where |factor| > 1, which "
             "is at a factor of -1, not 0.": 2 / (eta * (1 + math.sqrt(1 + 4 * rho / eta))),
-            "That is the limit for ascent in place of descent of the penalty.": 2
-            / (eta * (1 + rho)),
+            "That is the limit for ascent in place of descent of the penalty.": ascent,
         }
         hint = "One step multiplies w by 1 - η h (1 + ρ h). Solve |factor| = 1 for h; if ρ is "
         hint += "tiny, a difference of two nearly equal roots loses its digits."
@@ -124,17 +123,15 @@ def sam_step(trial: Trial) -> None:
     g = slope(w)
     up = w + rho * g / g.norm()
     worst = slope(up)
+    unnormalized, kept = w - lr * slope(w + rho * g), w - lr * (g + stale + worst)
     rivals = {
-        "The weights were not restored: the step starts from w + ε̂, it should start from w.": up
-        - lr * worst,
+        "The weights were not restored: the step starts from w + ε̂, not from w.": up - lr * worst,
         "That is a plain step of SGD: the gradient at w + ε̂ is what steps.": w - lr * g,
         "Both gradients were added up: .grad holds the first when the second is computed. Set it "
         "to zero in between.": w - lr * (g + worst),
         "The perturbation goes downhill.": w - lr * slope(2 * w - up),
-        "The perturbation is not normalized: it should have the length ρ.": w
-        - lr * slope(w + rho * g),
-        "Gradients from before the call are in the step: set .grad to zero first.": w
-        - lr * (g + stale + worst),
+        "The perturbation is not normalized: it should have the length ρ.": unnormalized,
+        "Gradients from before the call are in the step: set .grad to zero first.": kept,
         "The weights were restored, but nothing has stepped.": w,
     }
     hint = "Were gradients from before the call still in .grad? Is ε̂ one vector with one norm?"
@@ -155,14 +152,13 @@ def adaptive_climb(trial: Trial) -> None:
     w, g = trial.randn(6), trial.randn(6)
     rho = trial.number(0.1, 0.9)
     T = w.abs()
-    want = rho * T**2 * g / (T * g).norm()
+    of = lambda scale: rho * T**2 * g / (scale * g).norm()
+    want = of(T)
     rivals = {
         "That is plain SAM's: the ball does not stretch with the weights.": rho * g / g.norm(),
         "T is there once; ε̂ = T ε̂_plain(T g) has it twice, once inside and once outside.": want / T,
-        "T is squared in the numerator, as it should be, but the length is that of T² g.": want
-        * (T * g).norm()
-        / (T**2 * g).norm(),
-        "The length is that of g; it should be that of T g.": rho * T**2 * g / g.norm(),
+        "T is squared in the numerator, as it should be, but the length is that of T² g.": of(T**2),
+        "The length is that of g; it should be that of T g.": of(1),
         "T is |w|, not w: the signs of w have come in.": want * w.sign() * g.sign(),
     }
     trial("six weights", {"w": w, "gradient": g, "rho": rho}, want, rivals)

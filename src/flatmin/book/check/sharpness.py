@@ -67,6 +67,7 @@ def m_sharpness(trial: Trial) -> None:
         full = [rise(s, every) for s in shards]
         slopes = [rho * grad(mean_loss)(w, s).norm() for s in shards]
         want, each = mean(rises), torch.stack(rises)
+        worst = want + mean_loss(w, every)
         rivals = {
             "All shards were moved by one and the same ε̂, that of all examples. Each has its "
             "own.": mean(full),
@@ -76,8 +77,7 @@ def m_sharpness(trial: Trial) -> None:
                 slopes
             ),
             "The last, smaller shard was left out.": each[: 10 // m].mean(),
-            "That is the loss at the worst points; the loss at w has to be taken away.": want
-            + mean_loss(w, every),
+            "That is the loss at the worst points; the loss at w has to be taken away.": worst,
         }
         inputs = {"losses": losses, "w": w, "n": 10, "m": m, "rho": rho}
         trial(part, inputs, want, rivals)
@@ -148,16 +148,14 @@ def hutchinson(trial: Trial) -> None:
     probes = (trial.integers(2, k, n) * 2 - 1).double()
     values = ((probes @ H) * probes).sum(1)
     mean, error = values.mean(), values.std() / k**0.5
+    per_weight = mean / n, error / n
     rivals = {
         "That is the spread of single probes; the standard error of their mean is smaller by √k.": (
             mean,
             error * k**0.5,
         ),
         "The variance was divided by k, not by k - 1.": (mean, error * ((k - 1) / k) ** 0.5),
-        "That was divided by zᵀz: it estimates the mean eigenvalue, not the trace.": (
-            mean / n,
-            error / n,
-        ),
+        "That was divided by zᵀz: it estimates the mean eigenvalue, not the trace.": per_weight,
         "That is the variance of the mean; the standard error is its root.": (mean, error**2),
         "These are sums over the probes.": (values.sum(), values.std() * k**0.5),
         "That is the mean of ‖Hz‖, not of zᵀHz.": ((probes @ H).norm(dim=1).mean(), error),

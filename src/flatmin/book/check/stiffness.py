@@ -46,14 +46,13 @@ def sequence_gram(trial: Trial) -> None:
         a, d = trial.randn(n, T, I), trial.randn(n, T, O)
         W, c = torch.einsum("nto,nti->noi", d, a).flatten(1), d.sum(1)
         want = W @ W.T + c @ c.T
-        pairs = lambda u: torch.einsum("itx,jtx->ijt", u, u)  # of equal positions
+        pairs = lambda u: torch.einsum("itx,jtx->ijt", u, u)
+        equal_positions = ((pairs(a) + 1) * pairs(d)).sum(-1)
         norms = want.diagonal().sqrt()
         rivals = {
             "The bias is missing: it is one more input, which is always 1.": W @ W.T,
             "Only equal positions were paired. The gradient is a sum over positions, so every "
-            "position of one example meets every position of the other.": (
-                (pairs(a) + 1) * pairs(d)
-            ).sum(-1),
+            "position of one example meets every position of the other.": equal_positions,
             "The sums over positions were taken before the products: a product of sums is not a "
             "sum of products.": (a.sum(1) @ a.sum(1).T + 1) * (c @ c.T),
             "The 1 of the bias was added once, not to every pair of positions.": W @ W.T + 1,
@@ -105,8 +104,7 @@ def cosines(trial: Trial) -> None:
         "Divided by the squared lengths: the diagonal of the Gram matrix holds ‖g‖², its root is "
         "needed.": gram / norms[:, None] ** 2 / norms**2,
         "Divided by one of the two lengths only.": gram / norms[:, None],
-        "Divided by one of the two squared lengths: a cosine is symmetric.": gram
-        / norms[:, None] ** 2,
+        "Divided by one squared length: a cosine is symmetric.": gram / norms[:, None] ** 2,
         "Divided by the largest product.": gram / gram.abs().max(),
     }
     trial("five gradients", {"gram": gram}, unit @ unit.T, rivals)
