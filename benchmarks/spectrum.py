@@ -49,7 +49,7 @@ GROWTH = (10, 20, 40, 80, 160)
 criterion = nn.CrossEntropyLoss()
 NETWORKS = {
     "MLP 64-128-128-10, 500 examples": (lambda: MLP(64, 128, 128, 10), (64,), 500),
-    "ResNet-8, 100 examples": (lambda: ResNet(8, 10, 1, batch_norm=False), (1, 8, 8), 100),
+    "ResNet-8, 100 examples": (lambda: ResNet([1, 1, 1], 10, 1, batch_norm=False), (1, 8, 8), 100),
 }
 QUICK = {"MLP 64-16-10, 50 examples": (lambda: MLP(64, 16, 10), (64,), 50)}
 

@@ -18,6 +18,7 @@ from flatmin.book.check.grading import (
     OutOfTime,
     changed,
     difference,
+    experiment,
     question,
     show,
     time_limit,
@@ -27,7 +28,7 @@ from flatmin.book.check.grading import (
 CHECKS = {name: v for name, v in vars(check).items() if isinstance(v, Check)}
 
 
-@question(seconds=0.3)
+@question
 def double(trial):
     """Twice a vector."""
     x = trial.randn(3)
@@ -42,6 +43,9 @@ def double(trial):
         hint="Two times.",
     )
     trial("a matrix", {"x": trial.randn(2, 2)}, want=2 * trial_matrix(trial), hint="Any shape.")
+
+
+double.seconds = 0.3
 
 
 def trial_matrix(trial):
@@ -59,7 +63,7 @@ def report_text(answer, seed=0):
 
 def test_a_right_answer_passes_all_parts(capsys):
     report = double(lambda x: x + x)
-    assert report and repr(report) == "<check.double: passed>"
+    assert report
     assert capsys.readouterr().out == "✓ check.double\n  ✓ three numbers\n  ✓ a matrix\n"
     double.verify(lambda x: 2 * x, seed=5)
 
@@ -180,7 +184,7 @@ def swallowing(x):
             continue
 
 
-@pytest.mark.parametrize("answer", [forever, swallowing, lambda x: time.sleep(60)])
+@pytest.mark.parametrize("answer", [forever, swallowing])
 def test_an_endless_loop_is_stopped(answer):
     assert "stopped after 0.3 seconds" in report_text(answer)
 
@@ -188,9 +192,9 @@ def test_an_endless_loop_is_stopped(answer):
 def test_a_second_alarm_stops_a_bare_except():
     def answer(x):
         try:
-            time.sleep(60)
+            forever(x)
         except:  # noqa: E722
-            time.sleep(60)
+            forever(x)
 
     assert "stopped after 0.3 seconds" in report_text(answer)
 
@@ -209,19 +213,17 @@ def test_no_alarm_follows_after_the_time_limit():
         pass
     time.sleep(0.1)
     with pytest.raises(OutOfTime), time_limit(0.05):
-        time.sleep(1)
+        forever(0)
 
 
 # -------------------------------------------------------------------------------------- comparing
 
 
-def test_difference_goes_through_dicts_and_tuples():
-    want = {"a": (1.0, torch.zeros(2)), "b": "lower"}
-    assert difference({"a": [1, np.zeros(2)], "b": "lower"}, want) == ""
-    assert difference({"a": (1, 2)}, want) == "the dict that came back lacks ['b']"
-    assert "at 'a': item 1" in difference({"a": (1, [0.0, 1.0]), "b": "lower"}, want)
-    assert difference({"a": (1.0,), "b": ""}, want) == "at 'a': 2 values should have come back"
-    assert difference({"a": want["a"], "b": "x"}, want) == "at 'b': it should be 'lower'"
+def test_difference_goes_through_tuples():
+    want = (1.0, torch.zeros(2))
+    assert difference([1, np.zeros(2)], want) == ""
+    assert difference((1, [0.0, 1.0]), want) == "item 1: values are wrong"
+    assert difference((1.0,), want) == "2 values should have come back"
 
 
 def test_difference_is_exact_to_the_tolerance():
@@ -232,14 +234,12 @@ def test_difference_is_exact_to_the_tolerance():
     assert difference(torch.ones(2), nan) == "values are wrong"
 
 
-def test_changes_in_place_are_seen_in_all_containers():
-    model, x = nn.Linear(2, 2), torch.tensor([1.0, torch.nan])
+def test_changes_in_place_are_seen_in_lists_too():
+    x = torch.tensor([1.0, 2.0])
     for value, change in (
         (x, lambda v: v.add_(1)),
-        ({"x": x}, lambda v: v.pop("x")),
-        ({"x": x}, lambda v: v["x"].add_(1)),
         ([x, x], lambda v: v.pop()),
-        (model, lambda v: nn.init.zeros_(v.weight)),
+        ([(x, x), (x, x)], lambda v: v[1][0].add_(1)),
     ):
         other = deepcopy(value)
         assert not changed(value, other)
@@ -250,13 +250,10 @@ def test_changes_in_place_are_seen_in_all_containers():
 # ------------------------------------------------------------------------------------ experiments
 
 
-@question
-def tossing(trial):
+@experiment("heads minus nothing")
+def tossing(seeds):
     """An experiment whose true result is cheap to compute."""
-    trial.experiment(
-        lambda seeds: {"heads": np.array(seeds) % 7 + 10.0, "tails": np.zeros(5)},
-        rivals={"wrong way round": lambda want: {k: -v for k, v in want.items()}},
-    )
+    return {"heads": np.array(seeds) % 7 + 10.0, "tails": np.zeros(5)}
 
 
 def tossed(heads="higher", tails="undecided", sign=1):
@@ -272,7 +269,7 @@ def test_an_experiment_needs_the_data_and_the_matching_verdict(seed):
     assert "does not follow from your own data" in str(tossing.run(tossed(tails="lower"), seed))
     assert "does not follow from your own data" in str(tossing.run(tossed(heads="undecided"), seed))
     assert "does not follow from your own data" in str(tossing.run(tossed(heads=np.ones(5)), seed))
-    assert "wrong way round" in str(tossing.run(tossed(sign=-1), seed))
+    assert "wrong way round: heads minus nothing." in str(tossing.run(tossed(sign=-1), seed))
     assert "A dict should have come back" in str(tossing.run(lambda seeds: {"heads": 1}, seed))
     assert "shape is [4]" in str(
         tossing.run(
@@ -297,7 +294,7 @@ def test_verdicts():
 def test_all_checks_are_exported_and_documented():
     assert CHECKS and set(CHECKS) == set(check.__all__) - {"Check", "Report"}
     for name, one in CHECKS.items():
-        assert one.__doc__.endswith(".") and repr(one) == f"<check.{name}>"
+        assert one.__doc__.endswith(".") and one.__name__ == name
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -330,20 +327,7 @@ def test_all_checks_are_exported_and_documented():
         "missing",
     ],
 )
-def test_no_check_accepts_nonsense_or_breaks_on_it(name, answer, monkeypatch):
-    for module in (
-        "generalization",
-        "flooding",
-        "penalty",
-        "stiffness",
-        "mixup",
-        "sam",
-        "sharpness",
-    ):
-        for attribute, value in vars(getattr(check, module)).items():
-            if hasattr(value, "cache_info"):  # the experiments' true results, which take seconds
-                fake = {"training error": 1, "test error": 1, "test loss": 1}
-                monkeypatch.setattr(getattr(check, module), attribute, lambda seeds: fake)
+def test_no_check_accepts_nonsense_or_breaks_on_it(name, answer):
     report = CHECKS[name].run(answer)
     assert not report and isinstance(report.mistake, Mistake) and str(report)
 

@@ -18,7 +18,7 @@ from .datasets import (
     spiral,
     two_gaussians,
 )
-from .models import MLP, ResNet, SmallCNN, resnet18, resnet20, resnet32
+from .models import MLP, ResNet, SmallCNN, resnet20
 from .statistics import mean_interval, pm
 
 __all__ = [
@@ -36,9 +36,7 @@ __all__ = [
     "mnist",
     "mnist1d",
     "pm",
-    "resnet18",
     "resnet20",
-    "resnet32",
     "seeds",
     "sinusoid",
     "spiral",

@@ -26,6 +26,7 @@ files of the unpacked archives are read from there instead, and nothing is downl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import io
@@ -34,9 +35,7 @@ import os
 import pickle
 import random
 import tarfile
-import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -295,23 +294,17 @@ def spiral(
 def digits(
     train_size: int | None = None,
     validation_size: int = 200,
-    test_size: int = 597,
     label_noise: float = 0.0,
     seed: int = 0,
-    flat: bool = True,
 ) -> Data:
-    """Handwritten digits from scikit-learn, 1,797 images of 8×8.
+    """Handwritten digits from scikit-learn: 1,797 images of 8×8, as inputs of shape [64] in [0, 1].
 
-    The test part is drawn once and is the same for every seed.
+    597 of them are the test part, drawn once and the same for every seed.
 
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
         As in every set, see :mod:`flatmin.book.datasets`.
-    test_size : int
-        Examples to test on; the other 1,797 − ``test_size`` are for training and validation.
-    flat : bool
-        Inputs of shape [64], or [1, 8, 8] if False; in [0, 1].
 
     Examples
     --------
@@ -324,21 +317,9 @@ def digits(
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=data_stream(0, "digits"))
     x = torch.tensor(images, dtype=torch.float32).div_(16)[order]
-    x = x if flat else x.view(-1, 1, 8, 8)
     y = torch.tensor(labels, dtype=torch.int64)[order]
-    test_size = whole("test_size", test_size, 1)
-    if test_size >= len(y):
-        raise ValueError(
-            f"test_size must be less than {len(y)}, the number of examples of digits, "
-            f"got {test_size}"
-        )
-    return _assemble(
-        "digits",
-        10,
-        (x[test_size:], y[test_size:]),
-        (x[:test_size], y[:test_size]),
-        _Choice(train_size, validation_size, label_noise, seed),
-    )
+    choice = _Choice(train_size, validation_size, label_noise, seed)
+    return _assemble("digits", 10, (x[597:], y[597:]), (x[:597], y[:597]), choice)
 
 
 def mnist1d(
@@ -364,13 +345,8 @@ def mnist1d(
     Data('mnist1d', 10 classes, inputs [40], 3500 train (700 noisy), 500 validation, 1000 test)
     """
     x, y, x_test, y_test = (torch.tensor(a) for a in _mnist1d_arrays())
-    return _assemble(
-        "mnist1d",
-        10,
-        (x.float(), y),
-        (x_test.float(), y_test),
-        _Choice(train_size, validation_size, label_noise, seed),
-    )
+    choice = _Choice(train_size, validation_size, label_noise, seed)
+    return _assemble("mnist1d", 10, (x.float(), y), (x_test.float(), y_test), choice)
 
 
 @functools.lru_cache(maxsize=1)
@@ -423,26 +399,21 @@ _ARCHIVES = {
 
 
 def _download(folder: str, archive: str) -> Path:
-    """The cached archive, downloaded if it is missing or corrupt."""
+    """The cached archive, downloaded if it is missing or its sum is wrong."""
     with needs("data", "a download"):
         import pooch
         import requests
 
     address, sums = _ARCHIVES[folder]
-    url, sha256 = address.format(archive), sums[archive]
-    path = Path(pooch.os_cache("flatmin")) / folder / url.rsplit("/", 1)[1]
-    if path.exists() and pooch.file_hash(str(path)) != sha256:
-        path.unlink(missing_ok=True)
-        warnings.warn(f"{path} was corrupt (wrong SHA-256) and was deleted", stacklevel=2)
-    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=1 << 16, timeout=60)
-    try:  # into a temporary file, moved to `path` only if its sum is right
-        pooch.retrieve(url, sha256, fname=path.name, path=path.parent, downloader=downloader)
+    url = address.format(archive)
+    cache, name = Path(pooch.os_cache("flatmin")) / folder, url.rsplit("/", 1)[1]
+    try:  # into a temporary file, moved to its place only if its sum is right
+        return Path(pooch.retrieve(url, sums[archive], name, cache, progressbar=True))
     except (requests.RequestException, ValueError) as error:
         raise OSError(
-            f"{path.name} could not be downloaded from {url}, and no part of it was kept: {error}. "
+            f"{name} could not be downloaded from {url}, and no part of it was kept: {error}. "
             "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."
         ) from error
-    return path
 
 
 def _local(folder: str, *names: str) -> Path | None:
@@ -460,49 +431,44 @@ def _local(folder: str, *names: str) -> Path | None:
     )
 
 
+@contextlib.contextmanager
+def _reading(path: object) -> Iterator[None]:
+    """Whatever goes wrong in parsing a file becomes an error that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is corrupt or cut short: {error!r}") from error
+
+
 def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
-    """An IDX file of bytes as a tensor of shape [n, *shape]; magic, sizes and length are checked.
+    """An IDX file of bytes as a tensor of shape [n, *shape].
 
     The format: two zero bytes, the type (8 = unsigned byte), the number of dimensions, each size
     as a big-endian 32-bit integer, then the data.
     """
     name = f"{archive}-ubyte"
     path = _local(folder, f"{name}.gz", name) or _download(folder, archive)
-    raw = path.read_bytes()
-    dimensions = 1 + len(shape)
-    start = 4 + 4 * dimensions
-    try:
+    with _reading(path):
+        raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
-        if raw[:4] != bytes([0, 0, 8, dimensions]) or len(raw) < start:
-            raise ValueError(
-                f"it does not start as an IDX file with {dimensions} dimensions should"
-            )
-        sizes = tuple(int(size) for size in np.frombuffer(raw[4:start], dtype=">u4"))
-        if sizes[1:] != shape:
-            raise ValueError(f"its items should have shape {shape}, got {sizes[1:]}")
-        if len(raw) - start != math.prod(sizes):
-            raise ValueError(
-                f"{math.prod(sizes)} bytes should follow its header, got {len(raw) - start}"
-            )
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is corrupt or cut short: {error}") from error
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=start).view(sizes)
+        start = 4 * (2 + len(shape))
+        n, *sizes = np.frombuffer(raw[4:start], dtype=">u4").tolist()
+        if raw[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(sizes) != shape:
+            raise ValueError(f"its header is not that of an IDX file of items of shape {shape}")
+        return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(n, *shape)
 
 
-def _idx_set(name: str, flat: bool, choice: _Choice) -> Data:
+def _idx_set(name: str, choice: _Choice) -> Data:
     """MNIST and the sets in its format."""
-    train, test = (_idx_part(name, part, flat) for part in ("train", "t10k"))
-    return _assemble(name, 10, train, test, choice)
-
-
-def _idx_part(name: str, part: str, flat: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels of one part."""
-    x = _read_idx(name, f"{part}-images-idx3", (28, 28))
-    y = _read_idx(name, f"{part}-labels-idx1", ())
-    if len(x) != len(y):
-        raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
-    return x.flatten(1) if flat else x[:, None], y.long()
+    parts = []
+    for part in ("train", "t10k"):
+        x = _read_idx(name, f"{part}-images-idx3", (28, 28))
+        y = _read_idx(name, f"{part}-labels-idx1", ())
+        if len(x) != len(y):
+            raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
+        parts.append((x[:, None], y.long()))
+    return _assemble(name, 10, parts[0], parts[1], choice)
 
 
 def mnist(
@@ -510,16 +476,15 @@ def mnist(
     validation_size: int = 0,
     label_noise: float = 0.0,
     seed: int = 0,
-    flat: bool = False,
 ) -> Data:
     """MNIST (LeCun, Cortes & Burges): 60,000 + 10,000 images of 28×28, 11 MB to download.
+
+    Inputs have shape [1, 28, 28] and lie in [0, 1].
 
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
         As in every set, see :mod:`flatmin.book.datasets`.
-    flat : bool
-        Inputs of shape [1, 28, 28], or [784] if True; in [0, 1].
 
     Raises
     ------
@@ -528,7 +493,7 @@ def mnist(
     ValueError
         If a file under ``FLATMIN_DATA`` is corrupt.
     """
-    return _idx_set("mnist", flat, _Choice(train_size, validation_size, label_noise, seed))
+    return _idx_set("mnist", _Choice(train_size, validation_size, label_noise, seed))
 
 
 def fashion_mnist(
@@ -536,13 +501,12 @@ def fashion_mnist(
     validation_size: int = 0,
     label_noise: float = 0.0,
     seed: int = 0,
-    flat: bool = False,
 ) -> Data:
     """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017): like :func:`mnist`, of clothes; 31 MB.
 
     Parameters and errors are those of :func:`mnist`.
     """
-    return _idx_set("fashion_mnist", flat, _Choice(train_size, validation_size, label_noise, seed))
+    return _idx_set("fashion_mnist", _Choice(train_size, validation_size, label_noise, seed))
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -557,41 +521,27 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
 
 
-def _cifar_members(folder: str, archive: str, names: list[str]) -> dict[str, bytes]:
+def _cifar_files(folder: str, names: list[str]) -> dict[str, bytes]:
     """The bytes of these members of a CIFAR archive, each by its path."""
     local = [_local(folder, name) for name in names]
     if all(local):
         return {str(path): path.read_bytes() for path in local if path}
-    path = _download(folder, archive)
-    contents = {}
-    with tarfile.open(path, "r:gz") as tar:
-        for member in tar:  # in one pass; nothing is written to disk
-            if member.isfile() and member.name in [f"{folder}/{name}" for name in names]:
-                contents[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return {f"{path}: {folder}/{name}": contents[f"{folder}/{name}"] for name in names}
+    (archive,) = _ARCHIVES[folder][1]
+    with tarfile.open(_download(folder, archive)) as tar:  # in one pass; nothing is unpacked
+        files = {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
+    return {name: files[f"{folder}/{name}"] for name in names}
 
 
 def _cifar_set(
-    name: str,
-    num_classes: int,
-    folder: str,
-    archive: str,
-    members: list[str],
-    labels: bytes,
-    flat: bool,
-    choice: _Choice,
+    name: str, num_classes: int, folder: str, names: list[str], labels: bytes, choice: _Choice
 ) -> Data:
-    """CIFAR-10 and CIFAR-100: members are pickled dictionaries, the last one for testing."""
+    """CIFAR-10 and CIFAR-100: files are pickled dictionaries, the last one for testing."""
     batches = []
-    for path, raw in _cifar_members(folder, archive, members).items():
-        try:
+    for path, raw in _cifar_files(folder, names).items():
+        with _reading(path):
             batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
-            x, y = torch.from_numpy(batch[b"data"]), torch.tensor(batch[labels])
-            if x.dtype != torch.uint8 or x.shape != (len(y), 3072):
-                raise ValueError(f"{len(y)} labels, but images of shape {list(x.shape)}")
-        except Exception as error:
-            raise ValueError(f"{path} is corrupt or cut short: {error!r}") from error
-        batches.append((x if flat else x.reshape(-1, 3, 32, 32), y))
+            y = torch.tensor(batch[labels])
+            batches.append((torch.from_numpy(batch[b"data"]).reshape(len(y), 3, 32, 32), y))
     x, y = (torch.cat(part) for part in zip(*batches[:-1], strict=True))
     return _assemble(name, num_classes, (x, y), batches[-1], choice)
 
@@ -601,16 +551,15 @@ def cifar10(
     validation_size: int = 0,
     label_noise: float = 0.0,
     seed: int = 0,
-    flat: bool = False,
 ) -> Data:
     """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour images of 32×32, 170 MB to download.
+
+    Inputs have shape [3, 32, 32] and lie in [0, 1].
 
     Parameters
     ----------
     train_size, validation_size, label_noise, seed
         As in every set, see :mod:`flatmin.book.datasets`.
-    flat : bool
-        Inputs of shape [3, 32, 32], or [3072] if True; in [0, 1].
 
     Raises
     ------
@@ -619,16 +568,9 @@ def cifar10(
     ValueError
         If a file under ``FLATMIN_DATA`` is corrupt.
     """
-    return _cifar_set(
-        "cifar10",
-        10,
-        "cifar-10-batches-py",
-        "cifar-10-python",
-        [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"],
-        b"labels",
-        flat,
-        _Choice(train_size, validation_size, label_noise, seed),
-    )
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    choice = _Choice(train_size, validation_size, label_noise, seed)
+    return _cifar_set("cifar10", 10, "cifar-10-batches-py", names, b"labels", choice)
 
 
 def cifar100(
@@ -636,29 +578,15 @@ def cifar100(
     validation_size: int = 0,
     label_noise: float = 0.0,
     seed: int = 0,
-    flat: bool = False,
-    superclass: bool = False,
 ) -> Data:
-    """CIFAR-100 (Krizhevsky 2009): like :func:`cifar10`, with 100 classes in 20 superclasses.
+    """CIFAR-100 (Krizhevsky 2009): like :func:`cifar10`, with 100 classes.
 
-    Parameters
-    ----------
-    train_size, validation_size, label_noise, seed, flat
-        As in :func:`cifar10`.
-    superclass : bool
-        Label with the 20 superclasses instead of the 100 classes. :data:`CIFAR100_SUPERCLASS`
-        has the superclass of each class.
+    They belong to 20 superclasses, see :data:`CIFAR100_SUPERCLASS`. Parameters and errors are
+    those of :func:`cifar10`.
     """
-    return _cifar_set(
-        "cifar100",
-        20 if superclass else 100,
-        "cifar-100-python",
-        "cifar-100-python",
-        ["train", "test"],
-        b"coarse_labels" if superclass else b"fine_labels",
-        flat,
-        _Choice(train_size, validation_size, label_noise, seed),
-    )
+    names = ["train", "test"]
+    choice = _Choice(train_size, validation_size, label_noise, seed)
+    return _cifar_set("cifar100", 100, "cifar-100-python", names, b"fine_labels", choice)
 
 
 # fmt: off

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,33 +112,10 @@ def explorable(
         raise ValueError(f"notes must be one per value ({n}, at least 1), got {len(notes)}")
     if not 0 <= start < n:
         raise ValueError(f"start must be between 0 and {n - 1}, got {start}")
-    frames = [[_frames(p, label, n) for label in p.lines] for p in panels]
-    data = {
+    data: dict[str, Any] = {
         "values": [[str(v) for v in values] for values in knobs.values()],
         "notes": list(notes),
-        "panels": [
-            {
-                "title": p.title,
-                "xlabel": p.xlabel,
-                "ylabel": p.ylabel,
-                "xlim": [float(v) for v in p.xlim],
-                "xticks": _ticks(p.xlim),
-                "ylim": [float(v) for v in p.ylim],
-                "yticks": _ticks(p.ylim),
-                "lines": [
-                    {
-                        "label": label,
-                        "color": p.colors[label],
-                        "dashed": label in p.dashed,
-                        "dots": label in p.dots,
-                        "x": x,
-                        "y": y,
-                    }
-                    for label, (x, y) in zip(p.lines, lines)
-                ],
-            }
-            for p, lines in zip(panels, frames)
-        ],
+        "panels": [_panel(panel, n) for panel in panels],
     }
     indices = np.unravel_index(start, [len(values) for values in knobs.values()])
     title = ", ".join(f"{name} = {values[i]}" for (name, values), i in zip(knobs.items(), indices))
@@ -151,54 +129,69 @@ def explorable(
         "ID": id,
         "ALT": html.escape(alt),
         "SLIDERS": "".join(sliders),
-        "PNG": _static(panels, frames, title, start),
+        "PNG": _static(data["panels"], title, start),
         "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return HTML(re.sub("@([A-Z]+)@", lambda match: parts[match[1]], _TEMPLATE))
+    template = "\n" + Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return HTML(re.sub("@([A-Z]+)@", lambda match: parts[match[1]], template))
 
 
-def _frames(panel: Panel, label: str, n: int) -> list[list[list[float | None]]]:
-    """x and y of a line: [n][points], or [1][points] where it is the same in every frame."""
-    if label not in panel.colors:
-        raise ValueError(f"colors must have one for each line, got none for {label!r}")
-    coordinates = []
-    for values in panel.lines[label]:
-        values = np.atleast_2d(np.asarray(values, dtype=float))
-        if len(values) not in (1, n):
+def _panel(panel: Panel, n: int) -> dict[str, Any]:
+    """What the script draws: a line's x and y are [n][points], or [1][points] if all are the same."""
+    lines = []
+    for label, xy in panel.lines.items():
+        if label not in panel.colors:
+            raise ValueError(f"colors must have one for each line, got none for {label!r}")
+        x, y = (np.atleast_2d(np.asarray(values, dtype=float)) for values in xy)
+        for frames in (x, y):
+            if len(frames) not in (1, n):
+                raise ValueError(
+                    f"line {label!r} must have 1 or {n} frames, as many as values, "
+                    f"got {len(frames)}"
+                )
+        if x.shape[1] != y.shape[1]:
             raise ValueError(
-                f"line {label!r} must have 1 or {n} frames, as many as values, got {len(values)}"
+                f"line {label!r} must have as many x as y, got {x.shape[1]} and {y.shape[1]}"
             )
-        coordinates.append([[_round(v) for v in row] for row in values])
-    x_points, y_points = (len(frames[0]) for frames in coordinates)
-    if x_points != y_points:
-        raise ValueError(f"line {label!r} must have as many x as y, got {x_points} and {y_points}")
-    return coordinates
-
-
-def _round(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
-def _ticks(limits: tuple[float, float]) -> list[float | None]:
-    ticks = MaxNLocator(5).tick_values(*limits)
-    return [_round(t) for t in ticks if limits[0] <= t <= limits[1]]
-
-
-def _static(panels: Sequence[Panel], frames: list[Any], title: str, start: int) -> str:
-    fig, axes = plt.subplots(1, len(panels), squeeze=False)
-    shown_frame = lambda frames: np.array(frames[start % len(frames)], dtype=float)
-    for ax, panel, lines in zip(axes[0], panels, frames):
-        for label, (x, y) in zip(panel.lines, lines):
-            style = "o" if label in panel.dots else "--" if label in panel.dashed else "-"
-            x, y = shown_frame(x), shown_frame(y)
-            ax.plot(x, y, style, color=panel.colors[label], label=label, markersize=4)
-        ax.set(
-            title=panel.title,
-            xlabel=panel.xlabel,
-            ylabel=panel.ylabel,
-            xlim=panel.xlim,
-            ylim=panel.ylim,
+        lines.append(
+            {
+                "label": label,
+                "color": panel.colors[label],
+                "dashed": label in panel.dashed,
+                "dots": label in panel.dots,
+                "x": [_rounded(row) for row in x],
+                "y": [_rounded(row) for row in y],
+            }
         )
+    return {
+        "title": panel.title,
+        "xlabel": panel.xlabel,
+        "ylabel": panel.ylabel,
+        "xlim": [float(v) for v in panel.xlim],
+        "xticks": _ticks(*panel.xlim),
+        "ylim": [float(v) for v in panel.ylim],
+        "yticks": _ticks(*panel.ylim),
+        "lines": lines,
+    }
+
+
+def _rounded(values: Any) -> list[float | None]:
+    return [float(f"{v:.4g}") if np.isfinite(v) else None for v in values]
+
+
+def _ticks(low: float, high: float) -> list[float | None]:
+    return _rounded(t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high)
+
+
+def _static(panels: Sequence[dict[str, Any]], title: str, start: int) -> str:
+    """The frame ``start`` as a PNG, in base 64."""
+    fig, axes = plt.subplots(1, len(panels), squeeze=False)
+    for ax, panel in zip(axes[0], panels):
+        for line in panel["lines"]:
+            style = "o" if line["dots"] else "--" if line["dashed"] else "-"
+            x, y = (np.array(v[start % len(v)], dtype=float) for v in (line["x"], line["y"]))
+            ax.plot(x, y, style, color=line["color"], label=line["label"], markersize=4)
+        ax.set(**{key: panel[key] for key in ("title", "xlabel", "ylabel", "xlim", "ylim")})
         ax.legend()
     fig.suptitle(title, fontsize=10)
     buffer = io.BytesIO()
@@ -213,86 +206,3 @@ _SLIDER = """
  display:inline-block;min-width:3.2em;font-weight:600"></output></label>
 <input type="range" id="{id}" min="0" max="{last}" value="{start}" step="1"
  style="flex:1 1 12rem;min-width:10rem"></div>"""
-
-_TEMPLATE = """
-<div class="explorable" id="@ID@">
-<img alt="@ALT@" src="data:image/png;base64,@PNG@" style="max-width:100%">
-<div class="stage" role="img" aria-label="@ALT@" hidden
- style="display:none;flex-wrap:wrap;gap:0.5rem"></div>
-<div class="controls" style="display:none;align-items:center;gap:0.7rem;flex-wrap:wrap">@SLIDERS@
-<span class="note" aria-live="polite" style="flex-basis:100%;min-height:1.5em"></span>
-</div>
-<script>
-(function () {
-  const root = document.getElementById("@ID@"), data = @DATA@;
-  const stage = root.querySelector(".stage"), knobs = [...root.querySelectorAll("input")];
-  const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
-  const NS = "http://www.w3.org/2000/svg";
-  const add = (parent, tag, attributes, text) => {
-    const e = document.createElementNS(NS, tag);
-    for (const k in attributes) e.setAttribute(k, attributes[k]);
-    if (text !== undefined) e.textContent = text;
-    parent.appendChild(e);
-    return e;
-  };
-  const drawn = [];
-  data.panels.forEach((p, i) => {
-    const X = v => L + (v - p.xlim[0]) / (p.xlim[1] - p.xlim[0]) * (W - L - R);
-    const Y = v => H - B - (v - p.ylim[0]) / (p.ylim[1] - p.ylim[0]) * (H - T - B);
-    const svg = add(stage, "svg", {viewBox: `0 0 ${W} ${H}`, "font-size": 11, fill: "currentColor",
-      "font-family": "sans-serif", style: "flex:1 1 300px;max-width:560px;min-width:260px"});
-    const clip = add(add(svg, "clipPath", {id: `@ID@-clip${i}`}), "rect",
-      {x: L, y: T, width: W - L - R, height: H - T - B});
-    for (const t of p.xticks) {
-      add(svg, "line", {x1: X(t), x2: X(t), y1: T, y2: H - B, stroke: "currentColor", opacity: .13});
-      add(svg, "text", {x: X(t), y: H - B + 14, "text-anchor": "middle", opacity: .8}, t);
-    }
-    for (const t of p.yticks) {
-      add(svg, "line", {x1: L, x2: W - R, y1: Y(t), y2: Y(t), stroke: "currentColor", opacity: .13});
-      add(svg, "text", {x: L - 5, y: Y(t) + 4, "text-anchor": "end", opacity: .8}, t);
-    }
-    add(svg, "text", {x: L, y: 14, "font-weight": 600}, p.title);
-    add(svg, "text", {x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle"}, p.xlabel);
-    add(svg, "text", {x: 11, y: (T + H - B) / 2, "text-anchor": "middle",
-      transform: `rotate(-90 11 ${(T + H - B) / 2})`}, p.ylabel);
-    const plot = add(svg, "g", {"clip-path": `url(#@ID@-clip${i})`});
-    p.lines.forEach((line, j) => {
-      const shape = add(plot, "path", line.dots
-        ? {fill: "none", stroke: line.color, "stroke-width": 7, "stroke-linecap": "round"}
-        : {fill: "none", stroke: line.color, "stroke-width": 2,
-           "stroke-dasharray": line.dashed ? "5 4" : "none"});
-      add(svg, "line", {x1: W - R - 112, x2: W - R - 94, y1: T + 8 + 14 * j, y2: T + 8 + 14 * j,
-        stroke: line.color, "stroke-width": 3, "stroke-dasharray": line.dashed ? "5 4" : "none"});
-      add(svg, "text", {x: W - R - 89, y: T + 12 + 14 * j}, line.label);
-      drawn.push(k => {
-        const x = line.x[k % line.x.length], y = line.y[k % line.y.length];
-        let d = "", pen = false;
-        for (let m = 0; m < Math.max(x.length, y.length); m++) {
-          const u = x[Math.min(m, x.length - 1)], v = y[Math.min(m, y.length - 1)];
-          if (u === null || v === null) { pen = false; continue; }
-          const point = X(u).toFixed(1) + " " + Y(v).toFixed(1);
-          d += line.dots ? `M${point}l.01 0` : (pen ? "L" : "M") + point;
-          pen = true;
-        }
-        shape.setAttribute("d", d);
-      });
-    });
-  });
-  const draw = () => {
-    const k = knobs.reduce((k, knob, i) => k * data.values[i].length + +knob.value, 0);
-    drawn.forEach(f => f(k));
-    root.querySelectorAll("output").forEach((output, i) => {
-      output.textContent = data.values[i][+knobs[i].value];
-      knobs[i].setAttribute("aria-valuetext", output.textContent);
-    });
-    root.querySelector(".note").textContent = data.notes[k] || "";
-  };
-  knobs.forEach(knob => knob.addEventListener("input", draw));
-  root.querySelector("img").style.display = "none";
-  stage.hidden = false;
-  stage.style.display = root.querySelector(".controls").style.display = "flex";
-  draw();
-})();
-</script>
-</div>
-"""

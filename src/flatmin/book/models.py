@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_wholes
+from .._checks import positive_wholes, whole
 from ..layers import Dropout
 
-__all__ = ["MLP", "ResNet", "SmallCNN", "resnet18", "resnet20", "resnet32"]
+__all__ = ["MLP", "ResNet", "SmallCNN", "resnet20"]
 
 
 class MLP(nn.Sequential):
@@ -123,17 +122,15 @@ class SmallCNN(nn.Sequential):
         widths: Sequence[int] = (16, 32, 32),
         batch_norm: bool = False,
     ) -> None:
-        (channels_in,) = positive_wholes("channels_in", [channels_in])
-        (num_classes,) = positive_wholes("num_classes", [num_classes])
-        widths = positive_wholes("widths", widths)
+        sizes = whole("channels_in", channels_in), *positive_wholes("widths", widths)
         layers: list[nn.Module] = []
-        for c_in, c_out in itertools.pairwise((channels_in, *widths)):
+        for c_in, c_out in itertools.pairwise(sizes):
             layers.append(nn.Conv2d(c_in, c_out, 3, padding=1))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(c_out))
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        head = [_ImageMean(), nn.Linear(widths[-1], num_classes)]
-        super().__init__(*layers, *head)
+        head = nn.Linear(sizes[-1], whole("num_classes", num_classes))
+        super().__init__(*layers, _ImageMean(), head)
 
 
 class ResNet(nn.Module):
@@ -152,8 +149,8 @@ class ResNet(nn.Module):
 
     Parameters
     ----------
-    depth : int
-        6n + 2 (20, 32, 44, 56, …): three stages of n blocks. Not used if ``stages`` is given.
+    stages : sequence of int
+        Blocks in each stage. Three stages of n are the paper's network of depth 6n + 2.
     num_classes : int
         Number of outputs.
     in_channels : int
@@ -162,17 +159,15 @@ class ResNet(nn.Module):
         Channels of the first stage.
     batch_norm : bool
         Use batch norm; otherwise SkipInit.
-    stages : sequence of int, optional
-        Blocks in each stage, in place of ``depth``.
 
     Raises
     ------
     ValueError
-        If depth is not 6n + 2 with n ≥ 1, or a number is not a positive whole number.
+        If a number is not a positive whole number.
 
     Examples
     --------
-    >>> model = ResNet(20)
+    >>> model = ResNet([3, 3, 3])
     >>> sum(p.numel() for p in model.parameters())
     272474
     >>> model(torch.zeros(2, 3, 32, 32)).shape
@@ -181,32 +176,25 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        depth: int = 20,
+        stages: Sequence[int] = (3, 3, 3),
         num_classes: int = 10,
         in_channels: int = 3,
         width: int = 16,
         batch_norm: bool = True,
-        stages: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if stages is None:
-            if not isinstance(depth, Integral) or depth < 8 or depth % 6 != 2:
-                raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 26, 32, …), got {depth!r}")
-            stages = [(int(depth) - 2) // 6] * 3
-        stages = positive_wholes("stages", stages)
-        (num_classes,) = positive_wholes("num_classes", [num_classes])
-        (in_channels,) = positive_wholes("in_channels", [in_channels])
-        (width,) = positive_wholes("width", [width])
         blocks: list[nn.Module] = []
-        channels = width
-        for stage, count in enumerate(stages):
+        channels = whole("width", width)
+        for stage, count in enumerate(positive_wholes("stages", stages)):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(_Block(channels, channels * stride, stride, batch_norm))
                 channels *= stride
-        self.stem = nn.Sequential(*_convolution(in_channels, width, 3, 1, batch_norm), nn.ReLU())
+        stem = _convolution(whole("in_channels", in_channels), width, 3, 1, batch_norm)
+        self.stem = nn.Sequential(*stem, nn.ReLU())
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(_ImageMean(), nn.Linear(channels, num_classes))
+        head = nn.Linear(channels, whole("num_classes", num_classes))
+        self.head = nn.Sequential(_ImageMean(), head)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))
@@ -214,32 +202,7 @@ class ResNet(nn.Module):
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
     """ResNet-20, 0.27 million parameters: see :class:`ResNet`."""
-    return ResNet(20, num_classes, in_channels, batch_norm=batch_norm)
-
-
-def resnet32(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
-    """ResNet-32, 0.47 million parameters: see :class:`ResNet`."""
-    return ResNet(32, num_classes, in_channels, batch_norm=batch_norm)
-
-
-def resnet18(num_classes: int = 10, in_channels: int = 3, batch_norm: bool = True) -> ResNet:
-    """ResNet-18 with the stem for small images, 11.2 million parameters.
-
-    Four stages of two blocks with 64, 128, 256 and 512 channels, as for ImageNet, but starting
-    with one 3×3 convolution: see :class:`ResNet`.
-
-    Examples
-    --------
-    >>> sum(p.numel() for p in resnet18().parameters())
-    11173962
-    """
-    return ResNet(
-        num_classes=num_classes,
-        in_channels=in_channels,
-        width=64,
-        batch_norm=batch_norm,
-        stages=(2, 2, 2, 2),
-    )
+    return ResNet((3, 3, 3), num_classes, in_channels, batch_norm=batch_norm)
 
 
 class _Block(nn.Module):

@@ -15,69 +15,18 @@ limit) and functions that change their inputs, and reports them.  See the book's
 assignments.
 """
 
+# ruff: noqa: F401 - __all__ is computed
 from .flooding import accumulate, flooded, flooded_step, flooding_effect, fraction_up
 from .generalization import lucky, margins, memorization, paired_interval, stopped_early
 from .grading import Check, Report
 from .mixup import dirichlet_mixup, expected_mixing, mixed_loss, mixup_effect, shrunk
-from .penalty import (
-    difference_penalty,
-    effective_objective,
-    level_walk,
-    remainder,
-    two_rate_loss,
-)
+from .penalty import difference_penalty, effective_objective, level_walk, remainder, two_rate_loss
 from .sam import adaptive_climb, climb, sam_effect, sam_step, sharpest_stable
-from .sharpness import (
-    hutchinson,
-    lanczos,
-    m_sharpness,
-    probe_variance,
-    sharpness_effect,
-)
-from .stiffness import (
-    class_means,
-    cosines,
-    one_answer_cosine,
-    sequence_gram,
-    stiffness_effect,
-)
+from .sharpness import hutchinson, lanczos, m_sharpness, probe_variance, sharpness_effect
+from .stiffness import class_means, cosines, one_answer_cosine, sequence_gram, stiffness_effect
 
 __all__ = [
     "Check",
     "Report",
-    "accumulate",
-    "adaptive_climb",
-    "class_means",
-    "climb",
-    "cosines",
-    "difference_penalty",
-    "dirichlet_mixup",
-    "effective_objective",
-    "expected_mixing",
-    "flooded",
-    "flooded_step",
-    "flooding_effect",
-    "fraction_up",
-    "hutchinson",
-    "lanczos",
-    "level_walk",
-    "lucky",
-    "m_sharpness",
-    "margins",
-    "memorization",
-    "mixed_loss",
-    "mixup_effect",
-    "one_answer_cosine",
-    "paired_interval",
-    "probe_variance",
-    "remainder",
-    "sam_effect",
-    "sam_step",
-    "sequence_gram",
-    "sharpest_stable",
-    "sharpness_effect",
-    "shrunk",
-    "stiffness_effect",
-    "stopped_early",
-    "two_rate_loss",
+    *(name for name, v in list(globals().items()) if isinstance(v, Check)),
 ]

@@ -1,7 +1,6 @@
 """Checks of assignment 7: m-sharpness and the Hessian's spectrum."""
 
 import itertools
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,10 +9,8 @@ from torch.func import grad
 from ...measure import HessianEigenvalues
 from ...optimizer import SGD
 from ...pipeline import Recipe
-from ...stack import fit
 from ..datasets import mnist1d
-from ..models import MLP
-from .grading import Mistake, Trial, question
+from .grading import Trial, experiment, question, train
 
 
 @question
@@ -23,34 +20,22 @@ def probe_variance(trial: Trial) -> None:
         H = trial.randn(size, size)
         H = H + H.T
         z = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=size))).double()
-        all_signs = ((z @ H) * z).sum(1)
-        squares, diagonal = (H**2).sum(), (H.diagonal() ** 2).sum()
-        trial(
-            part,
-            {"H": H},
-            want=all_signs.var(correction=0),
-            rivals={
-                "That is for Gaussian probes. For signs z_i² = 1, so the diagonal does not vary.": 2
-                * squares,
-                "Every pair i ≠ j occurs twice in zᵀHz, as ij and as ji; a factor 2 is missing.": squares
-                - diagonal,
-                "A factor 2 is too much.": 4 * (squares - diagonal),
-                "That is the trace, the mean of zᵀHz.": H.trace(),
-                "That is the standard deviation; the variance is its square.": all_signs.std(
-                    correction=0
-                ),
-            },
-            hint="zᵀHz - tr H is a sum over pairs i ≠ j of H_ij z_i z_j. Which of these products "
-            "are uncorrelated?",
-        )
+        want = ((z @ H) * z).sum(1).var(correction=0)
+        gaussian = 2 * (H**2).sum()
+        rivals = {
+            "That is for Gaussian probes. For signs z_i² = 1: the diagonal does not vary.": gaussian,
+            "Every pair i ≠ j occurs twice in zᵀHz, as ij and as ji; a factor 2 is missing.": want
+            / 2,
+            "A factor 2 is too much.": 2 * want,
+            "That is the trace, the mean of zᵀHz.": H.trace(),
+            "That is the standard deviation; the variance is its square.": want.sqrt(),
+        }
+        hint = "zᵀHz - tr H is a sum over pairs i ≠ j of H_ij z_i z_j. Which of these products "
+        hint += "are uncorrelated?"
+        trial(part, {"H": H}, want, rivals, hint)
     H = torch.diag(trial.randn(5))
-    trial(
-        "a diagonal matrix",
-        {"H": H},
-        want=0.0,
-        atol=1e-9,
-        hint="On a diagonal matrix every vector of signs gives the trace exactly.",
-    )
+    hint = "On a diagonal matrix every vector of signs gives the trace exactly."
+    trial("a diagonal matrix", {"H": H}, 0.0, hint=hint, atol=1e-9)
 
 
 @question
@@ -62,10 +47,11 @@ def m_sharpness(trial: Trial) -> None:
     def losses(w, rows):
         return torch.log(torch.cosh(X[rows] @ w - t[rows]))
 
-    def rise(rows, ascent_rows=None):
-        L = lambda w: losses(w, rows).mean()
-        g = grad(L if ascent_rows is None else lambda w: losses(w, ascent_rows).mean())(w)
-        return L(w + rho * g / g.norm()) - L(w)
+    mean_loss = lambda w, rows: losses(w, rows).mean()
+
+    def rise(rows, ascent_rows):
+        g = grad(mean_loss)(w, ascent_rows)
+        return mean_loss(w + rho * g / g.norm(), rows) - mean_loss(w, rows)
 
     every = torch.arange(10)
     for part, m in (
@@ -75,33 +61,33 @@ def m_sharpness(trial: Trial) -> None:
         ("shards of four: the last has two", 4),
     ):
         shards = every.split(m)
-        rises = torch.stack([rise(s) for s in shards])
-        sizes = torch.tensor([len(s) for s in shards]).double()
-        want = (rises * sizes).sum() / 10
-        full = sum(s * rise(rows, every) for s, rows in zip(sizes, shards)) / 10
-        slopes = [grad(lambda w, s=s: losses(w, s).mean())(w).norm() for s in shards]
+        share = torch.tensor([len(s) / 10 for s in shards], dtype=torch.float64)
+        mean = lambda values: share @ torch.stack(values)
+        rises = [rise(s, s) for s in shards]
+        full = [rise(s, every) for s in shards]
+        slopes = [rho * grad(mean_loss)(w, s).norm() for s in shards]
+        want, each = mean(rises), torch.stack(rises)
+        worst = want + mean_loss(w, every)
         rivals = {
-            "All shards were moved by one and the same ε̂, that of all examples. Each has its own.": full,
-            "The worst shard is not asked for, but the mean over shards.": rises.max(),
-            "The shards all weigh the same here; a shard of fewer examples counts less.": rises.mean(),
-            "That is the first-order form (7.3), ρ‖g_B‖; the loss itself is to be evaluated.": sum(
-                s * rho * g for s, g in zip(sizes, slopes)
-            )
-            / 10,
-            "The last, smaller shard was left out.": rises[sizes == m].mean(),
-            "That is the loss at the worst points; the loss at w has to be taken away.": want
-            + losses(w, every).mean(),
+            "All shards were moved by one and the same ε̂, that of all examples. Each has its "
+            "own.": mean(full),
+            "The worst shard is not asked for, but the mean over shards.": each.max(),
+            "The shards weigh the same here; a shard of fewer examples counts less.": each.mean(),
+            "That is the first-order form (7.3), ρ‖g_B‖; the loss itself is to be evaluated.": mean(
+                slopes
+            ),
+            "The last, smaller shard was left out.": each[: 10 // m].mean(),
+            "That is the loss at the worst points; the loss at w has to be taken away.": worst,
         }
-        trial(
-            part, {"losses": losses, "w": w, "n": 10, "m": m, "rho": rho}, want=want, rivals=rivals
-        )
+        inputs = {"losses": losses, "w": w, "n": 10, "m": m, "rho": rho}
+        trial(part, inputs, want, rivals)
 
 
 @question
 def lanczos(trial: Trial) -> None:
     """Lanczos' α, β and Q, with a basis that stays orthogonal."""
 
-    def problem(part, values, steps, dtype=torch.float64):
+    def problem(part, values, steps, dtype, accuracy):
         n = len(values)
         Q, _ = torch.linalg.qr(trial.randn(n, n))
         H = ((Q * values) @ Q.T).to(dtype)
@@ -113,77 +99,44 @@ def lanczos(trial: Trial) -> None:
             return H @ v
 
         v = trial.randn(n).to(dtype)
-        got = trial.call(part, {"matvec": matvec, "v": v, "steps": steps})
-        shown = f"a {n}×{n} matrix, {steps} steps, {str(dtype).removeprefix('torch.')}"
-        trial.require(
-            isinstance(got, (tuple, list)) and len(got) == 3,
-            "Three tensors should have come back: alpha, beta and Q.",
-            input=shown,
-        )
-        shapes = [steps], [steps - 1], [steps, n]
-        for name, value, shape in zip(("alpha", "beta", "Q"), got, shapes):
-            trial.require(
-                isinstance(value, torch.Tensor) and list(value.shape) == shape,
-                f"{name} should be a tensor of shape {shape}.",
-                got=f"shape {list(getattr(value, 'shape', []))}",
-                input=shown,
-            )
-        alpha, beta, basis = (part.detach().double() for part in got)
-        trial.require(
-            all(p.isfinite().all() for p in (alpha, beta, basis)),
-            "There is a NaN or an infinity in what came back.",
-            input=shown,
+        alpha, beta, basis = trial.tensors(
+            part,
+            {"matvec": matvec, "v": v, "steps": steps},
+            {"alpha": [steps], "beta": [steps - 1], "Q": [steps, n]},
+            shown=f"a {n}×{n} matrix, {steps} steps, {str(dtype).removeprefix('torch.')}",
         )
         first = v.double() / v.double().norm()
         trial.require(
             torch.allclose(basis[0], first, atol=1e-5),
             "The first row of Q should be v, divided by its length.",
-            input=shown,
         )
         deviation = float((basis @ basis.T - torch.eye(steps).double()).abs().max())
-        small = 1e-4 if dtype == torch.float32 else 1e-8
         trial.require(
-            deviation < small,
+            deviation < accuracy,
             "The rows of Q are not orthonormal.",
-            input=shown,
             got=f"largest entry of QQᵀ - 1: {deviation:.1e}",
-            hint="In floating point (7.5) alone loses orthogonality, and ghosts appear: "
-            "make each new vector orthogonal to all earlier ones, twice. And divide it "
-            "by its length.",
+            hint="In floating point (7.5) alone loses orthogonality, and ghosts appear: make each "
+            "new vector orthogonal to all earlier ones, twice. And divide it by its length.",
         )
         T = basis @ H.double() @ basis.T
-        tridiagonal = torch.diag(alpha) + torch.diag(beta, 1) + torch.diag(beta, -1)
-        scale = float(values.abs().max())
-        if not torch.allclose(tridiagonal, T, atol=small * scale):
-            alpha_right = torch.allclose(alpha, T.diagonal(), atol=small * scale)
-            raise Mistake(
-                "T, made of alpha and beta, is not Q H Qᵀ.",
-                input=shown,
-                got=f"beta {show_few(beta) if alpha_right else 'and alpha ' + show_few(alpha)}",
-                wanted=f"{show_few(T.diagonal(1) if alpha_right else T.diagonal())}",
-                hint="beta_j is the length of what is left of H q_j; its square root or its "
-                "square is not."
-                if alpha_right
-                else "alpha_j is q_j · H q_j.",
-            )
+        atol = accuracy * float(values.max())
+        trial.compare(alpha, T.diagonal(), hint="alpha_j is q_j · H q_j.", atol=atol)
+        hint = (
+            "beta_j is the length of what is left of H q_j; its square root or its square is not."
+        )
+        trial.compare(beta, T.diagonal(1), hint=hint, atol=atol)
+        rest = T - torch.diag(alpha) - torch.diag(beta, 1) - torch.diag(beta, -1)
+        trial.require(rest.abs().max() < atol, "Q H Qᵀ is not tridiagonal: is Q that of (7.5)?")
         trial.require(
             len(calls) <= steps,
             f"There were {len(calls)} products for {steps} steps; one per step is enough.",
-            input=shown,
         )
 
-    problem("a few steps in double precision", trial.randn(30).abs() + 0.5, 6)
-    spectrum = torch.cat([trial.rand(57) * 0.01, torch.tensor([50.0, 30.0, 20.0]).double()])
-    problem(
-        "forty steps, three eigenvalues far from the others, in single precision",
-        spectrum,
-        40,
-        torch.float32,
-    )
-
-
-def show_few(values):
-    return "[" + ", ".join(f"{x:.4g}" for x in values[:4].tolist()) + ", …]"
+    values = trial.randn(30).abs() + 0.5
+    problem("a few steps in double precision", values, 6, torch.float64, 1e-8)
+    values = torch.cat([trial.rand(57) * 0.01, torch.tensor([50.0, 30.0, 20.0]).double()])
+    part = "forty steps, three eigenvalues far from the others, in single precision"
+    problem(part, values, 40, torch.float32, 1e-4)
 
 
 @question
@@ -195,61 +148,38 @@ def hutchinson(trial: Trial) -> None:
     probes = (trial.integers(2, k, n) * 2 - 1).double()
     values = ((probes @ H) * probes).sum(1)
     mean, error = values.mean(), values.std() / k**0.5
+    per_weight = mean / n, error / n
+    rivals = {
+        "That is the spread of single probes; the standard error of their mean is smaller by √k.": (
+            mean,
+            error * k**0.5,
+        ),
+        "The variance was divided by k, not by k - 1.": (mean, error * ((k - 1) / k) ** 0.5),
+        "That was divided by zᵀz: it estimates the mean eigenvalue, not the trace.": per_weight,
+        "That is the variance of the mean; the standard error is its root.": (mean, error**2),
+        "These are sums over the probes.": (values.sum(), values.std() * k**0.5),
+        "That is the mean of ‖Hz‖, not of zᵀHz.": ((probes @ H).norm(dim=1).mean(), error),
+    }
     inputs = {"matvec": lambda v: H @ v, "probes": probes}
-    trial(
-        "nine probes",
-        inputs,
-        want=(mean, error),
-        rivals={
-            "That is the spread of single probes; the standard error of their mean is smaller by √k.": (
-                mean,
-                values.std(),
-            ),
-            "The variance was divided by k, not by k - 1.": (
-                mean,
-                values.std(correction=0) / k**0.5,
-            ),
-            "That was divided by zᵀz: it estimates the mean eigenvalue, not the trace.": (
-                mean / n,
-                error / n,
-            ),
-            "That is the variance of the mean; the standard error is its root.": (mean, error**2),
-            "These are sums over the probes.": (values.sum(), values.std() * k**0.5),
-            "That is the mean of ‖Hz‖, not of zᵀHz.": ((probes @ H).norm(dim=1).mean(), error),
-        },
-    )
+    trial("nine probes", inputs, (mean, error), rivals)
 
 
-@lru_cache
-def _sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("the larger rate minus the smaller")
+def sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+    """How a larger learning rate changes the largest eigenvalue and the test error."""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
-    runs = fit(
-        lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
+    runs = train(
+        seeds,
         data,
         Recipe(optimizer=SGD()),
-        steps=600,
+        600,
+        width=16,
+        activation=torch.nn.Tanh,
         grid={"lr": [0.05, 0.3]},
-        seeds=list(seeds),
-        evaluate_at=[600],
         networks="last",
-        dtype=torch.float64,
     )
     assert runs.networks is not None
     largest = runs.networks.measure(HessianEigenvalues(), data, "train")
     end = runs.isel(step=0)
     change = lambda v: (v.sel(lr=0.3) - v.sel(lr=0.05)).values
     return {"largest eigenvalue": change(largest), "test error": change(end.test_error)}
-
-
-@question(seconds=120)
-def sharpness_effect(trial: Trial) -> None:
-    """How a larger learning rate changes the largest eigenvalue and the test error."""
-    trial.experiment(
-        _sharpness_effect,
-        atol=0.01,
-        rivals={
-            "The difference is the wrong way round: the larger rate minus the smaller.": lambda want: {
-                key: -value for key, value in want.items()
-            },
-        },
-    )
