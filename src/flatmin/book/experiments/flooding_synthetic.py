@@ -123,7 +123,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            progress=lambda gradients: work.advance(gradients * per_gradient(settings)),
+            progress=lambda gradients: work.progress(gradients * per_gradient(settings)),
         ),
         settings["chunk_size"],
     )

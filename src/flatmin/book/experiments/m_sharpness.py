@@ -114,7 +114,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            progress=lambda gradients: work.advance(2 * gradients),
+            progress=lambda gradients: work.progress(2 * gradients),
         ),
         len(settings["rho"]) * len(settings["seeds"]),
     )

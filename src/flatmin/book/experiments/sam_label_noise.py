@@ -112,8 +112,8 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     data = load(settings["data"], settings["train_size"], 0, unit["label_noise"], unit["seed"])
     recipe, epochs = _recipe(unit, settings)
 
-    def train_on(data, state):
-        return train(
+    def train_on(data):
+        model, result = train(
             lambda: ResNet(width=settings["width"], stages=settings["stages"]),
             data,
             recipe,
@@ -121,23 +121,16 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             epochs=epochs,
             batch_size=settings["batch_size"],
             seed=unit["seed"],
-            state=state,
             augment=settings["augment"],
             evaluate_at=settings["evaluations"],
         )
+        return model, _by_evaluation(result, data)
 
-    state = work.load() or {}
-    if "predicted" in state:
-        given = xr.Dataset.from_dict(state["given"])
-    else:
-        model, given = train_on(data, state)
-        given = _by_evaluation(given, data)
-        state = {"given": given.to_dict(), "predicted": predict(model, data, work)}
+    model, given = train_on(data)
     runs = {"given": given}
     if unit["recipe"] in settings["bootstrap"]:
-        work.save(state)
-        relabeled = dataclasses.replace(data, y_train=state["predicted"])
-        runs["predicted"] = _by_evaluation(train_on(relabeled, state)[1], relabeled)
+        relabeled = dataclasses.replace(data, y_train=predict(model, data, work))
+        _, runs["predicted"] = train_on(relabeled)
     result = xr.concat(list(runs.values()), "labels").assign_coords(labels=list(runs))
     result.attrs = {"data": data_source(settings["data"])}
     return result

@@ -73,13 +73,6 @@ SETTINGS = {
     },
     # Recorded in 59 s on an H100 shared by sixteen processes, without CIFAR-100.
     "reduced": _OURS,
-    # Forward and backward pass of nine networks, 32 images each: 17 ms on an H100.
-    "resnet20": _OURS
-    | {
-        "cases": [["cifar10", "ResNet-20"]],
-        "lr": [1e-3],
-        "moments": [0, 16, 64, 256, 1024],
-    },
     # Networks, optimizer, batch size and numbers of probes (3,000 for 100 classes) are the paper's;
     # its learning rates and numbers of steps are unknown to us.
     "paper": _OURS
@@ -102,63 +95,57 @@ EDGES = np.linspace(0, 2, 21)  # of the distance bins
 
 
 def units(settings: dict) -> list[dict]:
-    """Each data set and network, with true and with random labels.
+    """Each data set and network, with true and with random labels, trained to each moment.
 
     CIFAR-100 is left out if ``FLATMIN_DATA`` names a folder that has no ``cifar-100-python``.
     """
     folder = os.environ.get("FLATMIN_DATA")
     missing = folder and not (Path(folder).expanduser() / "cifar-100-python").exists()
     return [
-        {"data": data, "network": network, "labels": labels}
-        for (data, network), labels in product(settings["cases"], settings["labels"])
+        {"data": data, "network": network, "labels": labels, "step": step}
+        for (data, network), labels, step in product(
+            settings["cases"], settings["labels"], settings["moments"]
+        )
         if not (missing and data == "cifar100")
     ]
 
 
 def cost(settings: dict) -> float:
-    steps = sum(max(step, 1) for step in settings["moments"])
     runs = len(settings["lr"]) * len(settings["seeds"])
-    trained = runs * steps * settings["batch_size"]
-    return len(units(settings)) * (trained + len(settings["moments"]) * _measured(settings))
+    trained = sum(max(unit["step"], 1) for unit in units(settings)) * settings["batch_size"]
+    return runs * trained + len(units(settings)) * _measured(settings)
 
 
 def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     data, rates, seeds = _data(unit, settings), settings["lr"], settings["seeds"]
     probes = Probes(data, settings["probes"], work.device)
-    done = work.load() or {}
-    for step in settings["moments"]:
-        if step in done:
-            continue
-        runs = work.chunks(
-            lambda size: fit(
-                lambda: network(unit["network"], data),
-                data,
-                Recipe(optimizer=Adam()),
-                steps=max(step, 1),
-                batch_size=settings["batch_size"],
-                grid={"lr": rates},
-                seeds=seeds,
-                evaluate_at=[step],
-                networks="best",
-                select_by="train_loss",
-                splits=["train", "validation", "test"],
-                chunk_size=size,
-                device=work.device,
-                progress=work.advance,
-                expect_divergence=True,
-            ),
-            len(rates) * len(seeds),
-        )
-        measured = [
-            xr.concat([probes(runs.networks.module(lr=lr, seed=seed)) for seed in seeds], "seed")
-            for lr in rates
-        ]
-        measured = xr.concat(measured, "lr").assign_coords(runs.networks.coords)
-        done[step] = xr.merge([runs.squeeze("step"), measured], combine_attrs="drop").to_dict()
-        work.progress(_measured(settings))
-        work.save(done)
-    at_moments = [xr.Dataset.from_dict(done[step]) for step in settings["moments"]]
-    result = xr.concat(at_moments, "step", data_vars="all", coords="different", compat="equals")
+    runs = work.chunks(
+        lambda size: fit(
+            lambda: network(unit["network"], data),
+            data,
+            Recipe(optimizer=Adam()),
+            steps=max(unit["step"], 1),
+            batch_size=settings["batch_size"],
+            grid={"lr": rates},
+            seeds=seeds,
+            evaluate_at=[unit["step"]],
+            networks="best",
+            select_by="train_loss",
+            splits=["train", "validation", "test"],
+            chunk_size=size,
+            device=work.device,
+            progress=work.progress,
+            expect_divergence=True,
+        ),
+        len(rates) * len(seeds),
+    )
+    measured = [
+        xr.concat([probes(runs.networks.module(lr=lr, seed=seed)) for seed in seeds], "seed")
+        for lr in rates
+    ]
+    measured = xr.concat(measured, "lr").assign_coords(runs.networks.coords)
+    work.progress(_measured(settings))
+    result = xr.merge([runs.squeeze("step").drop_vars("step"), measured], combine_attrs="drop")
     result.attrs = {"data": vision.data_source(unit["data"])}
     return result
 
