@@ -66,8 +66,8 @@ def records(tmp_path_factory):
     return made
 
 
-def work_in(path):
-    return experiments.Work(torch.device("cpu"), path, [], tqdm(disable=True))
+def work():
+    return experiments.Work(torch.device("cpu"), tqdm(disable=True))
 
 
 def settings_of(module, **changes):
@@ -178,26 +178,6 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
                 np.testing.assert_allclose(theirs, ours, atol=2e-3 if measure == "sign" else 2e-5)
 
 
-def test_stiffness_resumes_where_it_was_stopped(records, tmp_path):
-    """Stopped after the first moment, during the second, and resumed bitwise on a CPU."""
-    settings = settings_of(stiffness_training)
-    unit = {"data": "synthetic", "network": "CNN", "labels": "true"}
-    first, stop = work_in(tmp_path), 300  # one moment counts 64 + 200
-
-    def stopping(gradients, progress=first.progress):
-        return progress(gradients) or first.gradients > stop
-
-    first.progress = stopping
-    with pytest.raises(KeyboardInterrupt):
-        stiffness_training.run_unit(unit, settings, first)
-    assert [*first.load()] == [0]
-    second = work_in(tmp_path)
-    found = stiffness_training.run_unit(unit, settings, second)
-    expected = records["stiffness_training"].sel(unit).drop_vars([*unit])
-    xr.testing.assert_equal(found, expected[[*found]])
-    assert second.gradients == stiffness_training.cost(settings) / 4
-
-
 def test_distance_bins_and_superclasses():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1400, 1, 2, 2, generator=generator)
@@ -270,7 +250,7 @@ def test_the_residual_network_can_be_stacked():
 # ----------------------------------------------------------------------------------- spectrum
 
 
-def test_spectrum_is_that_of_the_instruments(records, tmp_path):
+def test_spectrum_is_that_of_the_instruments(records):
     settings = settings_of(sam_spectrum)
     data, method = vision.load("synthetic", 48), settings["methods"]["SAM"]
     recipe = Recipe(gradient=SAM(0.05), optimizer=SGD(0.05, 0.9, 5e-4, schedule="cosine"))
@@ -279,7 +259,7 @@ def test_spectrum_is_that_of_the_instruments(records, tmp_path):
         make,
         data,
         recipe,
-        work_in(tmp_path),
+        work(),
         epochs=2,
         seed=1,
         batch_size=method["batch_size"],
