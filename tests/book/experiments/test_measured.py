@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from flatmin import Data, Recipe, fit, sharpness
-from flatmin.book import CIFAR100_SUPERCLASS, MLP, ResNet, experiments
+from flatmin.book import MLP, ResNet, experiments
 from flatmin.book.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
 from flatmin.gradient import SAM
 from flatmin.measure import HessianDensity, HessianEigenvalues, HessianTrace
@@ -36,7 +36,7 @@ SHAPES = {
     },
     "m_sharpness": {"sharpness": (2, 2, 2, 2), "test_error": (2, 2, 2)},
 }
-MAY_BE_MISSING = {"within_group", "xi", "by_distance"}  # no super-classes; no crossing; no pair
+MAY_BE_MISSING = {"xi", "by_distance"}  # no crossing; no pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,40 +178,25 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
                 np.testing.assert_allclose(theirs, ours, atol=2e-3 if measure == "sign" else 2e-5)
 
 
-def test_distance_bins_and_superclasses():
+def test_distance_bins():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1400, 1, 2, 2, generator=generator)
-    y = torch.arange(1400) % 100
-    data = Data("made up", 100, x[:700], y[:700], x[700:], y[700:], x[:1], y[:1], y[:700], y[700:])
-    probes = stiffness_training.Probes(data, 50, torch.device("cpu"))
-    assert len(probes.x) == 600
+    x = torch.randn(400, 1, 2, 2, generator=generator)
+    y = torch.arange(400) % 10
+    data = Data("made up", 10, x[:200], y[:200], x[200:], y[200:], x[:1], y[:1], y[:200], y[200:])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MLP(4, 3, 100)
-    found = probes(model).sel(measure="cosine")
-    assert found.matrix.shape == (3, 20, 20)
-    group, u = np.array(CIFAR100_SUPERCLASS), x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
-    one, two = slice(0, 300), slice(700, 1000)
+        model = MLP(4, 3, 10)
+    found = stiffness_training.Probes(data, 150, torch.device("cpu"))(model)
+    found = found.sel(measure="cosine", pairs="train-validation")
+    u = x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+    one, two = slice(0, 150), slice(200, 350)
     values = (directions(model, x[one], y[one]) @ directions(model, x[two], y[two]).mT).numpy()
-    classes, distance = (y[one].numpy(), y[two].numpy()), (1 - u[one] @ u[two].mT).numpy()
-    of = found.sel(pairs="train-validation")
-    C = np.array(
-        [
-            [values[np.outer(classes[0] == a, classes[1] == b)].mean() for b in range(100)]
-            for a in range(100)
-        ]
-    )
-    related = group[:, None] == group
-    np.testing.assert_allclose(float(of.within), np.diag(C).mean(), atol=1e-5)
-    np.testing.assert_allclose(
-        float(of.within_group), C[related & ~np.eye(100, dtype=bool)].mean(), atol=1e-5
-    )
-    np.testing.assert_allclose(float(of.between), C[~related].mean(), atol=1e-5)
-    same = classes[0][:, None] == classes[1]
-    for k, middle in enumerate(of.distance.values):
+    same = (y[one, None] == y[two]).numpy()
+    distance = (1 - u[one] @ u[two].mT).numpy()
+    for k, middle in enumerate(found.distance.values):
         at = same & (abs(distance - middle) < 0.05 - 1e-6)
-        if at.any():
-            np.testing.assert_allclose(float(of.by_distance[k]), values[at].mean(), atol=2e-4)
+        assert at.any()
+        np.testing.assert_allclose(float(found.by_distance[k]), values[at].mean(), atol=2e-4)
 
 
 def test_inputs_and_random_labels():
@@ -225,17 +210,6 @@ def test_inputs_and_random_labels():
     assert torch.equal(random.x_train, true.x_train)
     assert int((random.y_train != true.y_train).sum()) == 180
     assert int((random.y_validation != true.y_validation).sum()) == 90
-
-
-def test_cifar100_is_left_out_where_it_is_not(monkeypatch, tmp_path):
-    sets = lambda: {
-        u["data"] for u in stiffness_training.units(stiffness_training.SETTINGS["reduced"])
-    }
-    assert sets() == {"mnist", "cifar10", "cifar100"}
-    monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
-    assert sets() == {"mnist", "cifar10"}
-    (tmp_path / "cifar-100-python").mkdir()
-    assert "cifar100" in sets()
 
 
 def test_the_residual_network_can_be_stacked():

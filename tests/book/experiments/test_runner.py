@@ -222,7 +222,7 @@ def test_every_record_follows_the_schema(path):
     empty = {
         k for k, v in known.variables.items() if v.dtype.kind == "f" and not np.isfinite(v).any()
     }
-    assert empty <= {"xi", "within_group"}  # no line falls to zero; no super-classes
+    assert empty <= {"xi", "within_group"}  # no line falls to zero; once meant for CIFAR-100
 
 
 @pytest.mark.parametrize("key", records.SCHEMA)

@@ -13,7 +13,7 @@ from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
-from ..plotting import COLORS, band, use_style
+from ..plotting import COLORS, band
 from .vision import data_source, load, train
 
 SOURCE = "Ishida et al. 2020, figure 1 (c, d)"
@@ -100,7 +100,6 @@ def plot(record: xr.Dataset):
     """
     import matplotlib.pyplot as plt
 
-    use_style()
     top = float(record.test_loss.isel(epoch=slice(1, None)).max())
     last = record.isel(epoch=-1).validation_error.mean("seed", skipna=False)
     chosen = last.sel(flood_level=record.flood_level > 0).idxmin("flood_level").item()

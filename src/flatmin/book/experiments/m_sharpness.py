@@ -18,8 +18,9 @@ from ...measure import Sharpness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ...stack import fit
-from ..plotting import COLORS, band, use_style
+from ..plotting import COLORS, band
 from . import vision
+from .display import shade
 from .stiffness_training import network
 
 SOURCE = "Foret et al. 2021, section 4.1 and figure 3 (middle, right)"
@@ -195,14 +196,11 @@ def plot(record: xr.Dataset):
     The correlation is that of m-sharpness with the gap between test and training error.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
 
-    use_style()
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.4))
     count = record.sizes["m"]
     for i, m in enumerate(record.m.values):  # the smaller m, the stronger the colour
-        share = 0.25 + 0.75 * (count - 1 - i) / max(1, count - 1)
-        color = tuple(1 - share * (1 - c) for c in to_rgb(COLORS["SAM"]))
+        color = shade("SAM", 0.25 + 0.75 * (count - 1 - i) / max(1, count - 1))
         line = band(left, 100 * record.test_error.sel(m=m, drop=True), "rho", color)
         line.set_label(f"m = {m}")
     left.legend(loc="upper left", fontsize=7.5)

@@ -17,7 +17,7 @@ from ...batch import Mixup
 from ...layers import Dropout
 from ...optimizer import SGD
 from ...pipeline import Recipe
-from ..plotting import COLORS, use_style
+from ..plotting import COLORS
 from ..statistics import mean_interval
 from .vision import data_source, load, step_decay, train
 
@@ -228,7 +228,6 @@ def plot(record: xr.Dataset):
     """
     import matplotlib.pyplot as plt
 
-    use_style()
     colors = {"ERM": "ERM", "dropout": "dropout", "mixup": "mixup", "mixup + dropout": "other"}
     best = best_variant(record).test_error
     noises = record.label_noise.values

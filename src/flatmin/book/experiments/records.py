@@ -143,7 +143,10 @@ def read(path: Path) -> xr.Dataset:
 
 
 def plot(name: str, record: xr.Dataset):
-    """An experiment's figure, drawn from its record alone."""
+    """An experiment's figure, drawn from its record alone, in the book's style."""
+    from ..plotting import use_style
+
+    use_style()
     return experiment(name).plot(record)
 
 

@@ -20,7 +20,7 @@ from ...gradient import SAM
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
-from ..plotting import COLORS, use_style
+from ..plotting import COLORS
 from .mixup_corrupt import plot_rows, units
 from .vision import data_source, load, passes, predict, train
 
@@ -168,7 +168,6 @@ def plot(record: xr.Dataset):
     """
     import matplotlib.pyplot as plt
 
-    use_style()
     colors = {"SGD": "ERM", "SGD, twice the epochs": "ERM", "mixup": "mixup", "SAM": "SAM"}
     noises = record.label_noise.values
     fig, axes = plt.subplots(

@@ -395,7 +395,6 @@ def _made_up() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 SETS = {
     "cifar10": sets.cifar10,
-    "cifar100": sets.cifar100,
     "mnist": sets.mnist,
     "fashion_mnist": sets.fashion_mnist,
     "synthetic": synthetic,
@@ -426,7 +425,6 @@ def _read(name: str):
 
 TITLES = {
     "cifar10": ("CIFAR-10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR-100", "cifar-100-python"),
     "mnist": ("MNIST", "mnist"),
     "fashion_mnist": ("Fashion-MNIST", "fashion_mnist"),
     "synthetic": ("made-up images", ""),
