@@ -25,54 +25,48 @@ from .stiffness_training import network
 
 SOURCE = "Foret et al. 2021, section 4.1 and figure 3 (middle, right)"
 
+_OURS = {
+    "data": "cifar10",
+    "network": "CNN",
+    "train_size": 10_000,
+    "validation_size": 5000,
+    "m": [1, 4, 16, 64, 256],
+    "rho": [0.0, 0.02, 0.05, 0.1, 0.2],
+    "lr": 0.05,
+    "batch_size": 256,
+    "epochs": 40,
+    "measured_m": [1, 4, 16, 64, 256, 1024],
+    "examples": 1024,
+    "radius": 0.05,
+    "shards": 256,
+    "seeds": 3,
+}
 SETTINGS = {
-    "tiny": {
+    "tiny": _OURS
+    | {
         "data": "synthetic",
-        "network": "CNN",
         "train_size": 32,
         "validation_size": 32,
         "m": [4, 16],
         "rho": [0.0, 0.05],
-        "lr": 0.05,
         "batch_size": 16,
         "epochs": 2,
         "measured_m": [4, 16],
         "examples": 16,
-        "radius": 0.05,
-        "shards": 16,
         "seeds": 2,
     },
     # Recorded in 156 s on an H100 shared by sixteen processes.  The network is too small to
     # memorize the labels.
-    "reduced": {
-        "data": "cifar10",
-        "network": "CNN",
-        "train_size": 10_000,
-        "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256],
-        "rho": [0.0, 0.02, 0.05, 0.1, 0.2],
-        "lr": 0.05,
-        "batch_size": 256,
-        "epochs": 40,
-        "measured_m": [1, 4, 16, 64, 256, 1024],
-        "examples": 1024,
-        "radius": 0.05,
-        "shards": 256,
-        "seeds": 3,
-    },
-    "paper": {
-        "data": "cifar10",
+    "reduced": _OURS,
+    "paper": _OURS
+    | {
         "network": "ResNet-20",
         "train_size": 45_000,
-        "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256],
         "rho": [0.0, 0.01, 0.02, 0.05, 0.1, 0.15],
         "lr": 0.1,
-        "batch_size": 256,
         "epochs": 200,
         "measured_m": [1, 4, 16, 64, 256, 1024, 4096],
         "examples": 4096,
-        "radius": 0.05,
         "shards": 16,
         "seeds": 5,
     },

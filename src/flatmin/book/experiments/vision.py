@@ -59,7 +59,6 @@ def train(
     batch_size: int = 128,
     seed: int = 0,
     augment: bool = False,
-    normalize: bool = True,
     evaluate_at: int | Sequence[int] = 20,
     train_examples: int = 10_000,
     evaluation_batch_size: int = 1000,
@@ -74,7 +73,8 @@ def train(
     model : callable or Module
         As in :func:`flatmin.fit`.
     data : Data
-        Images [n, channels, height, width].
+        Images [n, channels, height, width].  Each channel is standardized by the mean and the
+        standard deviation of the training images.
     recipe : Recipe
         The stages of the training step; the batch stage must not need a second stream.  Batch norm
         takes the statistics of the batch; under m-SAM those of each shard, and its running
@@ -86,8 +86,6 @@ def train(
     augment : bool
         Shift each image by up to 4 pixels in each direction, padded with black, and mirror it with
         probability ½.
-    normalize : bool
-        Subtract the training images' mean from each channel and divide by the standard deviation.
     evaluate_at : int or sequence of int
         The epochs after which to evaluate; a number n means 0 and n more, evenly spaced.
     train_examples : int
@@ -114,7 +112,7 @@ def train(
     evaluation_epochs = _evaluation_epochs(evaluate_at, epochs)
     if getattr(recipe.batch, "second_stream", False):
         raise ValueError("recipe.batch must not need a second stream in vision.train")
-    images = Images(data, work.device, dtype, augment, normalize)
+    images = Images(data, work.device, dtype, augment)
     model = initial_module(model, seed).to(work.device, dtype, memory_format=torch.channels_last)
     network = _on_device(model, work.device, bf16)
     params = {name: w for name, w in network.named_parameters() if w.requires_grad}
@@ -180,12 +178,11 @@ def predict(
     data: Data,
     work,
     *,
-    normalize: bool = True,
     bf16: bool = True,
     evaluation_batch_size: int = 1000,
 ) -> Tensor:
     """The classes that a network predicts for the training images: int64 [n], on the CPU."""
-    images = Images(data, work.device, next(model.parameters()).dtype, normalize=normalize)
+    images = Images(data, work.device, next(model.parameters()).dtype)
     network, n = _on_device(model.eval(), work.device, bf16), len(data.y_train)
     logits = work.chunks(
         lambda size: _logits(network, images, "train", n, size), evaluation_batch_size
@@ -199,6 +196,8 @@ def predict(
 class Images:
     """A data set on the device, as bytes if that is exact, and its batches for a network.
 
+    Each channel is standardized by mean and standard deviation of the training images.
+
     Parameters
     ----------
     data : Data
@@ -206,11 +205,9 @@ class Images:
         Of the batches.
     augment : bool
         Put a black margin around the training images, for :func:`augmentation`.
-    normalize : bool
-        By mean and standard deviation of the training images, per channel.
     """
 
-    def __init__(self, data: Data, device, dtype=torch.float32, augment=False, normalize=True):
+    def __init__(self, data: Data, device, dtype=torch.float32, augment=False):
         if data.x_train.ndim != 4:
             raise ValueError(
                 "data must have images [n, channels, height, width], got inputs of "
@@ -220,8 +217,6 @@ class Images:
         self.height, self.width = data.x_train.shape[-2:]
         self.margin = PADDING if augment else 0
         std, mean = torch.std_mean(data.x_train, (0, 2, 3), keepdim=True)
-        if not normalize:
-            std, mean = torch.ones_like(std), torch.zeros_like(mean)
         std = std.clamp_min(1 / 255)
         self.pixels, self.scale, self.labels = {}, {}, {}
         for split in ("train", "validation", "test"):
@@ -367,32 +362,30 @@ def _evaluation_epochs(evaluate_at: int | Sequence[int], epochs: int) -> set[int
 # -------------------------------------------------------------------------------------- the data
 
 
-def synthetic(
-    train_size: int | None = None, validation_size: int = 0, label_noise: float = 0.0, seed: int = 0
-) -> Data:
+def synthetic() -> Data:
     """600 + 200 made-up colour images of 32×32 in ten classes, for tests.
 
-    Each class is a coarse pattern with noise.  The arguments are those of
-    :func:`flatmin.book.cifar10`.
-
-    Examples
-    --------
-    >>> synthetic(train_size=100, label_noise=0.2)
-    Data('synthetic', 10 classes, inputs [3, 32, 32], 100 train (20 noisy), 0 validation, 200 test)
+    Each class is a coarse pattern with noise.
     """
-    choice = sets._Choice(train_size, validation_size, label_noise, seed)
-    return sets._assemble("synthetic", 10, *_made_up(), choice)
-
-
-def _made_up() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     generator = stream(0, "made-up images")
     pattern = torch.rand(10, 3, 4, 4, generator=generator).repeat_interleave(8, 2)
     y = torch.arange(800) % 10
     x = pattern.repeat_interleave(8, 3)[y] + 0.4 * torch.randn(800, 3, 32, 32, generator=generator)
     x = (x.clamp(0, 1) * 255).to(torch.uint8)
-    return (x[:600], y[:600]), (x[600:], y[600:])
+    choice = sets._Choice(None, 0, 0.0, 0)
+    return sets._assemble("synthetic", 10, (x[:600], y[:600]), (x[600:], y[600:]), choice)
 
 
+# The settings of the smallest size of the experiments that train one network per unit.
+TINY = {
+    "data": "synthetic",
+    "train_size": 64,
+    "width": 4,
+    "batch_size": 32,
+    "epochs": 2,
+    "evaluations": 1,
+    "seeds": 2,
+}
 SETS = {
     "cifar10": sets.cifar10,
     "mnist": sets.mnist,
@@ -408,7 +401,15 @@ def load(
     label_noise: float = 0.0,
     seed: int = 0,
 ) -> Data:
-    """A set of images by name; its files are read once."""
+    """A set of images by name, with the arguments of :func:`flatmin.book.cifar10`.
+
+    Its files are read once.
+
+    Examples
+    --------
+    >>> load("synthetic", train_size=100, label_noise=0.2)
+    Data('synthetic', 10 classes, inputs [3, 32, 32], 100 train (20 noisy), 0 validation, 200 test)
+    """
     if name not in SETS:
         raise ValueError(f"data must be one of {sorted(SETS)}, got {name!r}")
     pool, test, num_classes = _read(name)
