@@ -169,14 +169,9 @@ def commit() -> str:
     """The commit of the checkout that the package is imported from, or "–"."""
     root = HERE.parents[3]
 
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", root, *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if not (root / ".git").exists():  # git would find another project's repository

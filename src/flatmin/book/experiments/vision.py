@@ -32,17 +32,6 @@ from ...pipeline import Batch, Recipe, State, Step
 from ...stack import epoch_order, initial_module
 from .. import datasets as sets
 
-__all__ = [
-    "Images",
-    "augmentation",
-    "data_source",
-    "load",
-    "predict",
-    "step_decay",
-    "synthetic",
-    "train",
-]
-
 PADDING = 4
 
 
@@ -174,12 +163,7 @@ def step_decay(*milestones: float, factor: float = 0.1) -> Callable[[float], flo
 
 
 def predict(
-    model: nn.Module,
-    data: Data,
-    work,
-    *,
-    bf16: bool = True,
-    evaluation_batch_size: int = 1000,
+    model: nn.Module, data: Data, work, *, bf16: bool = True, evaluation_batch_size: int = 1000
 ) -> Tensor:
     """The classes that a network predicts for the training images: int64 [n], on the CPU."""
     images = Images(data, work.device, next(model.parameters()).dtype)
