@@ -270,16 +270,17 @@ def test_bfloat16_is_used_only_between_images_and_logits():
     torch.testing.assert_close(low, high, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("model", [PLAIN_CNN, CNN], ids=["no norm", "batch norm"])
 @pytest.mark.parametrize("gradient", [PlainGradient(), SAM(0.05)], ids=["plain", "SAM"])
-def test_a_step_in_bfloat16_is_that_of_autograd(gradient):
-    network = vision.Bfloat16(initial_module(PLAIN_CNN, 0))
+def test_a_step_in_bfloat16_is_that_of_autograd(gradient, model):
+    network = vision.Bfloat16(initial_module(model, 0))
     x, y = DATA.x_train.float(), DATA.y_train
     params = {name: w.detach().clone() for name, w in network.named_parameters()}
     recipe = Recipe(gradient=gradient, optimizer=SGD(0.1))
     state, _ = pipeline.step(
         network,
         recipe,
-        pipeline.State.init(recipe, params, {}),
+        pipeline.State.init(recipe, params, dict(network.named_buffers())),
         pipeline.Batch(x, y),
         {},
         pipeline.Step(0, of=1),

@@ -213,12 +213,10 @@ def run(
     rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
     ranks, neighbours = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     folder, chosen_device = Path(out) / f"{name}.parts", _device(device, local_rank)
-    missing, mine = todo.missing(folder), todo.units[rank::ranks]
-    share = todo.cost / len(todo.units)
+    mine, share = todo.units[rank::ranks], todo.cost / len(todo.units)
     bar = tqdm(
         desc=name,
         total=share * len(mine),
-        initial=share * len([unit for unit in mine if unit not in missing]),
         unit="gradients",
         unit_scale=True,
         leave=False,
@@ -227,9 +225,11 @@ def run(
     )
     with bar:
         for unit in mine:
-            if unit in missing:
-                result = _run_unit(todo, unit, chosen_device, neighbours, bar)
-                write(folder / todo.file(unit), result)
+            path = folder / todo.file(unit)
+            if path.exists():
+                bar.update(share)
+            else:
+                write(path, _run_unit(todo, unit, chosen_device, neighbours, bar))
     if todo.missing(folder):
         return None
     return read(save(name, _assemble(todo, folder), out, todo.size))
