@@ -21,7 +21,6 @@ import xarray as xr
 from torch import Tensor
 
 from ..._targets import example_losses
-from ...data import Data
 from ...measure import (
     between_classes,
     class_matrix,
@@ -133,7 +132,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 class Probes:
     """The fixed examples; ``probes(network)`` measures a network on them."""
 
-    def __init__(self, data: Data, count: int, device: torch.device):
+    def __init__(self, data: vision.Data, count: int, device: torch.device):
         parts = [[part[:count] for part in data.split(s)] for s in ("train", "validation")]
         self.x, self.classes = (torch.cat(part).to(device) for part in zip(*parts))
         self.num_classes = data.num_classes
@@ -196,7 +195,7 @@ def _measured(settings: dict) -> int:
     return 2 * settings["probes"] * len(settings["lr"]) * len(settings["seeds"])
 
 
-def _data(unit: dict, settings: dict) -> Data:
+def _data(unit: dict, settings: dict) -> vision.Data:
     """The data; a random label is right only by chance."""
     noise = 0.9 if unit["labels"] == "random" else 0.0
     data = vision.load(unit["data"], settings["train_size"], settings["probes"], noise)
@@ -210,7 +209,7 @@ def _data(unit: dict, settings: dict) -> Data:
     return dataclasses.replace(data, **{name: on_sphere(getattr(data, name)) for name in names})
 
 
-def network(name: str, data: Data) -> torch.nn.Module:
+def network(name: str, data: vision.Data) -> torch.nn.Module:
     """One of the paper's networks, for a data set, with PyTorch's initial weights."""
     (channels, height, width), classes = data.x_train.shape[1:], data.num_classes
     return {
