@@ -112,17 +112,6 @@ def test_cost_is_what_a_run_counts(records, name):
     assert records[name].attrs["counted"] == records[name].attrs["cost"]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_sizes_have_the_same_settings(name):
-    module = MODULES[name]
-    keys = {frozenset(settings) for settings in module.SETTINGS.values()}
-    assert {*module.SETTINGS} >= {"tiny", "reduced", "paper"} and len(keys) == 1
-    costs = [
-        module.cost(experiments.plan(name, size).settings) for size in ("tiny", "reduced", "paper")
-    ]
-    assert costs == sorted(costs) and costs[0] < costs[1] / 1000
-
-
 # ---------------------------------------------------------------------------------- stiffness
 
 

@@ -236,9 +236,9 @@ def test_the_schema_names_what_is_missing(key):
 @pytest.mark.parametrize("name", records.NAMES)
 def test_every_experiment_has_the_required_parts(name):
     module = records.experiment(name)
-    assert (
-        {"tiny", "reduced", "paper"} <= {*module.SETTINGS} and module.SOURCE and module.plot.__doc__
-    )
+    assert {"tiny", "reduced", "paper"} <= {*module.SETTINGS}
+    assert module.SOURCE and module.plot.__doc__
+    assert len({frozenset(settings) for settings in module.SETTINGS.values()}) == 1
     costs = {}
     for size in module.SETTINGS:
         todo = runner.plan(name, size)

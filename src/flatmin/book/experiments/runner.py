@@ -239,15 +239,12 @@ def _run_unit(
     todo: Plan, unit: dict, device: torch.device, neighbours: int, bar: tqdm
 ) -> xr.Dataset:
     """Compute one unit, of whose time on a shared device only its share counts."""
-    computed_on, sharing, work = (
-        environment(device),
-        _sharing(device, neighbours),
-        Work(device, bar),
-    )
+    computed_on, sharing = environment(device), _sharing(device, neighbours)
     if sharing > 1:
         computed_on["device"] += f", shared by {sharing} processes"
     started = time.monotonic()
-    result = todo.module.run_unit(dict(unit), json.loads(json.dumps(todo.settings)), work)
+    settings = json.loads(json.dumps(todo.settings))  # a copy, which the unit may change
+    result = todo.module.run_unit(dict(unit), settings, Work(device, bar))
     if {*unit} & {*result.variables}:
         raise ValueError(f"run_unit must return a Dataset without {[*unit]}, got {result}")
     scalar = lambda value: isinstance(value, (str, int, float, np.number))
