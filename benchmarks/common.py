@@ -15,13 +15,11 @@ optional :data:`NOTES`.
 """
 
 import argparse
-import functools
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -32,6 +30,7 @@ import torch
 from torch import nn
 
 import flatmin
+from flatmin.book.experiments.records import commit
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -335,21 +334,6 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-@functools.cache  # called before a record is written, which would make the tree dirty
-def git_describe() -> str:
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=HERE,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return result.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -365,7 +349,7 @@ def setting(device: str, peers=()) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "flatmin": flatmin.__version__,
-        "commit": git_describe(),
+        "commit": commit(),
     }
     for name in peers:
         if version(name):

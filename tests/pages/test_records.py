@@ -86,7 +86,7 @@ def test_every_experiment_names_its_source_and_its_commands(committed, name):
 
 def test_a_record_is_shown_with_its_origin_its_figure_and_its_rate(committed):
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
-    assert "recorded on cpu, 10 seeds, 36 min" in text
+    assert re.search(r"recorded on cpu, 10 seeds, \d+ min", text)
     assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
     assert (
         "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text

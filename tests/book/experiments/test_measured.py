@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from flatmin import Data, Recipe, fit, sharpness
-from flatmin.book import CIFAR100_SUPERCLASS, MLP, ResNet, experiments
+from flatmin.book import MLP, ResNet, experiments
 from flatmin.book.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
 from flatmin.gradient import SAM
 from flatmin.measure import HessianDensity, HessianEigenvalues, HessianTrace
@@ -36,7 +36,7 @@ SHAPES = {
     },
     "m_sharpness": {"sharpness": (2, 2, 2, 2), "test_error": (2, 2, 2)},
 }
-MAY_BE_MISSING = {"within_group", "xi", "by_distance"}  # no super-classes; no crossing; no pair
+MAY_BE_MISSING = {"xi", "by_distance"}  # no crossing; no pair
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,8 +66,8 @@ def records(tmp_path_factory):
     return made
 
 
-def work_in(path):
-    return experiments.Work(torch.device("cpu"), path, [], tqdm(disable=True))
+def work():
+    return experiments.Work(torch.device("cpu"), tqdm(disable=True))
 
 
 def settings_of(module, **changes):
@@ -110,17 +110,6 @@ def test_plot_is_made_from_the_record(records, name):
 @pytest.mark.parametrize("name", MODULES)
 def test_cost_is_what_a_run_counts(records, name):
     assert records[name].attrs["counted"] == records[name].attrs["cost"]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_sizes_have_the_same_settings(name):
-    module = MODULES[name]
-    keys = {frozenset(settings) for settings in module.SETTINGS.values()}
-    assert {*module.SETTINGS} >= {"tiny", "reduced", "paper"} and len(keys) == 1
-    costs = [
-        module.cost(experiments.plan(name, size).settings) for size in ("tiny", "reduced", "paper")
-    ]
-    assert costs == sorted(costs) and costs[0] < costs[1] / 1000
 
 
 # ---------------------------------------------------------------------------------- stiffness
@@ -178,60 +167,25 @@ def test_stiffness_is_that_of_the_networks_that_fit_keeps(records):
                 np.testing.assert_allclose(theirs, ours, atol=2e-3 if measure == "sign" else 2e-5)
 
 
-def test_stiffness_resumes_where_it_was_stopped(records, tmp_path):
-    """Stopped after the first moment, during the second, and resumed bitwise on a CPU."""
-    settings = settings_of(stiffness_training)
-    unit = {"data": "synthetic", "network": "CNN", "labels": "true"}
-    first, stop = work_in(tmp_path), 300  # one moment counts 64 + 200
-
-    def stopping(gradients, progress=first.progress):
-        return progress(gradients) or first.gradients > stop
-
-    first.progress = stopping
-    with pytest.raises(KeyboardInterrupt):
-        stiffness_training.run_unit(unit, settings, first)
-    assert [*first.load()] == [0]
-    second = work_in(tmp_path)
-    found = stiffness_training.run_unit(unit, settings, second)
-    expected = records["stiffness_training"].sel(unit).drop_vars([*unit])
-    xr.testing.assert_equal(found, expected[[*found]])
-    assert second.gradients == stiffness_training.cost(settings) / 4
-
-
-def test_distance_bins_and_superclasses():
+def test_distance_bins():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1400, 1, 2, 2, generator=generator)
-    y = torch.arange(1400) % 100
-    data = Data("made up", 100, x[:700], y[:700], x[700:], y[700:], x[:1], y[:1], y[:700], y[700:])
-    probes = stiffness_training.Probes(data, 50, torch.device("cpu"))
-    assert len(probes.x) == 600
+    x = torch.randn(400, 1, 2, 2, generator=generator)
+    y = torch.arange(400) % 10
+    data = Data("made up", 10, x[:200], y[:200], x[200:], y[200:], x[:1], y[:1], y[:200], y[200:])
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MLP(4, 3, 100)
-    found = probes(model).sel(measure="cosine")
-    assert found.matrix.shape == (3, 20, 20)
-    group, u = np.array(CIFAR100_SUPERCLASS), x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
-    one, two = slice(0, 300), slice(700, 1000)
+        model = MLP(4, 3, 10)
+    found = stiffness_training.Probes(data, 150, torch.device("cpu"))(model)
+    found = found.sel(measure="cosine", pairs="train-validation")
+    u = x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True)
+    one, two = slice(0, 150), slice(200, 350)
     values = (directions(model, x[one], y[one]) @ directions(model, x[two], y[two]).mT).numpy()
-    classes, distance = (y[one].numpy(), y[two].numpy()), (1 - u[one] @ u[two].mT).numpy()
-    of = found.sel(pairs="train-validation")
-    C = np.array(
-        [
-            [values[np.outer(classes[0] == a, classes[1] == b)].mean() for b in range(100)]
-            for a in range(100)
-        ]
-    )
-    related = group[:, None] == group
-    np.testing.assert_allclose(float(of.within), np.diag(C).mean(), atol=1e-5)
-    np.testing.assert_allclose(
-        float(of.within_group), C[related & ~np.eye(100, dtype=bool)].mean(), atol=1e-5
-    )
-    np.testing.assert_allclose(float(of.between), C[~related].mean(), atol=1e-5)
-    same = classes[0][:, None] == classes[1]
-    for k, middle in enumerate(of.distance.values):
+    same = (y[one, None] == y[two]).numpy()
+    distance = (1 - u[one] @ u[two].mT).numpy()
+    for k, middle in enumerate(found.distance.values):
         at = same & (abs(distance - middle) < 0.05 - 1e-6)
-        if at.any():
-            np.testing.assert_allclose(float(of.by_distance[k]), values[at].mean(), atol=2e-4)
+        assert at.any()
+        np.testing.assert_allclose(float(found.by_distance[k]), values[at].mean(), atol=2e-4)
 
 
 def test_inputs_and_random_labels():
@@ -247,17 +201,6 @@ def test_inputs_and_random_labels():
     assert int((random.y_validation != true.y_validation).sum()) == 90
 
 
-def test_cifar100_is_left_out_where_it_is_not(monkeypatch, tmp_path):
-    sets = lambda: {
-        u["data"] for u in stiffness_training.units(stiffness_training.SETTINGS["reduced"])
-    }
-    assert sets() == {"mnist", "cifar10", "cifar100"}
-    monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
-    assert sets() == {"mnist", "cifar10"}
-    (tmp_path / "cifar-100-python").mkdir()
-    assert "cifar100" in sets()
-
-
 def test_the_residual_network_can_be_stacked():
     data = vision.load("synthetic", 4)
     data = dataclasses.replace(data, x_test=data.x_test[:2], y_test=data.y_test[:2])
@@ -270,7 +213,7 @@ def test_the_residual_network_can_be_stacked():
 # ----------------------------------------------------------------------------------- spectrum
 
 
-def test_spectrum_is_that_of_the_instruments(records, tmp_path):
+def test_spectrum_is_that_of_the_instruments(records):
     settings = settings_of(sam_spectrum)
     data, method = vision.load("synthetic", 48), settings["methods"]["SAM"]
     recipe = Recipe(gradient=SAM(0.05), optimizer=SGD(0.05, 0.9, 5e-4, schedule="cosine"))
@@ -279,7 +222,7 @@ def test_spectrum_is_that_of_the_instruments(records, tmp_path):
         make,
         data,
         recipe,
-        work_in(tmp_path),
+        work(),
         epochs=2,
         seed=1,
         batch_size=method["batch_size"],

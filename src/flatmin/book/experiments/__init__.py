@@ -5,9 +5,8 @@ plot what :func:`flatmin.book.experiments.record` reads from there.
 """
 
 from .display import full_scale
-from .job import Work
 from .records import FOLDERS, NAMES, check, default_size, experiment, plot, record, save
-from .runner import plan, run
+from .runner import Work, plan, run
 
 __all__ = [
     "FOLDERS",

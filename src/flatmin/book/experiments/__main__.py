@@ -3,13 +3,11 @@
 import argparse
 import json
 import sys
-import time
-import warnings
 from pathlib import Path
 
 from .display import duration
 from .records import NAMES, experiment, record, record_path
-from .runner import describe, plan, run
+from .runner import Plan, describe, plan, run
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,18 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     option("--device", help="default: the GPU if there is one")
     option("--out", default="results", help="folder of the record (default: results)")
-    option(
-        "--patience",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="how long to wait for other ranks without a sign of life (default: 600)",
-    )
-    option(
-        "--estimate",
-        action="store_true",
-        help="list the units and estimate their time, run nothing",
-    )
+    option("--estimate", action="store_true", help="list the units and their time, run nothing")
     option("--list", action="store_true", help="list the experiments")
     return command
 
@@ -72,30 +59,22 @@ def listing() -> str:
             recorded = "recorded on {device}, size {size}".format(**record(name).attrs)
         except FileNotFoundError:
             recorded = "not yet recorded"
-        lines.append(
-            f"{name} ({', '.join(experiment(name).SETTINGS)}): "
-            f"{experiment(name).SOURCE}; {recorded}"
-        )
+        module = experiment(name)
+        lines.append(f"{name} ({', '.join(module.SETTINGS)}): {module.SOURCE}; {recorded}")
     return "\n".join(lines)
 
 
-def estimate(todo) -> str:
+def estimate(todo: Plan) -> str:
     """The units, one per line, and how long they take."""
-    known = todo.seconds()
     time = "no record to estimate the time from"
-    if known:
+    if known := todo.seconds():
         seconds, reference = known
         time = (
             f"about {duration(seconds)} at the rate of the record on {reference.attrs['device']}, "
             "for the same time per gradient; a larger network takes longer"
         )
-    return "\n".join(
-        [
-            *map(describe, todo.units),
-            f"{todo.name}, {todo.title}: {len(todo.units)} units, "
-            f"{todo.cost:.2g} single-example gradients, {time}",
-        ]
-    )
+    total = f"{len(todo.units)} units, {todo.cost:.2g} single-example gradients"
+    return "\n".join([*map(describe, todo.units), f"{todo.name}, {todo.title}: {total}, {time}"])
 
 
 def main(words: list[str] | None = None) -> int:
@@ -106,46 +85,31 @@ def main(words: list[str] | None = None) -> int:
         return 0
     if args.name is None:
         command.error("name an experiment, or ask for the --list of them")
-    started = time.monotonic()
     try:
-        settings = dict(map(setting, args.changes))
-        todo = plan(args.name, args.size, seeds=args.seeds, settings=settings)
+        changes = {"seeds": args.seeds, "settings": dict(map(setting, args.changes))}
+        todo = plan(args.name, args.size, **changes)
     except ValueError as error:
         command.error(str(error))
     if args.estimate:
         print(estimate(todo))
         return 0
-    say = lambda text, **where: print(f"{args.name}: {text}", flush=True, **where)
+    folder = Path(args.out) / f"{args.name}.parts"
+    done = lambda: (
+        f"{len(todo.units) - len(todo.missing(folder))} of {len(todo.units)} units are done"
+    )
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(message, file=sys.stderr)
-            done = run(
-                args.name,
-                args.size,
-                out=args.out,
-                device=args.device,
-                seeds=args.seeds,
-                settings=settings,
-                patience=args.patience,
-            )
+        result = run(args.name, args.size, out=args.out, device=args.device, **changes)
     except KeyboardInterrupt:
-        missing = todo.missing(Path(args.out) / f"{args.name}.parts")
-        say(
-            f"interrupted, {len(todo.units) - len(missing)} of {len(todo.units)} units are done; "
-            "run the same command to resume"
+        print(
+            f"{args.name}: interrupted, {done()}; the same command computes the others, "
+            "and the unfinished unit anew"
         )
         return 130
-    except TimeoutError as error:
-        say(error)
-        return 1
-    took = time.monotonic() - started
-    if done is None:
-        say(f"this rank's units are done, in {took:.0f} s")
+    if result is None:
+        print(f"{args.name}: this rank has finished, {done()}; the last rank writes the record")
     else:
-        say(
-            f"wrote {record_path(args.name, args.out, args.size)} ({len(todo.units)} units, "
-            f"{done.attrs['seconds']:.0f} s of computing; this call {took:.0f} s)"
-        )
+        path = record_path(args.name, args.out, args.size)
+        print(f"{args.name}: wrote {path}, {duration(result.attrs['seconds'])} of computing")
     return 0
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from IPython.display import HTML, Markdown
 
-__all__ = ["caption", "duration", "full_scale", "origin", "picture"]
+__all__ = ["caption", "duration", "full_scale", "origin", "picture", "shade"]
 
 DPI = 160  # shown at 100, so sharp on dense screens
 
@@ -100,12 +100,24 @@ def picture(record: xr.Dataset) -> bytes:
     """The figure of a record, as PNG."""
     import matplotlib.pyplot as plt
 
-    from ..plotting import use_style
-
     with plt.rc_context():
-        use_style()
         figure = plot(record.attrs["experiment"], record)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
         plt.close(figure)
     return file.getvalue()
+
+
+def shade(name: str, share: float) -> tuple[float, ...]:
+    """A colour of the book mixed with white, of which ``share`` is the colour.
+
+    Examples
+    --------
+    >>> shade("other", 0.0)
+    (1.0, 1.0, 1.0)
+    """
+    from matplotlib.colors import to_rgb
+
+    from ..plotting import COLORS
+
+    return tuple(1 - share * (1 - c) for c in to_rgb(COLORS[name]))

@@ -24,7 +24,8 @@ from ...pipeline import Recipe
 from ...stack import best_step, fit
 from ..datasets import sinusoid, spiral, two_gaussians
 from ..models import MLP
-from ..plotting import COLORS, band, bars, use_style
+from ..plotting import COLORS, band, bars
+from .display import shade
 
 SOURCE = "Ishida et al. 2020, synthetic data"
 DEFAULT = "demo"
@@ -123,7 +124,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            progress=lambda gradients: work.advance(gradients * per_gradient(settings)),
+            progress=lambda gradients: work.progress(gradients * per_gradient(settings)),
         ),
         settings["chunk_size"],
     )
@@ -183,7 +184,6 @@ def accuracies(record: xr.Dataset):
     95 % intervals over the seeds, levels and steps chosen by clean validation labels."""
     import matplotlib.pyplot as plt
 
-    use_style()
     if "label_noise" not in record.dims:
         record = record.expand_dims(label_noise=json.loads(record.attrs["settings"])["label_noise"])
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
@@ -242,9 +242,7 @@ def sweeps(record: xr.Dataset):
     true labels up to the share of wrong ones.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
 
-    use_style()
     all_gains = gains(record)
     sets, noises, optimizers = (record[k].values for k in ("set", "label_noise", "optimizer"))
     fig, axes = plt.subplots(
@@ -258,7 +256,7 @@ def sweeps(record: xr.Dataset):
     for row, optimizer in zip(axes, optimizers):
         for ax, name in zip(row, sets):
             for k, noise in enumerate(noises, 1):
-                color = tuple(1 - k / len(noises) * (1 - c) for c in to_rgb(COLORS["flooding"]))
+                color = shade("flooding", k / len(noises))
                 gain = all_gains.sel(set=name, label_noise=noise, optimizer=optimizer, drop=True)
                 band(ax, gain, "flood_level", color).set_label(f"{100 * noise:g} % wrong")
                 ax.axvline(entropy(noise), color=color, linestyle=":", linewidth=1.2)

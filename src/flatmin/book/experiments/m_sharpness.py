@@ -18,60 +18,55 @@ from ...measure import Sharpness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ...stack import fit
-from ..plotting import COLORS, band, use_style
+from ..plotting import COLORS, band
 from . import vision
+from .display import shade
 from .stiffness_training import network
 
 SOURCE = "Foret et al. 2021, section 4.1 and figure 3 (middle, right)"
 
+_OURS = {
+    "data": "cifar10",
+    "network": "CNN",
+    "train_size": 10_000,
+    "validation_size": 5000,
+    "m": [1, 4, 16, 64, 256],
+    "rho": [0.0, 0.02, 0.05, 0.1, 0.2],
+    "lr": 0.05,
+    "batch_size": 256,
+    "epochs": 40,
+    "measured_m": [1, 4, 16, 64, 256, 1024],
+    "examples": 1024,
+    "radius": 0.05,
+    "shards": 256,
+    "seeds": 3,
+}
 SETTINGS = {
-    "tiny": {
+    "tiny": _OURS
+    | {
         "data": "synthetic",
-        "network": "CNN",
         "train_size": 32,
         "validation_size": 32,
         "m": [4, 16],
         "rho": [0.0, 0.05],
-        "lr": 0.05,
         "batch_size": 16,
         "epochs": 2,
         "measured_m": [4, 16],
         "examples": 16,
-        "radius": 0.05,
-        "shards": 16,
         "seeds": 2,
     },
     # Recorded in 156 s on an H100 shared by sixteen processes.  The network is too small to
     # memorize the labels.
-    "reduced": {
-        "data": "cifar10",
-        "network": "CNN",
-        "train_size": 10_000,
-        "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256],
-        "rho": [0.0, 0.02, 0.05, 0.1, 0.2],
-        "lr": 0.05,
-        "batch_size": 256,
-        "epochs": 40,
-        "measured_m": [1, 4, 16, 64, 256, 1024],
-        "examples": 1024,
-        "radius": 0.05,
-        "shards": 256,
-        "seeds": 3,
-    },
-    "paper": {
-        "data": "cifar10",
+    "reduced": _OURS,
+    "paper": _OURS
+    | {
         "network": "ResNet-20",
         "train_size": 45_000,
-        "validation_size": 5000,
-        "m": [1, 4, 16, 64, 256],
         "rho": [0.0, 0.01, 0.02, 0.05, 0.1, 0.15],
         "lr": 0.1,
-        "batch_size": 256,
         "epochs": 200,
         "measured_m": [1, 4, 16, 64, 256, 1024, 4096],
         "examples": 4096,
-        "radius": 0.05,
         "shards": 16,
         "seeds": 5,
     },
@@ -114,7 +109,7 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             chunk_size=size,
             device=work.device,
             expect_divergence=True,
-            progress=lambda gradients: work.advance(2 * gradients),
+            progress=lambda gradients: work.progress(2 * gradients),
         ),
         len(settings["rho"]) * len(settings["seeds"]),
     )
@@ -195,14 +190,11 @@ def plot(record: xr.Dataset):
     The correlation is that of m-sharpness with the gap between test and training error.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.colors import to_rgb
 
-    use_style()
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(10.5, 3.4))
     count = record.sizes["m"]
     for i, m in enumerate(record.m.values):  # the smaller m, the stronger the colour
-        share = 0.25 + 0.75 * (count - 1 - i) / max(1, count - 1)
-        color = tuple(1 - share * (1 - c) for c in to_rgb(COLORS["SAM"]))
+        color = shade("SAM", 0.25 + 0.75 * (count - 1 - i) / max(1, count - 1))
         line = band(left, 100 * record.test_error.sel(m=m, drop=True), "rho", color)
         line.set_label(f"m = {m}")
     left.legend(loc="upper left", fontsize=7.5)

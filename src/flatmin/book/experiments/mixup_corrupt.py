@@ -10,6 +10,8 @@ Our wrong label is one of the other nine classes.  If it is drawn from all ten, 
 may mean, only 72 % of the labels are wrong when 80 % are drawn.
 """
 
+from collections.abc import Callable
+
 import xarray as xr
 from torch import Tensor, nn
 
@@ -17,9 +19,9 @@ from ...batch import Mixup
 from ...layers import Dropout
 from ...optimizer import SGD
 from ...pipeline import Recipe
-from ..plotting import COLORS, use_style
+from ..plotting import COLORS
 from ..statistics import mean_interval
-from .vision import data_source, load, step_decay, train
+from .vision import TINY, data_source, load, step_decay, train
 
 SOURCE = "Zhang et al. 2018, section 3.4 and table 2"
 
@@ -50,19 +52,7 @@ _ONE_EACH = {
     "mixup + dropout": [{"alpha": 4, "p": 0.3}],
 }
 SETTINGS = {
-    "tiny": _FULL
-    | {
-        "data": "synthetic",
-        "train_size": 64,
-        "width": 4,
-        "stages": [1],
-        "label_noise": [0.5],
-        "batch_size": 32,
-        "epochs": 2,
-        "evaluations": 1,
-        "seeds": 2,
-        "recipes": _ONE_EACH,
-    },
+    "tiny": _FULL | TINY | {"stages": [1], "label_noise": [0.5], "recipes": _ONE_EACH},
     # For eight processes per GPU; a single one takes twice as long.  Without augmentation, so that
     # 40 epochs are enough to memorize wrong labels.
     "reduced": _FULL
@@ -80,26 +70,11 @@ SETTINGS = {
 
 # Test error in per cent at the best and at the last epoch: table 2.
 PAPER = {
-    0.2: {
-        "ERM": (12.7, 16.6),
-        "dropout": (8.8, 10.4),
-        "mixup": (5.9, 6.4),
-        "mixup + dropout": (6.2, 6.2),
-    },
-    0.5: {
-        "ERM": (18.8, 44.6),
-        "dropout": (14.1, 15.5),
-        "mixup": (11.3, 12.7),
-        "mixup + dropout": (10.9, 10.9),
-    },
-    0.8: {
-        "ERM": (36.5, 73.9),
-        "dropout": (30.9, 35.1),
-        "mixup": (25.3, 30.9),
-        "mixup + dropout": (24.0, 24.8),
-    },
+    "ERM": {0.2: (12.7, 16.6), 0.5: (18.8, 44.6), 0.8: (36.5, 73.9)},
+    "dropout": {0.2: (8.8, 10.4), 0.5: (14.1, 15.5), 0.8: (30.9, 35.1)},
+    "mixup": {0.2: (5.9, 6.4), 0.5: (11.3, 12.7), 0.8: (25.3, 30.9)},
+    "mixup + dropout": {0.2: (6.2, 6.2), 0.5: (10.9, 10.9), 0.8: (24.0, 24.8)},
 }
-LEGEND = "● last epoch, ○ best epoch; ◆ ◇ the paper"
 
 
 class PreActResNet(nn.Module):
@@ -226,27 +201,46 @@ def plot(record: xr.Dataset):
     Diamonds are the paper's numbers, for its full size.  The best epoch is the best on the test
     images, as in its table; so is, where a record has several, the strength of a method.
     """
-    import matplotlib.pyplot as plt
-
-    use_style()
     colors = {"ERM": "ERM", "dropout": "dropout", "mixup": "mixup", "mixup + dropout": "other"}
     best = best_variant(record).test_error
-    noises = record.label_noise.values
-    fig, axes = plt.subplots(
-        1, len(noises), figsize=(1.5 + 3.2 * len(noises), 2.8), sharey=True, squeeze=False
-    )
-    for ax, noise in zip(axes[0], noises):
-        rows = {
+
+    def rows(noise: float) -> dict:
+        return {
             name: (
                 100 * best.sel(recipe=name, label_noise=noise),
                 COLORS[colors[name]],
-                PAPER.get(noise, {}).get(name, ()),
+                PAPER[name].get(noise, ()),
             )
             for name in record.recipe.values
         }
-        plot_rows(ax, rows)
+
+    legend = "● last epoch, ○ best epoch; ◆ ◇ the paper"
+    return panels(record, rows, legend, (1.5, 3.2, 2.8))
+
+
+def panels(record: xr.Dataset, rows: Callable[[float], dict], legend: str, size: tuple):
+    """A panel for each share of wrong labels.
+
+    Parameters
+    ----------
+    record : Dataset
+    rows : callable
+        The rows of a share's panel, see :func:`plot_rows`.
+    legend : str
+        What the marks mean.
+    size : tuple of float
+        The figure's width without panels, the width of each panel, and the height, in inches.
+    """
+    import matplotlib.pyplot as plt
+
+    noises, (margin, width, height) = record.label_noise.values, size
+    fig, axes = plt.subplots(
+        1, len(noises), figsize=(margin + width * len(noises), height), sharey=True, squeeze=False
+    )
+    for ax, noise in zip(axes[0], noises):
+        plot_rows(ax, rows(noise))
         ax.set(title=f"{100 * noise:g} % wrong labels", xlabel="test error (%)")
-    fig.supxlabel(LEGEND, fontsize=8, color=COLORS["ERM"])
+    fig.supxlabel(legend, fontsize=8, color=COLORS["ERM"])
     return fig
 
 

@@ -30,23 +30,10 @@ NAMES = [
 
 HERE = Path(__file__).parent
 FOLDERS = [HERE.parent / "results", HERE.parents[3] / "results"]  # in a wheel, in a checkout
-SCHEMA = [
-    "experiment",
-    "size",
-    "device",
-    "machine",
-    "python",
-    "numpy",
-    "torch",
-    "cuda",
-    "flatmin",
-    "commit",
-    "seeds",
-    "settings",
-    "seconds",
-    "data",
-    "cost",
-]
+SCHEMA = (
+    "experiment size device machine python numpy torch cuda flatmin commit seeds settings seconds "
+    "data cost"
+).split()
 
 
 def experiment(name: str) -> ModuleType:
@@ -132,24 +119,34 @@ def check(record: xr.Dataset) -> None:
 
 
 def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | None = None):
-    """Check a record and write it atomically to its :func:`record_path`."""
+    """Check a record and write it to its :func:`record_path`."""
     check(dataset)
     path = record_path(name, folder, size)
-    content = lzma.compress(
-        bytes(dataset.to_netcdf(engine="scipy")), preset=9 | lzma.PRESET_EXTREME
-    )
-    with replacing(path) as part:
-        part.write_bytes(content)
+    write(path, dataset)
     return path
 
 
+def write(path: Path, dataset: xr.Dataset) -> None:
+    """Write netCDF, compressed by xz; the file appears as a whole or not at all."""
+    content = bytes(dataset.to_netcdf(engine="scipy"))
+    with replacing(path) as part:
+        part.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+
+
 def read(path: Path) -> xr.Dataset:
-    """Read a record from its file, which is netCDF compressed by xz."""
-    return xr.load_dataset(io.BytesIO(lzma.decompress(path.read_bytes())), engine="scipy")
+    """Read what :func:`write` wrote."""
+    try:
+        content = lzma.decompress(path.read_bytes())
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path} is damaged, delete it: {error}") from error
+    return xr.load_dataset(io.BytesIO(content), engine="scipy")
 
 
 def plot(name: str, record: xr.Dataset):
-    """An experiment's figure, drawn from its record alone."""
+    """An experiment's figure, drawn from its record alone, in the book's style."""
+    from ..plotting import use_style
+
+    use_style()
     return experiment(name).plot(record)
 
 
@@ -172,14 +169,9 @@ def commit() -> str:
     """The commit of the checkout that the package is imported from, or "–"."""
     root = HERE.parents[3]
 
-    def git(*words):
-        return subprocess.run(
-            ["git", "-C", root, *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
-        ).stdout.strip()
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         if not (root / ".git").exists():  # git would find another project's repository

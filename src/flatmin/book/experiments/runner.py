@@ -15,32 +15,30 @@ An experiment is a module of this package, named in ``NAMES``, that has
     ``{"method": "SAM", "seed": 0}``.
 ``run_unit(unit, settings, work)``
     The result of one unit: a Dataset *without* the unit's keys, which become the first dimensions
-    of the record.  Its ``attrs`` must have ``data`` and may have more.  ``work`` is a
-    :class:`flatmin.book.experiments.Work`.
+    of the record.  Its ``attrs`` must have ``data`` and may have more.  ``work`` is a :class:`Work`.
 ``cost(settings)``
     How many single-example gradients all units take together: the measure of time.
 ``plot(record)``
     The figure, from the record alone; its docstring is the caption.  If no single figure suits all
     records, ``drawing(record)`` returns the function that plots this one and has its caption.
 
-:func:`run` computes the units one by one and writes each result atomically to its own file.  So it
-can be killed at any moment: the same command resumes with the missing units, and within a unit from
-its last checkpoint.  Under ``torchrun`` rank r of n takes the units r, r+n, r+2n, …, on the GPU of
-its ``LOCAL_RANK``.  The ranks communicate only by the folder of these files (on several machines a
-shared folder), and rank 0 assembles the record.  If several ranks share a GPU, the time of a unit
-is divided by their number.
+:func:`run` computes the units one by one and writes each result, as a whole, to a file of its own.
+So it can be killed at any moment: the same command goes on with the units that have no file, and the
+one that was interrupted starts anew.  Under ``torchrun`` rank r of n takes the units r, r+n, r+2n, …,
+on the GPU of its ``LOCAL_RANK``.  The ranks communicate only by the folder of these files (on several
+machines a shared folder); whichever finds all of them there writes the record.  If several ranks
+share a GPU, the time of a unit is divided by their number.
 """
 
 import contextlib
+import gc
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -51,11 +49,44 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from ..._checks import number, whole
-from ..._files import replacing
+from ..._checks import whole
 from ..._random import seeds as seed_list
-from .job import Work, stopping
-from .records import default_size, environment, experiment, read, record, save
+from .records import default_size, environment, experiment, read, record, save, write
+
+
+class Work:
+    """What a unit is computed with: a device, and a count of the gradients that it takes.
+
+    Attributes
+    ----------
+    device : torch.device
+        Where to compute.
+    gradients : float
+        How many single-example gradients have been computed.
+    """
+
+    def __init__(self, device: torch.device, bar: tqdm):
+        self.device, self.gradients, self._bar = device, 0.0, bar
+
+    def progress(self, gradients: float) -> None:
+        """Count single-example gradients."""
+        self.gradients += gradients
+        self._bar.update(gradients)
+
+    def chunks(self, function: Callable, size: int):
+        """Call ``function(size)``, with half the size whenever the device runs out of memory."""
+        before = self.gradients
+        while True:
+            try:
+                return function(size)
+            except torch.OutOfMemoryError:
+                if size <= 1:
+                    raise
+            size //= 2  # here, as inside ``except`` the exception keeps the tensors alive
+            warnings.warn(f"out of memory: retrying with {size} at a time", stacklevel=2)
+            self.progress(before - self.gradients)
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -86,7 +117,7 @@ class Plan:
         settings = {k: v for k, v in self.settings.items() if k != "seeds" or "seed" not in unit}
         key = json.dumps([self.name, version("flatmin"), unit, settings], sort_keys=True)
         label = re.sub(r"[^\w.=-]+", "_", "-".join(str(v) for v in unit.values()))[:80]
-        return f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.nc.xz"
 
     def missing(self, folder: Path) -> list[dict]:
         """The units without a result."""
@@ -126,7 +157,7 @@ def plan(
     for key, value in changed.items():
         if key not in usual:
             raise ValueError(f"settings must be among {sorted(usual)}, got {key!r}")
-        if _kind(value) != _kind(usual[key]) and None not in (value, usual[key]):
+        if _kind(value) != _kind(usual[key]):
             raise ValueError(
                 f"{key} must be a {_kind(usual[key])} like {json.dumps(usual[key])}, got {value!r}"
             )
@@ -134,12 +165,8 @@ def plan(
     settings = json.loads(json.dumps(usual | changed))
     settings["seeds"] = seed_list(whole("seeds", settings["seeds"]))
     units = module.units(settings)
-    distinct = {json.dumps(unit, sort_keys=True) for unit in units}
-    if not units or len(distinct) < len(units) or len({tuple(unit) for unit in units}) > 1:
-        raise ValueError(
-            "units must be a list, not empty, of different dictionaries with the same keys, "
-            f"got {units}"
-        )
+    if not units or len({json.dumps(unit) for unit in units}) < len(units):
+        raise ValueError(f"settings must give different units, at least one, got {units}")
     return Plan(name, size, changed, settings, units)
 
 
@@ -157,7 +184,6 @@ def run(
     device: str | None = None,
     seeds: int | None = None,
     settings: Mapping | None = None,
-    patience: float = 600.0,
 ) -> xr.Dataset | None:
     """Run an experiment, or its missing units, and write its record.
 
@@ -176,123 +202,60 @@ def run(
         How many seeds.
     settings : mapping, optional
         Values that replace those of the size.
-    patience : float
-        How many seconds rank 0 waits for other ranks that show no sign of life.
 
     Returns
     -------
     Dataset or None
-        The record, as :func:`flatmin.book.experiments.record` reads it; None on all ranks but the first.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        After Ctrl-C or SIGTERM, once the unit has saved its state.  A second one stops at once.
-    TimeoutError
-        If units of other ranks do not arrive; the message names them.
+        The record, as :func:`flatmin.book.experiments.record` reads it; None if units of other
+        ranks are missing.
     """
     todo = plan(name, size, seeds=seeds, settings=settings)
-    rank, ranks, local_rank, local_ranks = map(
-        _torchrun_number, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    )
-    number("patience", patience, 0)
+    rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
+    ranks, neighbours = (int(os.environ.get(key, 1)) for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     folder, chosen_device = Path(out) / f"{name}.parts", _device(device, local_rank)
-    sharing = _sharing(chosen_device, local_ranks)
-    mine = todo.units[rank::ranks]
-    with (
-        stopping() as stop,
-        tqdm(
-            desc=name,
-            total=todo.cost * len(mine) / len(todo.units),
-            unit="gradients",
-            unit_scale=True,
-            leave=False,
-            dynamic_ncols=True,
-            disable=True if rank else None,
-        ) as bar,
-    ):
+    mine, share = todo.units[rank::ranks], todo.cost / len(todo.units)
+    bar = tqdm(
+        desc=name,
+        total=share * len(mine),
+        unit="gradients",
+        unit_scale=True,
+        leave=False,
+        dynamic_ncols=True,
+        disable=True if rank else None,
+    )
+    with bar:
         for unit in mine:
-            if stop:
-                raise KeyboardInterrupt
-            if (part := _read(folder / todo.file(unit))) is None:
-                _run_unit(todo, unit, folder, chosen_device, sharing, stop, bar)
+            path = folder / todo.file(unit)
+            if path.exists():
+                bar.update(share)
             else:
-                bar.update(part.attrs["gradients"])
-    if rank:
+                write(path, _run_unit(todo, unit, chosen_device, neighbours, bar))
+    if todo.missing(folder):
         return None
-    _wait(todo, folder, patience)
-    path = save(name, _assemble(todo, folder), out, todo.size)
-    return read(path)
+    return read(save(name, _assemble(todo, folder), out, todo.size))
 
 
 def _run_unit(
-    todo: Plan, unit: dict, folder: Path, device: torch.device, sharing: int, stop: list, bar: tqdm
-) -> None:
-    """Compute one unit and write its result; its time is divided by ``sharing``."""
-    computed_on, path = environment(device), folder / todo.file(unit)
+    todo: Plan, unit: dict, device: torch.device, neighbours: int, bar: tqdm
+) -> xr.Dataset:
+    """Compute one unit, of whose time on a shared device only its share counts."""
+    computed_on, sharing = environment(device), _sharing(device, neighbours)
     if sharing > 1:
         computed_on["device"] += f", shared by {sharing} processes"
-    environment_hash = hashlib.sha256(json.dumps(computed_on).encode()).hexdigest()[:8]
-    work = Work(device, folder / f"{path.name}-{environment_hash}.work", stop, bar)
-    result = todo.module.run_unit(dict(unit), json.loads(json.dumps(todo.settings)), work)
+    started = time.monotonic()
+    settings = json.loads(json.dumps(todo.settings))  # a copy, which the unit may change
+    result = todo.module.run_unit(dict(unit), settings, Work(device, bar))
     if {*unit} & {*result.variables}:
         raise ValueError(f"run_unit must return a Dataset without {[*unit]}, got {result}")
-    result.attrs = (
-        {
-            key: value if isinstance(value, (str, int, float, np.number)) else json.dumps(value)
-            for key, value in result.attrs.items()
-        }
-        | computed_on
-        | {"seconds": work.seconds / sharing, "gradients": work.gradients}
-    )
-    content = bytes(result.to_netcdf(engine="scipy"))
-    with replacing(path) as part:
-        part.write_bytes(hashlib.sha256(content).digest() + content)
-    for leftover in folder.glob(f"{path.name}-*.work"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _read(path: Path) -> xr.Dataset | None:
-    """A unit's result; None if there is none or, with a warning, if it is damaged."""
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        warnings.warn(f"{path} is damaged, its unit is computed again", stacklevel=2)
-        path.unlink()
-        return None
-    return xr.load_dataset(io.BytesIO(content[32:]), engine="scipy")
-
-
-def _wait(todo: Plan, folder: Path, patience: float) -> None:
-    """Wait for the results of other ranks, as long as something changes in the folder."""
-    before, changed_at = None, time.monotonic()
-    while missing := todo.missing(folder):
-        current = {}
-        for where, _, files in os.walk(folder):
-            for path in (os.path.join(where, file) for file in files):
-                with contextlib.suppress(OSError):  # it may just have been removed
-                    current[path] = os.stat(path).st_mtime_ns
-        if before is None:
-            print(f"{todo.name}: waiting for {len(missing)} units of other ranks", flush=True)
-        if current != before:
-            before, changed_at = current, time.monotonic()
-        if time.monotonic() - changed_at > patience:
-            raise TimeoutError(
-                f"no sign of life from other ranks for {patience:g} s, and {len(missing)} of "
-                f"{len(todo.units)} units are missing: {'; '.join(map(describe, missing))}. "
-                "Run the same command to compute these."
-            )
-        time.sleep(min(1.0, patience / 10))
+    scalar = lambda value: isinstance(value, (str, int, float, np.number))
+    result.attrs = {k: v if scalar(v) else json.dumps(v) for k, v in result.attrs.items()}
+    result.attrs |= computed_on | {"seconds": (time.monotonic() - started) / sharing}
+    return result
 
 
 def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
     """The record: the results of all ranks, in the order of the units."""
-    parts = [_read(folder / todo.file(unit)) for unit in todo.units]
-    if any(part is None for part in parts):
-        raise RuntimeError(
-            "a unit's file was damaged meanwhile; the same command computes it again"
-        )
+    parts = [read(folder / todo.file(unit)) for unit in todo.units]
     dims = {dim: list(dict.fromkeys(unit[dim] for unit in todo.units)) for dim in todo.units[0]}
 
     def join(rows: list, names: list[str]) -> xr.Dataset:
@@ -312,15 +275,10 @@ def _assemble(todo: Plan, folder: Path) -> xr.Dataset:
         ).assign_coords({dim: present})
 
     joined = join(list(zip(todo.units, parts)), list(dims)).sel(dims)
-    values = {}
-    for part in parts:
-        for key, value in part.attrs.items():
-            values.setdefault(key, {})[str(value)] = value
-    del values["gradients"]
-    joined.attrs = {
-        key: "; ".join(several) if len(several) > 1 else next(iter(several.values()))
-        for key, several in values.items()
-    } | {
+    for key in parts[0].attrs:
+        several = {str(part.attrs[key]): part.attrs[key] for part in parts}
+        joined.attrs[key] = "; ".join(several) if len(several) > 1 else parts[0].attrs[key]
+    joined.attrs |= {
         "experiment": todo.name,
         "size": todo.title,
         "seeds": json.dumps(todo.settings["seeds"]),
@@ -340,13 +298,6 @@ def describe(unit: dict) -> str:
     'method=SAM seed=0'
     """
     return " ".join(f"{key}={value}" for key, value in unit.items())
-
-
-def _torchrun_number(key: str) -> int:
-    """A number that torchrun sets, or its value without torchrun."""
-    least = int(key.endswith("WORLD_SIZE"))
-    value = os.environ.get(key, str(least))
-    return whole(key, int(value) if value.isdecimal() else value, least)
 
 
 def _sharing(device: torch.device, processes: int) -> int:

@@ -20,9 +20,9 @@ from ...gradient import SAM
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
-from ..plotting import COLORS, use_style
-from .mixup_corrupt import plot_rows, units
-from .vision import data_source, load, passes, predict, train
+from ..plotting import COLORS
+from .mixup_corrupt import panels, units
+from .vision import TINY, data_source, load, passes, predict, train
 
 SOURCE = "Foret et al. 2021, section 3.3 and table 4"
 
@@ -50,19 +50,7 @@ _FULL = {
 }
 _ONE_EACH = _FULL["recipes"] | {"mixup": [{"alpha": 8}]}
 SETTINGS = {
-    "tiny": _FULL
-    | {
-        "data": "synthetic",
-        "train_size": 64,
-        "width": 4,
-        "stages": [1],
-        "label_noise": [0.4],
-        "batch_size": 32,
-        "epochs": 2,
-        "evaluations": 1,
-        "seeds": 2,
-        "recipes": _ONE_EACH,
-    },
+    "tiny": _FULL | TINY | {"stages": [1], "label_noise": [0.4], "recipes": _ONE_EACH},
     # Recorded in 219 s on an H100 shared by eight to sixteen processes; one process needs about
     # three times as long.  Without augmentation, so that the few epochs are enough to memorize
     # wrong labels.
@@ -112,8 +100,8 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
     data = load(settings["data"], settings["train_size"], 0, unit["label_noise"], unit["seed"])
     recipe, epochs = _recipe(unit, settings)
 
-    def train_on(data, state):
-        return train(
+    def train_on(data):
+        model, result = train(
             lambda: ResNet(width=settings["width"], stages=settings["stages"]),
             data,
             recipe,
@@ -121,23 +109,16 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
             epochs=epochs,
             batch_size=settings["batch_size"],
             seed=unit["seed"],
-            state=state,
             augment=settings["augment"],
             evaluate_at=settings["evaluations"],
         )
+        return model, _by_evaluation(result, data)
 
-    state = work.load() or {}
-    if "predicted" in state:
-        given = xr.Dataset.from_dict(state["given"])
-    else:
-        model, given = train_on(data, state)
-        given = _by_evaluation(given, data)
-        state = {"given": given.to_dict(), "predicted": predict(model, data, work)}
+    model, given = train_on(data)
     runs = {"given": given}
     if unit["recipe"] in settings["bootstrap"]:
-        work.save(state)
-        relabeled = dataclasses.replace(data, y_train=state["predicted"])
-        runs["predicted"] = _by_evaluation(train_on(relabeled, state)[1], relabeled)
+        relabeled = dataclasses.replace(data, y_train=predict(model, data, work))
+        _, runs["predicted"] = train_on(relabeled)
     result = xr.concat(list(runs.values()), "labels").assign_coords(labels=list(runs))
     result.attrs = {"data": data_source(settings["data"])}
     return result
@@ -173,16 +154,10 @@ def plot(record: xr.Dataset):
     Diamonds are the paper's numbers, for its full size.  The best epoch, and of several strengths
     the best, are chosen on the test images.
     """
-    import matplotlib.pyplot as plt
-
-    use_style()
     colors = {"SGD": "ERM", "SGD, twice the epochs": "ERM", "mixup": "mixup", "SAM": "SAM"}
-    noises = record.label_noise.values
-    fig, axes = plt.subplots(
-        1, len(noises), figsize=(2.2 + 3.0 * len(noises), 3.6), sharey=True, squeeze=False
-    )
-    for ax, noise in zip(axes[0], noises):
-        rows = {}
+
+    def rows(noise: float) -> dict:
+        found = {}
         for recipe in record.recipe.values:
             errors = 100 * record.test_error.sel(recipe=recipe, label_noise=noise)
             best = errors.sel(labels="given").min("evaluation").mean("seed", skipna=False)
@@ -192,8 +167,7 @@ def plot(record: xr.Dataset):
                 if run.notnull().any():
                     name = f"{prefix}{recipe}"
                     paper = [100 - a for a in [PAPER.get(name, {}).get(noise)] if a is not None]
-                    rows[name] = run, COLORS[colors[recipe]], paper
-        plot_rows(ax, rows)
-        ax.set(title=f"{100 * noise:g} % wrong labels", xlabel="test error (%)")
-    fig.supxlabel("● last epoch, ○ best epoch; ◆ the paper", fontsize=8, color=COLORS["ERM"])
-    return fig
+                    found[name] = run, COLORS[colors[recipe]], paper
+        return found
+
+    return panels(record, rows, "● last epoch, ○ best epoch; ◆ the paper", (2.2, 3.0, 3.6))

@@ -32,7 +32,7 @@ from ...measure import (
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
-from ..plotting import COLORS, band, use_style
+from ..plotting import COLORS, band
 from . import vision
 
 SOURCE = "Foret et al. 2021, section 4.2 and figure 3 (left)"
@@ -285,7 +285,6 @@ def plot(record: xr.Dataset):
     """
     import matplotlib.pyplot as plt
 
-    use_style()
     fig, ((one, two), (three, four)) = plt.subplots(2, 2, figsize=(9.5, 6.4))
     color = lambda method: COLORS["SAM" if method.startswith("SAM") else "ERM"]
     largest = np.log10(record.eigenvalue.isel(rank=0).clip(1e-12))
