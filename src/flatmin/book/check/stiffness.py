@@ -1,11 +1,11 @@
 """Checks of assignment 4: stiffness."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from ...measure import ClassStiffness
+from ...measure import class_stiffness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ...stack import fit
@@ -187,9 +187,9 @@ def _stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
             seeds=list(seeds),
             evaluate_at=[0, 100],
             dtype=torch.float64,
-            instruments={"within": ClassStiffness(10, examples=200)},
+            instruments={"stiffness": partial(class_stiffness, num_classes=10)},
         )
-        return runs.within
+        return runs.stiffness_within
 
     change = within(0.9) - within(0.0)
     steps = {"before training": 0, "after training": 100}
