@@ -7,7 +7,6 @@ from flatmin.book import MLP, two_gaussians
 from flatmin.measure import (
     Attack,
     AverageSharpness,
-    ClassStiffness,
     HessianDensity,
     HessianEigenvalues,
     HessianTrace,
@@ -20,8 +19,6 @@ INSTRUMENTS = [
     (Sharpness(), ()),
     (AverageSharpness(directions=2), ()),
     (AverageSharpness(directions=2, standard_error=True), ("part",)),
-    (ClassStiffness(2), ()),
-    (ClassStiffness(2, "matrix"), ("class_1", "class_2")),
     (HessianEigenvalues(steps=3), ()),
     (HessianEigenvalues(steps=3, errors=True), ("part",)),
     (HessianEigenvalues(2, 1, steps=4), ("eigenvalue",)),

@@ -1,10 +1,11 @@
 """Checks of assignment 4: stiffness."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...measure import ClassStiffness
+from ...measure import class_stiffness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
@@ -130,8 +131,8 @@ def stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
             Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
             100,
             evaluate_at=[0, 100],
-            instruments={"within": ClassStiffness(10, examples=200)},
-        ).within
+            instruments={"stiffness": partial(class_stiffness, num_classes=10)},
+        ).stiffness_within
 
     before, after = (within(0.9) - within(0.0)).transpose("step", "seed").values
     return {"before training": before, "after training": after}

@@ -20,12 +20,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ..._targets import example_losses
 from ...measure import (
     between_classes,
     class_matrix,
     critical_length,
     input_distance,
+    on,
     residual_stiffness,
     stiffness,
     within_classes,
@@ -146,7 +146,7 @@ class Probes:
 
         ``within`` is the mean over pairs of one class, ``between`` over pairs of two classes.
         """
-        of_gradients = stiffness(model, example_losses, self.x, self.classes)
+        of_gradients = on(model, stiffness, self.x, self.classes)
         with torch.no_grad():
             logits = torch.cat([model.eval()(x) for x in self.x.split(1000)])
         of_residuals = residual_stiffness(logits, self.classes)
