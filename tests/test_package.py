@@ -81,7 +81,7 @@ def test_methods_and_fit_need_no_extra():
     runs = fit(lambda: MLP(10, 8, 2), data, Recipe(loss=Flooding(), gradient=gradient.SAM()),
                steps=3, seeds=2, batch_size=None, grid={"flood_level": [0.0, 0.1]})
     assert "±" in pm(runs.test_loss.isel(step=-1, flood_level=0))
-    trained = fit(lambda: MLP(10, 2), data, steps=3, networks="last").networks
+    trained = fit(lambda: MLP(10, 2), data, steps=3, batch_size=None, networks="last").networks
     assert trained.measure(flatmin.eigenvalues, data, "train").value.dims == ("seed", "eigenvalue")
     print("all ran")
     """
