@@ -1,34 +1,27 @@
-"""How fast are λmax and the spectral density computed, at equal accuracy?
+"""How fast are λmax and the spectral density computed, with equally many products?
 
     python benchmarks/spectrum.py [--device cuda] [--record]
 
-``flatmin.measure.hessian`` is compared with PyHessian (power iteration for λmax, Lanczos with full
-reorthogonalization for the density) and curvlinops (SciPy's ARPACK on its Hessian for λmax, Lanczos
-without reorthogonalization for the density), both from PyPI and skipped if not installed.  All get
-the same trained network, batch and precision.  The time includes making the operator.
+The instruments of ``flatmin.measure`` are compared with PyHessian (power iteration for λmax,
+Lanczos with full reorthogonalization for the density) and curvlinops (Lanczos without
+reorthogonalization for both), from PyPI and skipped if not installed.  All get the same trained
+network, batch, precision and number of Hessian-vector products, where nearly all of the time goes.
 
-- *lambda_max*: each side at its loosest tolerance that reaches a relative error of 1e-4, or of
-  3e-6, from each of three starting vectors; the time is for all three.  The reference is flatmin's
-  result in double precision, to 1e-8.
-- *density*: ten probes of 80 steps, two in each of five turns.  Two numbers show that the accuracy
-  is equal: the mean eigenvalue of the quadratures, which has a standard error, and the nodes per
-  probe above half of the tenth largest eigenvalue, of which there should be ten or a few more
-  (ghosts are extra).
+- *lambda_max*: λmax from three starting vectors.  What the products are worth shows in the largest
+  relative error, against flatmin's result in double precision.
+- *density*: ten probes of 80 steps, two in each of five turns.  Two numbers show the accuracy: the
+  mean eigenvalue of the quadratures, which has a standard error, and the nodes per probe above half
+  of the tenth largest eigenvalue, of which there should be ten or a few more (ghosts are extra).
 - *steps*: the time of the density against the number of Lanczos steps, for one probe.
 - *stack*: λmax and density of 20 networks at once, against a loop over them.
 
-Nearly all of the time goes into Hessian-vector products, so their number is recorded for each side.
-The side *bare products* computes as many as flatmin takes, by plain autograd on an existing graph,
-and nothing else.  A side with the same number of products can save at most the difference to it.
-The floor counts the multiplications of that many products.
+The side *bare products* computes as many products by plain autograd on an existing graph, and
+nothing else: what is above it is Lanczos itself.  The floor counts the multiplications.
 """
 
 import copy
-import dataclasses
 import functools
-import inspect
 import math
-import sys
 import warnings
 
 from common import Benchmark, product_multiplications  # isort: skip  (quiets progress bars)
@@ -38,11 +31,10 @@ from torch import nn
 
 from flatmin import Recipe, eigenvalues, fit, spectral_density
 from flatmin.book import MLP, ResNet, digits
-from flatmin.measure import HessianDensity, HessianEigenvalues, hessian_operator
+from flatmin.measure import on
 from flatmin.optimizer import Adam
 
-TARGETS = (1e-4, 3e-6)  # relative errors of λmax; single precision ends at about 1e-6
-TOLERANCES = [10 ** (-k / 2) for k in range(2, 17)]
+LARGEST = (15, 30)
 SEEDS = range(3)
 STEPS, PROBES, TURNS = 80, 2, 5
 GROWTH = (10, 20, 40, 80, 160)
@@ -56,40 +48,25 @@ QUICK = {"MLP 64-16-10, 50 examples": (lambda: MLP(64, 16, 10), (64,), 50)}
 
 class Flatmin:
     def __init__(self, model, x, y):
-        operator, self.products = hessian_operator(model, criterion, x, y), 0
+        self.on = functools.partial(on, model, x=x, y=y)
 
-        def counted(vs):
-            self.products += len(vs)
-            return operator.products(vs)
-
-        self.operator = dataclasses.replace(operator, products=counted)
-
-    def largest(self, tol, seed):
-        return eigenvalues(self.operator, tol=tol, max_steps=1000, seed=seed).values.item()
+    def largest(self, steps, seed):
+        return self.on(eigenvalues, steps=steps, seed=seed).value.item()
 
     def density(self, steps, probes, seed):
-        density = spectral_density(self.operator, steps=steps, probes=probes, seed=seed)
-        return density.nodes.cpu().numpy(), density.weights.cpu().numpy()
+        density = self.on(spectral_density, steps=steps, probes=probes, seed=seed)
+        return density.node.cpu().numpy(), density.weight.cpu().numpy()
 
 
 class PyHessian:
     def __init__(self, model, x, y):
         import pyhessian
 
-        module, self.products = sys.modules["pyhessian.hessian"], 0
-        product = inspect.unwrap(module.hessian_vector_product)
-
-        @functools.wraps(product)
-        def counted(*args):
-            self.products += 1
-            return product(*args)
-
-        module.hessian_vector_product = counted
         self.hessian = pyhessian.hessian(copy.deepcopy(model), criterion, (x, y), cuda=x.is_cuda)
 
-    def largest(self, tol, seed):
+    def largest(self, steps, seed):
         torch.manual_seed(seed)
-        return self.hessian.eigenvalues(maxIter=1000, tol=tol)[0][0]
+        return self.hessian.eigenvalues(maxIter=steps, tol=0)[0][0]
 
     def density(self, steps, probes, seed):
         torch.manual_seed(seed)
@@ -115,33 +92,18 @@ class Curvlinops:
         self.operator = HessianLinearOperator(
             model.eval(), criterion, params, [(x, y)], check_deterministic=False
         )
-        product, self.products = self.operator._matmat, 0
 
-        def counted(vectors):
-            self.products += vectors[0].shape[-1]
-            return product(vectors)
-
-        self.operator._matmat = counted
-
-    def largest(self, tol, seed):
-        from scipy.sparse.linalg import eigsh
-
-        v0 = np.random.default_rng(seed).standard_normal(self.operator.shape[0])
-        values = eigsh(
-            self.operator.to_scipy(),
-            1,
-            which="LA",
-            tol=tol,
-            v0=v0.astype(np.float32),
-            return_eigenvectors=False,
-        )
-        return float(values[0])
-
-    def density(self, steps, probes, seed):
+    def lanczos(self, steps, seed):
         from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
         torch.manual_seed(seed)
-        pairs = [fast_lanczos(self.operator, steps) for _ in range(probes)]
+        return fast_lanczos(self.operator, steps)
+
+    def largest(self, steps, seed):
+        return self.lanczos(steps, seed)[0].max().item()
+
+    def density(self, steps, probes, seed):
+        pairs = [self.lanczos(steps, seed * probes + i) for i in range(probes)]
         weights = [vectors[0] ** 2 for _, vectors in pairs]
         nodes, weights = torch.stack([values for values, _ in pairs]), torch.stack(weights)
         return nodes.cpu().numpy(), weights.cpu().numpy()
@@ -183,67 +145,50 @@ class Problem:
             name: side for name, side in PEERS.items() if name in bench.setting
         }
 
-    def compare(self, functions: dict, products: dict, **turns) -> tuple[dict, dict]:
-        """A row and its floor, from the function of each side and its number of products."""
-        count = products["flatmin"]
+    def compare(self, functions: dict, count: int, **turns) -> tuple[dict, dict]:
+        """A row and its floor, from the function of each side; all make ``count`` products."""
         bare = bare_products(self.model, self.x, self.y, count)
         row = self.bench.turns(functions | {"bare products": bare}, "flatmin", **turns)
-        for name, side in row["sides"].items():
-            side["products"] = products.get(name, count)
         bare = row["sides"]["bare products"]
         bare["product_seconds"] = bare["seconds"] / count
         per_example = product_multiplications(self.model, self.x)
         return row, self.bench.floor(multiplications=count * len(self.x) * per_example)
 
-    def largest(self, part) -> None:
-        """λmax, at the loosest tolerance that reaches each target from all starts."""
-        double = hessian_operator(self.model, criterion, self.x, self.y, dtype=torch.float64)
-        exact = eigenvalues(double, tol=1e-8, max_steps=1000).values.item()
+    def largest(self, part, steps: int) -> None:
+        """λmax from three starts."""
+        double = {"dtype": torch.float64, "steps": 200}
+        exact = on(self.model, eigenvalues, self.x, self.y, **double).value.item()
+        found = {}
 
-        @functools.cache
-        def run(side, tol):
-            """The largest relative error, and the number of products."""
-            starts = [(self.sides[side](self.model, self.x, self.y), seed) for seed in SEEDS]
-            errors = [abs(peer.largest(tol, seed) / exact - 1) for peer, seed in starts]
-            return max(errors), sum(peer.products for peer, _ in starts)
+        def call(side):
+            peer = self.sides[side](self.model, self.x, self.y)
+            found[side] = [peer.largest(steps, seed) for seed in SEEDS]
 
-        for target in TARGETS[:1] if self.bench.quick else TARGETS:
-            chosen = {}
-            for side in self.sides:
-                accurate = (tol for tol in TOLERANCES if run(side, tol)[0] <= target)
-                chosen[side] = next(accurate, TOLERANCES[-1])
-            functions = {
-                side: functools.partial(run.__wrapped__, side, tol) for side, tol in chosen.items()
-            }
-            products = {side: run(side, tol)[1] for side, tol in chosen.items()}
-            row, floor = self.compare(functions, products)
-            for side, tol in chosen.items():
-                row["sides"][side] |= {"tolerance": tol, "error": run(side, tol)[0]}
-            part.add({"network": self.name, "to": target}, row, floor)
+        functions = {side: functools.partial(call, side) for side in self.sides}
+        row, floor = self.compare(functions, steps * len(SEEDS))
+        for side, values in found.items():
+            row["sides"][side]["error"] = max(abs(value / exact - 1) for value in values)
+        part.add({"network": self.name, "products": steps}, row, floor)
 
     def density(self, part, steps=STEPS, probes=PROBES, turns=TURNS) -> None:
         """The density, with the probes spread over the turns."""
-        densities, products = {side: [] for side in self.sides}, {}
+        densities = {side: [] for side in self.sides}
         top = min(10, self.x[0].numel())
-        hessian = hessian_operator(self.model, criterion, self.x, self.y)
-        outer = eigenvalues(hessian, top, tol=1e-3).values
+        outer = on(self.model, eigenvalues, self.x, self.y, top=top, steps=100).value
 
         def call(side):
             peer = self.sides[side](self.model, self.x, self.y)
             densities[side].append(peer.density(steps, probes, seed=len(densities[side])))
-            products[side] = peer.products
 
         functions = {side: functools.partial(call, side) for side in self.sides}
-        row, floor = self.compare(
-            functions, {"flatmin": steps * probes}, least=turns, seconds=0, warm_up=False
-        )
+        how = {"least": turns, "seconds": 0, "warm_up": False}
+        row, floor = self.compare(functions, steps * probes, **how)
         means = {}
         for side, per_turn in densities.items():
             nodes, weights = (np.concatenate(part) for part in zip(*per_turn, strict=True))
             mean = (nodes * weights).sum(1)
             means[side] = mean.mean(), mean.std(ddof=1) / math.sqrt(len(mean))
             row["sides"][side] |= {
-                "products": products[side],
                 "mean_eigenvalue": float(means[side][0]),
                 "standard_error": float(means[side][1]),
                 "outer_nodes": float((nodes > outer[-1].item() / 2).sum(1).mean()),
@@ -259,8 +204,7 @@ class Problem:
             side: lambda make=make: make(self.model, self.x, self.y).density(steps, 1, 0)
             for side, make in self.sides.items()
         }
-        products = dict.fromkeys(self.sides, steps)
-        part.add({"steps": steps}, *self.compare(functions, products))
+        part.add({"steps": steps}, *self.compare(functions, steps))
 
 
 def stacks(bench, part, runs: int, sizes) -> None:
@@ -276,23 +220,14 @@ def stacks(bench, part, runs: int, sizes) -> None:
     modules = [networks.module(seed=seed).to(device) for seed in networks.coords["seed"]]
     per_example = product_multiplications(modules[0], x)
     kinds = {
-        "λmax": (30, HessianEigenvalues, {}, lambda H: eigenvalues(H, tol=0, max_steps=30)),
-        "density": (
-            40,
-            HessianDensity,
-            {"probes": 1},
-            lambda H: spectral_density(H, steps=40, probes=1),
-        ),
+        "λmax": (30, functools.partial(eigenvalues, steps=30)),
+        "density": (40, functools.partial(spectral_density, steps=40, probes=1)),
     }
-    for what, (steps, instrument, options, single) in kinds.items():
+    for what, (steps, instrument) in kinds.items():
         for n in sizes:
-            stacked = instrument(steps=steps, examples=n, **options)
-            functions = {
-                "stack": lambda stacked=stacked: networks.measure(stacked, data, "train"),
-                "loop": lambda n=n, single=single: [
-                    single(hessian_operator(module, criterion, x[:n], y[:n])) for module in modules
-                ],
-            }
+            measure = functools.partial(networks.measure, instrument, data, "train", n)
+            loop = lambda n=n, f=instrument: [on(one, f, x[:n], y[:n]) for one in modules]
+            functions = {"stack": measure, "loop": loop}
             row = bench.turns(functions, "stack")
             floor = bench.floor(multiplications=runs * steps * n * per_example)
             part.add({"what": what, "examples": n}, row, floor)
@@ -300,13 +235,13 @@ def stacks(bench, part, runs: int, sizes) -> None:
 
 def main(arguments=None) -> None:
     bench = Benchmark("spectrum", __doc__, arguments, peers=PEERS)
-    warnings.filterwarnings("ignore", "after .* steps the errors")  # the number of steps is fixed
     warnings.filterwarnings("ignore", "Using backward")  # PyHessian's
     networks = QUICK if bench.quick else NETWORKS
     problems = [Problem(bench, name, *network) for name, network in networks.items()]
-    part = bench.part("lambda_max", "λmax to a relative error, from three starts", "flatmin")
+    part = bench.part("lambda_max", "λmax from three starts, by products from each", "flatmin")
     for problem in problems:
-        problem.largest(part)
+        for steps in LARGEST[:1] if bench.quick else LARGEST:
+            problem.largest(part, steps)
     part = bench.part("density", f"Spectral density, {STEPS} steps", "flatmin")
     for problem in problems:
         problem.density(part, *((10, 6, 1) if bench.quick else ()))

@@ -58,7 +58,7 @@ def claims_in(path):
 
 
 # The packages under whose names the API reference lists the contents of private modules.
-PACKAGES = ("batch", "gradient", "optimizer", "pipeline", "stack", "book")
+PACKAGES = ("batch", "gradient", "optimizer", "measure", "pipeline", "stack", "book")
 
 
 def public_name(thing):

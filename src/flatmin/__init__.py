@@ -19,7 +19,6 @@ from .gradient import sam_gradient
 from .loops import SAM, BatchTransform, FloodingLoss, flood_gradients_, gradient_penalty
 from .loss import flood
 from .measure import (
-    average_sharpness,
     eigenvalues,
     fgsm,
     gradient_norm,
@@ -41,7 +40,6 @@ __all__ = [
     "Recipe",
     "Runs",
     "SAM",
-    "average_sharpness",
     "best_step",
     "dual_norm_perturbation",
     "eigenvalues",

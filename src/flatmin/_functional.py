@@ -107,7 +107,7 @@ class MeanLoss:
         """The contribution of one batch; the sum over all batches is the mean."""
         losses = self.loss(self.network(params, x), y)
         if not isinstance(losses, Tensor):
-            raise TypeError(f"loss must return a tensor, got {type(losses).__name__}")
+            raise TypeError(f"criterion must return a tensor, got {type(losses).__name__}")
         return losses.mean() * (len(x) / self.n)
 
     def __call__(self, params: Params) -> Tensor:

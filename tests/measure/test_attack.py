@@ -1,7 +1,8 @@
-"""Attacks: closed forms on linear models, the ball, the box, and the stack."""
+"""Attacks: closed forms on linear models, the ball, and the stack."""
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from flatmin import Data, Recipe, fgsm, fit, pgd
 from flatmin.book import MLP
-from flatmin.measure import Attack, project, random_start, steepest
+from flatmin.measure import error_under_attack, on
 from flatmin.optimizer import SGD
 
 norms = pytest.mark.parametrize("p", [2, math.inf], ids=["l2", "linf"])
@@ -30,57 +31,43 @@ def problem(n=6, shape=(5,), classes=3, seed=0, dtype=torch.float64):
     return MLP(math.prod(shape), 16, classes, activation=nn.Tanh).to(dtype), x, y
 
 
-# ------------------------------------------------------------------------ directions and balls
+# --------------------------------------------------------------------------- directions and balls
+
+
+def one_step(g, eps, p, **options):
+    """The change of an example by one step uphill on a linear loss with this gradient."""
+    inner = lambda z, g: (z * g).flatten(1).sum(1)
+    return fgsm(lambda x: x, torch.zeros_like(g), g, eps, p=p, criterion=inner, **options)
 
 
 @norms
 @given(st.integers(1, 5), st.integers(1, 6), st.floats(-150, 150), st.integers(0, 99))
 @settings(max_examples=30)
-def test_the_steepest_direction_reaches_the_dual_norm(p, n, d, exponent, seed):
+def test_a_step_reaches_the_dual_norm(p, n, d, exponent, seed):
     g = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    direction = steepest(g * 10.0**exponent, p)  # of any scale; squares would overflow or underflow
-    assert torch.allclose(norm(direction, p), torch.ones(n, dtype=torch.float64))
-    dual = norm(g, 2 if p == 2 else 1)
-    torch.testing.assert_close((g * direction).sum(1), dual)
+    step = one_step(g * 10.0**exponent, 1.0, p)  # of any scale; squares would over- or underflow
+    assert torch.allclose(norm(step, p), torch.ones(n, dtype=torch.float64))
+    torch.testing.assert_close((g * step).sum(1), norm(g, 2 if p == 2 else 1))
 
 
 @norms
 def test_a_zero_gradient_has_no_direction(p):
     g = torch.tensor([[0.0, 0.0], [1e-30, 0.0]])
-    assert steepest(g, p).tolist() == [[0, 0], [1, 0]]
+    assert one_step(g, 1.0, p).tolist() == [[0, 0], [1, 0]]
 
 
 @norms
 @given(radii, st.integers(0, 99))
 @settings(max_examples=30)
-def test_projection(p, eps, seed):
-    delta = 2 * torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(seed)).double()
-    inside = project(delta, eps, p)
-    assert (norm(inside, p) <= eps * (1 + 1e-12)).all()
-    torch.testing.assert_close(project(inside, eps, p), inside)
-    within = norm(delta, p) <= eps
-    assert torch.equal(inside[within], delta[within])
-    # the closest point: no other point of the ball is nearer
-    others = random_start((200, 8, 2, 3), eps, p, seed)
-    distance = (delta - inside).flatten(1).norm(dim=1)
-    assert (distance <= (delta - others).flatten(2).norm(dim=2) + 1e-9).all()
-
-
-@pytest.mark.parametrize("shape", [(30, 20, 7), (10, 20, 3, 4)])
-def test_random_starts_are_uniform_in_the_ball(shape):
-    d = math.prod(shape[2:])
-    for p in (2, math.inf):
-        start = random_start(shape, 0.5, p, seed=3)
-        assert start.shape == shape and start.dtype == torch.float64
-        assert torch.equal(start, random_start(shape, 0.5, p, seed=3))
-        assert not torch.equal(start, random_start(shape, 0.5, p, seed=4))
-        radius = torch.linalg.vector_norm(start.flatten(2), p, dim=2) / 0.5
-        assert radius.max() <= 1
-        n = radius.numel()  # r^d is uniform, in both norms
-        assert (radius**d).mean().item() == pytest.approx(0.5, abs=5 / math.sqrt(12 * n))
-        assert start.mean().item() == pytest.approx(
-            0, abs=5 * start.std().item() / math.sqrt(n * d)
-        )
+def test_a_step_out_of_the_ball_comes_back_to_the_closest_point(p, eps, seed):
+    """The step is three times as long as the radius."""
+    generator = torch.Generator().manual_seed(seed)
+    g = torch.randn(8, 2, 3, generator=generator).double()
+    inner = lambda z, y: (z * g).flatten(1).sum(1)
+    x = torch.randn(8, 2, 3, generator=generator).double()
+    moved = pgd(lambda x: x, x, g, eps, steps=1, step_size=3 * eps, p=p, criterion=inner)
+    edge = one_step(g, eps, p)  # for both norms the point closest to three times itself
+    torch.testing.assert_close(moved - x, edge)
 
 
 # --------------------------------------------------------------------------------- the attacks
@@ -125,30 +112,38 @@ def test_pgd_is_the_chapters_loop():
     assert torch.equal(pgd(model, x, y, r, steps=steps), moved)
 
 
+def test_pgd_with_p_2_is_a_plain_loop():
+    """Example by example, with the definitions of the direction and of the projection."""
+    model, x, y = problem()
+    moved = pgd(model, x, y, 0.5, steps=7, step_size=0.2, p=2)
+    for i in range(len(x)):
+        loss = lambda z, i=i: cross_entropy(model(z[None]), y[i : i + 1])
+        delta = torch.zeros_like(x[i])
+        for _ in range(7):
+            g = grad(loss)(x[i] + delta)
+            delta = delta + 0.2 * g / g.norm()
+            if delta.norm() > 0.5:
+                delta = 0.5 * delta / delta.norm()
+        torch.testing.assert_close(moved[i], x[i] + delta)
+    assert (norm(moved - x, 2) > 0.49).any()  # so the ball was reached
+
+
 @norms
-def test_more_steps_and_restarts_do_more_damage(p):
+def test_more_steps_do_more_damage(p):
     model, x, y = problem(60)
     losses = lambda moved: cross_entropy(model(moved), y, reduction="none")
     none, one = losses(x), losses(fgsm(model, x, y, 1.0, p=p))
     many = losses(pgd(model, x, y, 1.0, steps=40, p=p))
     assert none.mean() < one.mean() < many.mean()
-    start = random_start((4, *x.shape), 1.0, p)
-    runs = torch.stack([losses(pgd(model, x, y, 1.0, p=p, start=s)) for s in start])
-    best = losses(pgd(model, x, y, 1.0, p=p, start=start))
-    torch.testing.assert_close(best, runs.amax(0))  # each example keeps its own worst perturbation
-    assert len(runs.argmax(0).unique()) > 1
 
 
 @norms
-@given(radii, st.integers(1, 5), st.booleans(), st.integers(0, 20))
+@given(radii, st.integers(1, 5), st.integers(0, 20))
 @settings(max_examples=20)
-def test_within_the_ball_and_the_box(p, eps, steps, randomly, seed):
+def test_within_the_ball(p, eps, steps, seed):
     model, x, y = problem(seed=seed)
-    x = x.clamp(-0.8, 0.9)
-    start = random_start((2, *x.shape), eps, p, seed) if randomly else None
-    moved = pgd(model, x, y, eps, steps=steps, p=p, start=start, bounds=(-0.8, 0.9))
+    moved = pgd(model, x, y, eps, steps=steps, p=p)
     assert (norm(moved - x, p) <= eps * (1 + 1e-9) + 1e-12).all()
-    assert moved.min() >= -0.8 and moved.max() <= 0.9
     if eps == 0:
         assert torch.equal(moved, x)
 
@@ -175,8 +170,7 @@ def test_a_transferred_attack_uses_the_sources_gradient():
     moved = fgsm(source, x, y, 0.5)
     loss = lambda x: cross_entropy(target(x), y)
     assert loss(moved) <= loss(fgsm(target, x, y, 0.5))
-    network = lambda params, x: target(x)
-    found = Attack(0.5, steps=1, step_size=0.5, source=source)(network, {}, x, y)
+    found = on(target, error_under_attack, x, y, eps=0.5, steps=1, step_size=0.5, source=source)
     assert found == (target(moved).argmax(1) != y).double().mean()
 
 
@@ -224,21 +218,11 @@ def test_the_model_is_left_as_it_was(fails):
     assert torch.equal(x, x_before) and x.grad is None and x.requires_grad
 
 
-def test_the_global_random_states_are_left_alone():
-    model, x, y = problem()
-    torch.manual_seed(1)
-    np.random.seed(1)
-    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
-    Attack(0.1, restarts=2).perturb(model, x, y)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert (np.random.get_state()[1] == before_numpy).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @norms
 def test_inputs_keep_their_dtype(dtype, p):
     model, x, y = problem(dtype=dtype)
-    moved = Attack(0.5, p=p, restarts=2).perturb(model, x, y)
+    moved = pgd(model, x, y, 0.5, p=p)
     assert moved.dtype == dtype and moved.isfinite().all() and not torch.equal(moved, x)
 
 
@@ -270,15 +254,12 @@ def trained(**more):
 
 
 @pytest.mark.parametrize(
-    "attack",
-    [
-        Attack(0.3),
-        Attack(0.3, steps=1, step_size=0.3),
-        Attack(0.8, p=2, restarts=2, bounds=(-4, 4)),
-    ],
-    ids=["pgd", "fgsm", "l2, random starts"],
+    "options",
+    [{"eps": 0.3}, {"eps": 0.3, "steps": 1, "step_size": 0.3}, {"eps": 0.8, "p": 2}],
+    ids=["pgd", "fgsm", "l2"],
 )
-def test_an_attack_is_an_instrument(attack):
+def test_an_attack_is_an_instrument(options):
+    attack = partial(error_under_attack, **options)
     data, runs = trained(instruments={"attacked": attack})
     networks = runs.networks
     for split in ("train", "test"):
@@ -288,7 +269,7 @@ def test_an_attack_is_an_instrument(attack):
         for lr in networks.coords["lr"]:
             for seed in networks.coords["seed"]:
                 module = networks.module(lr=lr, seed=seed)
-                moved = attack.perturb(module, x.double(), y)
+                moved = pgd(module, x.double(), y, **options)
                 wrong = (module(moved).argmax(1) != y).double().mean().item()
                 assert found.sel(lr=lr, seed=seed).item() == pytest.approx(wrong, abs=1e-12)
         if split == "train":
@@ -301,8 +282,9 @@ def test_a_transferred_attack_on_the_stack_is_weaker_than_its_own():
     data, runs = trained()
     networks = runs.networks
     source = networks.module(lr=0.2, seed=networks.coords["seed"][0]).train()
-    white = networks.measure(Attack(0.5), data)
-    black = networks.measure(Attack(0.5, source=source), data)
+    attack = partial(error_under_attack, eps=0.5)
+    white = networks.measure(attack, data)
+    black = networks.measure(partial(attack, source=source), data)
     assert source.training
     assert black.sel(lr=0.2).values[0] == white.sel(lr=0.2).values[0]  # attacked by itself
     assert black.mean() <= white.mean()
@@ -325,12 +307,11 @@ BAD = {
     "eps inf": ({"eps": math.inf}, ValueError, r"eps must be .*got inf"),
     "eps text": ({"eps": "1"}, ValueError, r"eps must be .*got '1'"),
     "p": ({"p": 1}, ValueError, r"p must be 2 or inf, got 1"),
-    "bounds": ({"bounds": (1, 0)}, ValueError, r"bounds must be \(low, high\).*got \(1, 0\)"),
     "steps": ({"steps": 0}, ValueError, r"steps must be a whole number >= 1, got 0"),
-    "start": (
-        {"start": torch.zeros(5, 5)},
+    "step size": (
+        {"step_size": -1},
         ValueError,
-        r"start must have shape \[6, 5\].*got \[5, 5\]",
+        r"step_size must be a number >= 0, got -1",
     ),
     "integers": (
         {"x": torch.zeros(6, 5, dtype=torch.uint8)},
@@ -346,14 +327,6 @@ def test_bad_input_is_named(case):
     model, x, y = problem()
     with pytest.raises(error, match=message):
         pgd(**{"model": model, "x": x, "y": y, "eps": 0.1} | more)
-    fields = {name: v for name, v in more.items() if name not in ("start", "x")}
-    if fields:
+    if "x" not in more:
         with pytest.raises(error, match=message):
-            Attack(**{"eps": 0.1} | fields)
-
-
-def test_bad_restarts_are_named():
-    with pytest.raises(ValueError, match="restarts must be a whole number >= 0, got -1"):
-        Attack(0.1, restarts=-1)
-    with pytest.raises(ValueError, match="seed must be a whole number >= 0, got 0.5"):
-        Attack(0.1, seed=0.5)
+            on(model, error_under_attack, x, y, **{"eps": 0.1} | more)

@@ -1,33 +1,37 @@
 """What an instrument returns beyond one number has named dimensions."""
 
+from functools import partial
+
 import pytest
 
 from flatmin import fit
 from flatmin.book import MLP, two_gaussians
 from flatmin.measure import (
-    Attack,
-    AverageSharpness,
-    HessianDensity,
-    HessianEigenvalues,
-    HessianTrace,
-    LossSlice,
-    Sharpness,
+    class_stiffness,
+    eigenvalues,
+    error_under_attack,
+    loss_slice,
+    sharpness,
+    spectral_density,
+    stiffness,
+    trace,
 )
 
 INSTRUMENTS = [
-    (Attack(0.1, steps=1), ()),
-    (Sharpness(), ()),
-    (AverageSharpness(directions=2), ()),
-    (AverageSharpness(directions=2, standard_error=True), ("part",)),
-    (HessianEigenvalues(steps=3), ()),
-    (HessianEigenvalues(steps=3, errors=True), ("part",)),
-    (HessianEigenvalues(2, 1, steps=4), ("eigenvalue",)),
-    (HessianEigenvalues(2, 1, steps=4, errors=True), ("part", "eigenvalue")),
-    (HessianTrace(probes=2, sketch=1), ()),
-    (HessianTrace(probes=2, sketch=1, standard_error=True), ("part",)),
-    (HessianDensity(steps=3, probes=2), ("part", "probe", "node")),
-    (LossSlice(points=3), ("coordinate",)),
-    (LossSlice(points=3, dimensions=2), ("coordinate_1", "coordinate_2")),
+    (
+        partial(class_stiffness, num_classes=2),
+        {"matrix": ("class_1", "class_2"), "within": (), "between": ()},
+    ),
+    (stiffness, {"gram": ("example", "other"), "cosine": ("example", "other")}),
+    (partial(error_under_attack, eps=0.1, steps=1), ()),
+    (sharpness, ()),
+    (partial(eigenvalues, steps=3), {"value": ("eigenvalue",), "error": ("eigenvalue",)}),
+    (partial(trace, probes=2, sketch=1), {"value": (), "standard_error": ()}),
+    (
+        partial(spectral_density, steps=3, probes=2),
+        {"node": ("probe", "point"), "weight": ("probe", "point")},
+    ),
+    (partial(loss_slice, points=3), ("coordinate",)),
 ]
 
 
@@ -43,4 +47,10 @@ def networks():
 @pytest.mark.parametrize("instrument, dims", INSTRUMENTS, ids=lambda value: repr(value)[:60])
 def test_dimensions_are_named(instrument, dims, networks):
     stack, data = networks
-    assert stack.measure(instrument, data, "train").dims == ("seed", *dims)
+    found = stack.measure(instrument, data, "train")
+    if isinstance(dims, dict):
+        assert {name: value.dims for name, value in found.items()} == {
+            name: ("seed", *of_value) for name, of_value in dims.items()
+        }
+    else:
+        assert found.dims == ("seed", *dims)

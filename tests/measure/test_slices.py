@@ -2,23 +2,23 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem, rescaled
+from problems import problem, random, rescaled
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flatmin import Recipe, fit, loss_slice
 from flatmin.book import MLP, SmallCNN, two_gaussians
-from flatmin.measure import LossSlice, filter_normalized, random_direction
+from flatmin.measure import filter_normalized, on
 from flatmin.optimizer import SGD
 
-criterion = nn.CrossEntropyLoss()
-line = lambda radius=1.0, points=5: torch.linspace(-radius, radius, points).double()
-weights = lambda model: dict(model.named_parameters())
+weights = lambda model: {name: w.detach() for name, w in model.named_parameters()}
+squared = lambda output, y: (output[:, 0] - y) ** 2
 
 
 # -------------------------------------------------------------------------------------- directions
@@ -28,13 +28,13 @@ weights = lambda model: dict(model.named_parameters())
 @settings(max_examples=20)
 def test_every_filter_is_as_long_as_that_of_the_weights(seed, scale):
     params = weights(SmallCNN(2, 3, (4, 4)).double())
-    direction = {name: scale * torch.randn_like(w) for name, w in params.items()}
+    direction = {name: scale * random(*w.shape, seed=seed) for name, w in params.items()}
     d = filter_normalized(direction, params)
     for name, w in params.items():
         if w.ndim < 2:
             assert (d[name] == 0).all()
             continue
-        norm = lambda t: t.detach().flatten(1).norm(dim=1)
+        norm = lambda t: t.flatten(1).norm(dim=1)
         torch.testing.assert_close(norm(d[name]), norm(w))
         cosine = (
             (d[name] * direction[name]).flatten(1).sum(1) / norm(d[name]) / norm(direction[name])
@@ -50,31 +50,30 @@ def test_a_filter_of_zeros_has_a_zero_direction():
     assert (filter_normalized({"w": zero}, {"w": one})["w"] == 0).all()
 
 
-def test_directions_depend_only_on_seed_and_index():
-    params = weights(MLP(5, 400, 3, batch_norm=True))
-    state = torch.get_rng_state()
-    d = [random_direction(params, 3), random_direction(params, 3), random_direction(params, 4)]
-    d.append(random_direction(params, 3, 1))
-    assert torch.equal(state, torch.get_rng_state())
-    flat = [torch.cat([v.flatten() for v in one.values()]) for one in d]
-    assert torch.equal(flat[0], flat[1])
-    for other in flat[2:]:  # nearly orthogonal: 3,200 numbers
-        assert 0 < abs(torch.cosine_similarity(flat[0], other, 0)) < 0.2
-
-
 # ------------------------------------------------------------------------------------------ slices
 
 
-def test_a_slice_of_linear_regression_is_a_parabola():
-    model, x, _ = problem(lambda: nn.Linear(5, 1))
-    y = torch.randn(23, generator=torch.Generator().manual_seed(1)).double()
-    d = {name: torch.randn_like(w) for name, w in model.named_parameters()}
-    residual = (model(x)[:, 0] - y).detach()
-    slope = x @ d["weight"][0] + d["bias"]
-    a = line(2.0, 7)
-    squared = lambda output, y: (output[:, 0] - y) ** 2
-    expected = (residual + a[:, None] * slope).square().mean(1)
-    torch.testing.assert_close(loss_slice(model, squared, x, y, [d], [a]), expected)
+@given(st.integers(0, 99), st.floats(0.1, 3), st.integers(2, 9))
+@settings(max_examples=20)
+def test_a_slice_of_linear_regression_is_a_parabola(seed, radius, points):
+    """L(w + a d) = L(w) + a s + a² c, with c between its smallest and its largest possible value.
+
+    The direction is as long as w, so c is at most ‖w‖² times the largest eigenvalue of XᵀX/n.
+    """
+    model, x, y = nn.Linear(5, 1, bias=False).double(), random(23, 5), random(23, seed=1)
+    how = {"radius": radius, "points": points, "seed": seed, "criterion": squared}
+    found = on(model, loss_slice, x, y, **how)
+    assert found.shape == (points,)
+    a = torch.linspace(-radius, radius, points).double()
+    terms = torch.stack([a**0, a, a**2], 1)
+    solution = torch.linalg.lstsq(terms, found[:, None]).solution
+    torch.testing.assert_close(terms @ solution, found[:, None])
+    if points > 2:
+        w = model.weight[0].detach()
+        eigenvalues = torch.linalg.eigvalsh(x.mT @ x / 23)
+        torch.testing.assert_close(solution[0, 0], (x @ w - y).square().mean())
+        low, high = eigenvalues[0] * (w @ w), eigenvalues[-1] * (w @ w)
+        assert low * (1 - 1e-6) <= solution[2, 0] <= high * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,81 +92,69 @@ def test_a_slice_of_linear_regression_is_a_parabola():
     ],
 )
 def test_a_slice_of_any_network_equals_a_loop_over_copies(make, shape):
+    """Along the direction that a linear criterion reveals: L is then a d, for every output."""
     model, x, y = problem(make, shape)
-    d = [random_direction(weights(model), 0, i) for i in range(2)]
-    a, b = line(), line(0.5, 4)
-    found = loss_slice(model, criterion, x, y, d, [a, b])
-    assert found.shape == (5, 4)
-    for i in range(5):
-        for j in range(4):
-            moved = copy.deepcopy(model).eval()
-            with torch.no_grad():
-                for name, w in moved.named_parameters():
-                    w += a[i] * d[0][name] + b[j] * d[1][name]
-                expected = criterion(moved(x), y)
-            torch.testing.assert_close(found[i, j], expected)
+    d = direction_of(weights(model))
+    found = on(model, loss_slice, x, y, radius=0.5, points=5)
+    for a, value in zip(torch.linspace(-0.5, 0.5, 5), found, strict=True):
+        moved = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for name, w in moved.named_parameters():
+                w += a * d[name]
+            torch.testing.assert_close(value, cross_entropy(moved(x), y))
+
+
+def direction_of(params, seed=0):
+    """The direction of a slice, from what a network sees at the point a = 1."""
+    seen = []
+    network = lambda w, x: seen.append(w) or x
+    one = next(iter(params.values())).new_zeros(1)
+    how = {"radius": 1.0, "points": 3, "seed": seed, "chunk_size": 1}
+    loss_slice(network, params, one, one, criterion=lambda output, y: output, **how)
+    return {name: seen[2][name] - w for name, w in params.items()}
+
+
+def test_directions_depend_only_on_the_seed_and_are_filter_normalized():
+    params = weights(MLP(5, 400, 3, batch_norm=True).double())
+    state = torch.get_rng_state()
+    d = [direction_of(params, 3), direction_of(params, 3), direction_of(params, 4)]
+    assert torch.equal(state, torch.get_rng_state())
+    for name, v in filter_normalized(d[0], params).items():
+        torch.testing.assert_close(v, d[0][name])
+    flat = [torch.cat([v.flatten() for v in one.values()]) for one in d]
+    assert torch.equal(flat[0], flat[1])
+    assert 0 < abs(torch.cosine_similarity(flat[0], flat[2], 0)) < 0.2  # 3,200 numbers
 
 
 @pytest.mark.parametrize("batch_size, chunk_size", [(5, 1), (7, 3), (23, 100)])
 def test_batches_and_chunks_change_nothing(batch_size, chunk_size):
     model, x, y = problem()
-    d, a = [random_direction(weights(model))], [line()]
-    whole = loss_slice(model, criterion, x, y, d, a)
-    parts = loss_slice(model, criterion, x, y, d, a, batch_size=batch_size, chunk_size=chunk_size)
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
-    by_example = nn.CrossEntropyLoss(reduction="none")
-    parts = loss_slice(model, by_example, x, y, d, a, batch_size=batch_size)
-    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+    whole = on(model, loss_slice, x, y)
+    for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="none")):
+        how = {"criterion": criterion, "batch_size": batch_size, "chunk_size": chunk_size}
+        parts = on(model, loss_slice, x, y, **how)
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
 
 
 def test_rescaling_the_layers_does_not_change_the_slice():
-    """With layers ×20 and ÷20; along raw directions, the slice does change."""
     model, x, y = problem()
-    other = rescaled(model)
-    a = [line(5.0)]
-    slices = [
-        loss_slice(m, criterion, x, y, [random_direction(weights(m))], a) for m in (model, other)
-    ]
+    slices = [on(m, loss_slice, x, y, radius=5.0, points=5) for m in (model, rescaled(model))]
     torch.testing.assert_close(*slices)
-    raw = {name: torch.ones_like(w) for name, w in model.named_parameters()}
-    slices = [loss_slice(m, criterion, x, y, [raw], a) for m in (model, other)]
-    assert (slices[0] - slices[1]).abs().max() > 0.05
 
 
 def test_double_precision_of_a_single_precision_network():
     model, x, y = problem(lambda: MLP(5, 8, 3, batch_norm=True))
-    d, a = [random_direction(weights(model))], [line()]
     model, x = model.float(), x.float()
-    model.double()  # so that the weights are single-precision numbers
-    rounded = loss_slice(model, criterion, x.double(), y, d, a)
-    model.float()
-    found = loss_slice(model, criterion, x, y, d, a, dtype=torch.float64)
-    torch.testing.assert_close(found, rounded, rtol=1e-6, atol=0)
-    assert found.dtype == torch.float64 and next(model.parameters()).dtype == torch.float32
-
-
-def test_the_module_is_left_as_it_was():
-    model, x, y = problem(lambda: MLP(5, 8, 3, batch_norm=True, dropout=0.5))
-    model[2].eval()
-    criterion(model(x), y).backward()
-    grads = [p.grad.clone() for p in model.parameters()]
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    modes = [m.training for m in model.modules()]
-    random = torch.get_rng_state()
-    loss_slice(model, criterion, x, y, [random_direction(weights(model))], [line()])
-    with pytest.raises(ZeroDivisionError):
-        loss_slice(model, lambda *_: 1 / 0, x, y, [random_direction(weights(model))], [line()])
-    assert modes == [m.training for m in model.modules()]
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads))
-    assert torch.equal(random, torch.get_rng_state())
+    found = on(model, loss_slice, x, y, dtype=torch.float64)
+    expected = on(copy.deepcopy(model).double(), loss_slice, x.double(), y)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert on(model, loss_slice, x, y).dtype == torch.float32
 
 
 # ----------------------------------------------------------------------------------------- a stack
 
 
-@pytest.mark.parametrize("dimensions", [1, 2])
-def test_the_stack_is_the_module(dimensions):
+def test_the_stack_is_the_module():
     data = two_gaussians(30, test_size=10)
     x, y = data.split("train")
     make = lambda: MLP(10, 8, 2, batch_norm=True)
@@ -175,52 +162,20 @@ def test_the_stack_is_the_module(dimensions):
     networks = fit(
         make, data, recipe, seeds=2, steps=10, batch_size=10, networks="last", dtype=torch.float64
     ).networks
-    instrument = LossSlice(0.8, 5, dimensions, seed=7, examples=21, batch_size=8, chunk_size=2)
-    found = networks.measure(instrument, data, "train")
-    assert found.shape == (2,) + (5,) * dimensions
-    coordinates = [instrument.coordinates] * dimensions
-    for i, seed in enumerate(networks.coords["seed"]):
+    line = partial(loss_slice, radius=0.8, points=5, seed=7, batch_size=8, chunk_size=2)
+    found = networks.measure(line, data, "train", examples=21)
+    assert found.dims == ("seed", "coordinate")
+    for seed in networks.coords["seed"]:
         model = networks.module(seed=seed).double()
-        d = [random_direction(weights(model), 7, k) for k in range(dimensions)]
-        expected = loss_slice(model, criterion, x[:21].double(), y[:21], d, coordinates)
-        torch.testing.assert_close(torch.from_numpy(found.values[i]), expected)
-        centre = found.values[i][(2,) * dimensions]
+        expected = on(model, line, x[:21].double(), y[:21])
+        values = torch.from_numpy(found.sel(seed=seed).values)
+        torch.testing.assert_close(values, expected)
         with torch.no_grad():
             clean = cross_entropy(model.eval()(x[:21].double()), y[:21])
-        assert centre == pytest.approx(clean.item(), rel=1e-12)
+        assert values[2].item() == pytest.approx(clean.item(), rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------ faults
-
-
-def test_bad_input_is_named():
-    model, x, y = problem()
-    d, a = random_direction(weights(model)), line()
-    run = lambda directions, coordinates, **more: loss_slice(
-        model, criterion, x, y, directions, coordinates, **more
-    )
-    with pytest.raises(ValueError, match="must be one vector per direction, got 2 for 1"):
-        run([d], [a, a])
-    with pytest.raises(ValueError, match="must be one vector per direction, got 0 for 0"):
-        run([], [])
-    with pytest.raises(ValueError, match="coordinates must be tensors of one dimension, got 3"):
-        run([d], [3])
-    with pytest.raises(ValueError, match="directions must have the names and shapes .* got"):
-        run([{"weight": torch.ones(2)}], [a])
-    with pytest.raises(ValueError, match="chunk_size must be a whole number >= 1, got 0"):
-        run([d], [a], chunk_size=0)
-    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0.5"):
-        run([d], [a], batch_size=0.5)
-    with pytest.raises(
-        ValueError, match="dtype must be None, torch.float32 or torch.float64, got torch.float16"
-    ):
-        run([d], [a], dtype=torch.float16)
-    with pytest.raises(ValueError, match="x and y must hold the same number of examples"):
-        loss_slice(model, criterion, x, y[:3], [d], [a])
-    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient"):
-        loss_slice(nn.ReLU(), criterion, x, y, [d], [a])
-    with pytest.raises(ValueError, match="seed must be a whole number >= 0, got -1"):
-        random_direction(weights(model), -1)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +184,17 @@ def test_bad_input_is_named():
         ("radius", -1, "a number >= 0"),
         ("radius", math.inf, "a number >= 0"),
         ("points", 0, "a whole number >= 1"),
-        ("dimensions", 3, "1 or 2"),
         ("seed", 0.5, "a whole number >= 0"),
-        ("examples", 0, "a whole number >= 1"),
         ("batch_size", 0, "a whole number >= 1"),
         ("chunk_size", None, "a whole number >= 1"),
     ],
 )
-def test_the_instrument_names_bad_input(name, value, allowed):
+def test_bad_input_is_named(name, value, allowed):
+    model, x, y = problem()
     with pytest.raises(ValueError, match=f"{name} must be {allowed}, got {value!r}"):
-        LossSlice(**{name: value})
+        on(model, loss_slice, x, y, **{name: value})
+
+
+def test_a_direction_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="direction must have the names and shapes .* got"):
+        filter_normalized({"weight": torch.ones(2)}, {"weight": torch.ones(2, 2)})

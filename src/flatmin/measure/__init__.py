@@ -1,21 +1,8 @@
 """Instruments: measurements of a trained network."""
 
 from .._functional import dims, on
-from .attack import (
-    Attack,
-    fgsm,
-    pgd,
-    project,
-    random_start,
-    steepest,
-)
-from .flatness import (
-    AverageSharpness,
-    Estimate,
-    Sharpness,
-    average_sharpness,
-    sharpness,
-)
+from .attack import error_under_attack, fgsm, pgd
+from .flatness import sharpness
 from .gram import (
     ClassStiffness,
     CriticalLength,
@@ -33,67 +20,45 @@ from .gram import (
 from .hessian import (
     Density,
     Eigenvalues,
-    HessianDensity,
-    HessianEigenvalues,
-    HessianOperator,
-    HessianTrace,
     Lanczos,
     Trace,
     eigenvalues,
-    hessian_operator,
+    hessian_product,
     hvp,
     lanczos,
     spectral_density,
     trace,
 )
-from .slices import (
-    LossSlice,
-    filter_normalized,
-    loss_slice,
-    random_direction,
-)
+from .slices import filter_normalized, loss_slice
 
 __all__ = [
-    "Attack",
-    "AverageSharpness",
     "ClassStiffness",
     "CriticalLength",
     "Density",
     "Eigenvalues",
-    "Estimate",
-    "HessianDensity",
-    "HessianEigenvalues",
-    "HessianOperator",
-    "HessianTrace",
     "Lanczos",
-    "LossSlice",
-    "Sharpness",
     "Stiffness",
     "Trace",
-    "average_sharpness",
     "between_classes",
     "class_matrix",
     "class_stiffness",
     "critical_length",
     "dims",
     "eigenvalues",
+    "error_under_attack",
     "fgsm",
     "filter_normalized",
     "gradient_norm",
-    "hessian_operator",
+    "hessian_product",
     "hvp",
     "input_distance",
     "lanczos",
     "loss_slice",
     "on",
     "pgd",
-    "project",
-    "random_direction",
-    "random_start",
     "residual_stiffness",
     "sharpness",
     "spectral_density",
-    "steepest",
     "stiffness",
     "trace",
     "within_classes",

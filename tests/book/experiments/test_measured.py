@@ -16,9 +16,8 @@ from flatmin import Data, Recipe, fit, sharpness
 from flatmin.book import MLP, ResNet, experiments
 from flatmin.book.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
 from flatmin.gradient import SAM
-from flatmin.measure import HessianDensity, HessianEigenvalues, HessianTrace
+from flatmin.measure import eigenvalues, on, spectral_density, trace
 from flatmin.optimizer import SGD, Adam
-from flatmin.pipeline import example_losses
 
 MODULES = {
     m.__name__.rpartition(".")[2]: m for m in (stiffness_training, sam_spectrum, m_sharpness)
@@ -231,11 +230,11 @@ def test_spectrum_is_that_of_the_instruments(records):
     mean, std = (f(data.x_train, dim=(0, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
     x, y, (network, params) = ((data.x_train - mean) / std)[:16], data.y_train[:16], pure(model)
     found = records["sam_spectrum"].sel({"method": "SAM", "seed": 1, "epoch": 2})
-    of = lambda instrument: instrument(network, params, x, y).detach().numpy()
+    of = lambda instrument, **how: instrument(network, params, x, y, **how)
     close = lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=1e-4)
-    close(found.eigenvalue, of(HessianEigenvalues(5, steps=8)))
-    close(found.trace, of(HessianTrace(2, 10)))
-    nodes, weights = of(HessianDensity(4, 1))
+    close(found.eigenvalue, of(eigenvalues, top=5, steps=8).value.detach())
+    close(found.trace, of(trace, probes=2, sketch=10).value.detach())
+    nodes, weights = (part.detach() for part in of(spectral_density, steps=4, probes=1))
     close(found.density_nodes, nodes)
     close(found.density_weights, weights)
 
@@ -309,7 +308,7 @@ def test_m_sharpness_is_that_of_the_networks_that_fit_keeps(records):
     ).networks
     model = kept.module(rho=0.05, seed=1)
     for m in settings["measured_m"]:
-        ours = sharpness(model, example_losses, data.x_train[:16], data.y_train[:16], 0.05, m=m)
+        ours = on(model, sharpness, data.x_train[:16], data.y_train[:16], rho=0.05, m=m)
         found = records["m_sharpness"].sharpness.sel(m=4, rho=0.05, seed=1, measured_m=m)
         np.testing.assert_allclose(float(found), float(ours), rtol=1e-3)
 

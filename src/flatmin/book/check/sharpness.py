@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.func import grad
 
-from ...measure import HessianEigenvalues
+from ...measure import eigenvalues
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
@@ -179,7 +179,7 @@ def sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
         networks="last",
     )
     assert runs.networks is not None
-    largest = runs.networks.measure(HessianEigenvalues(), data, "train")
+    largest = runs.networks.measure(eigenvalues, data, "train").value.squeeze("eigenvalue")
     end = runs.isel(step=0)
     change = lambda v: (v.sel(lr=0.3) - v.sel(lr=0.05)).values
     return {"largest eigenvalue": change(largest), "test error": change(end.test_error)}

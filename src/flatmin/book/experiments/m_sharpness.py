@@ -9,12 +9,14 @@ augmentation.  The paper's network is "a small ResNet"; for the right panel of i
 measures other networks, those of a competition, and uses mutual information.
 """
 
+from functools import partial
+
 import numpy as np
 import xarray as xr
 from scipy.stats import rankdata
 
+from ... import measure
 from ...gradient import SAM
-from ...measure import Sharpness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ...stack import fit
@@ -124,9 +126,9 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 
 def sharpness(networks, data, m: int, settings: dict) -> xr.DataArray:
     """m-sharpness of a stack's networks, on the first examples of the training set."""
-    instrument = Sharpness(settings["radius"], m=m, examples=settings["examples"], batch_size=256)
+    instrument = partial(measure.sharpness, rho=settings["radius"], m=m, batch_size=256)
     by_seed = [
-        networks.select(seed=[seed]).measure(instrument, data, "train")
+        networks.select(seed=[seed]).measure(instrument, data, "train", settings["examples"])
         for seed in settings["seeds"]
     ]
     return xr.concat(by_seed, "seed")

@@ -20,15 +20,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from ..._targets import example_losses
 from ...gradient import SAM, PlainGradient
-from ...measure import (
-    Density,
-    HessianDensity,
-    HessianEigenvalues,
-    HessianTrace,
-    hessian_operator,
-)
+from ...measure import Density, eigenvalues, on, spectral_density, trace
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..models import ResNet
@@ -169,21 +162,18 @@ def run_unit(unit: dict, settings: dict, work) -> xr.Dataset:
 
 def spectrum(model: torch.nn.Module, x, y, settings: Mapping, batch_size: int) -> dict:
     """The measurements of one network, as variables of a Dataset; NaN if it has diverged."""
-    hessian = hessian_operator(model, example_losses, x, y, batch_size=batch_size, mode="forward")
-    eigenvalues = HessianEigenvalues(RANKS, steps=settings["lanczos_steps"], errors=True)
-    trace = HessianTrace(settings["trace_probes"], SKETCH, standard_error=True)
-    density = HessianDensity(settings["density_steps"], settings["density_probes"])
-    measure = lambda instrument: instrument.of(hessian).cpu().numpy()
-    (top, errors), (total, standard_error), (nodes, weights) = map(
-        measure, (eigenvalues, trace, density)
-    )
+    steps, probes = settings["density_steps"], settings["density_probes"]
+    measure = lambda f, **how: on(model, f, x, y, batch_size=batch_size, **how)
+    top = measure(eigenvalues, top=RANKS, steps=settings["lanczos_steps"])
+    total = measure(trace, probes=settings["trace_probes"], sketch=SKETCH)
+    density = measure(spectral_density, steps=steps, probes=probes)
     return {
-        "eigenvalue": ("rank", top),
-        "eigenvalue_error": ("rank", errors),
-        "trace": total,
-        "trace_standard_error": standard_error,
-        "density_nodes": (("probe", "node"), nodes),
-        "density_weights": (("probe", "node"), weights),
+        "eigenvalue": ("rank", top.value.cpu().numpy()),
+        "eigenvalue_error": ("rank", top.error.cpu().numpy()),
+        "trace": total.value.cpu().numpy(),
+        "trace_standard_error": total.standard_error.cpu().numpy(),
+        "density_nodes": (("probe", "node"), density.node.cpu().numpy()),
+        "density_weights": (("probe", "node"), density.weight.cpu().numpy()),
     }
 
 
