@@ -4,7 +4,8 @@
 
 Cosine stiffness of all pairs of N examples, four ways:
 
-- *identity*: ``flatmin.stiffness``, which never forms a gradient of a linear layer;
+- *identity*: ``flatmin.stiffness``, which never forms the gradient of a linear layer that meets each
+  example once, as one vector, and forms the others by ``vmap(grad)``;
 - *vmap*: ``torch.func.vmap(grad)``, then one matrix product per parameter, the usual way today;
 - *chunks*: the same, 256 examples at a time;
 - *loop*: one backward pass per example; the gradients are stacked and multiplied.
@@ -20,9 +21,8 @@ a process of its own.
 
 The floor counts the least multiplications of the identity (:func:`multiplications`), and "by
 arithmetic" is the ratio of another way's multiplications to it.  Pooling, reads and writes come on
-top.  Where a convolution has so many positions T that T² (I + O) > IO, its gradients are formed:
-then symmetry saves half of their product and nothing else, so that for the last network no ratio by
-arithmetic can exceed 2.
+top.  The gradients of convolutions are formed: there, symmetry saves half of the product and nothing
+else, so that for the last network no ratio by arithmetic can exceed 2.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from torch.func import functional_call, grad, vmap
 
 from flatmin import stiffness
 from flatmin.book import MLP, SmallCNN
+from flatmin.measure import on
 
 CASES = {  # network: (N for all ways, N for the identity alone)
     "mlp": ((125, 250, 500), (1000, 2000, 4000)),
@@ -76,7 +77,7 @@ def cosine(gram):
 
 
 def identity(model, x, y):
-    return stiffness(model, criterion, x, y).cosine
+    return on(model, stiffness, x, y, criterion=criterion).cosine
 
 
 def by_vmap(model, x, y, chunk_size=None):
@@ -109,14 +110,14 @@ def multiplications(model, x, n: int) -> dict[str, float]:
 
     A layer with T positions, each with I inputs and O outputs, takes TIO for its output, TIO for
     the δ before it (the first needs none), and TIO for a gradient, if that is formed.  A pair takes
-    IO; by the identity, min(T² (I + O), IO) for half of the pairs, as the matrix is symmetric.
+    IO; by the identity, which needs T = 1, I + O.  Half of the pairs are enough, as the matrix is
+    symmetric.
     """
     shapes = layers(model, x)
     through = [t * i * o for t, i, o in shapes]
-    formed = [t * t * (i + o) > i * o for t, i, o in shapes]
     both = 2 * sum(through) - through[0]
-    identity = both + sum(m for m, form in zip(through, formed, strict=True) if form)
-    pair = sum(min(t * t * (i + o), i * o) for t, i, o in shapes)
+    identity = both + sum(t * i * o for t, i, o in shapes if t > 1)
+    pair = sum(i + o if t == 1 else i * o for t, i, o in shapes)
     return {
         "identity": n * identity + n * n * pair / 2,
         "gradients": n * (both + sum(through)) + n * n * sum(i * o for _, i, o in shapes),
