@@ -43,7 +43,7 @@ __all__ = [
     "within_classes",
 ]
 
-MOST_NUMBERS = 2**26  # in the gradients of a chunk of examples: 256 MiB in single precision
+MOST_NUMBERS = 2**26  # in the gradients of a chunk of examples
 
 
 class Stiffness(NamedTuple):
@@ -98,7 +98,8 @@ def stiffness(
     criterion : callable
         From output and targets to one loss per example, [n].
     chunk_size : int, optional
-        How many examples are differentiated at once.
+        How many examples are differentiated at once; by default, as many as keep the gradients
+        that are formed (see below) in 256 MiB of single precision.
 
     Returns
     -------
@@ -148,33 +149,26 @@ def stiffness(
         raise ValueError("x2 and y2 must be given both or neither")
     if x2 is not None:
         check_examples("2", x2, y2)
-        if x.shape[1:] != x2.shape[1:]:
-            raise ValueError(
-                "x and x2 must hold examples of the same shape, got "
-                f"{tuple(x.shape[1:])} and {tuple(x2.shape[1:])}"
-            )
     layers = _linear_layers(network, params, x[:1])
-    if chunk_size is None:
-        known = {*layers, *layers.values()}
-        formed = sum(p.numel() for name, p in params.items() if name not in known)
-        chunk_size = max(1, min(250, MOST_NUMBERS // formed)) if formed else len(x)
-    size = whole("chunk_size", chunk_size)
+    formed = sum(p.numel() for p in _others(params, layers).values())
+    size = max(1, MOST_NUMBERS // formed) if formed else len(x)
+    size = size if chunk_size is None else whole("chunk_size", chunk_size)
 
-    def chunk(x: Tensor, y: Tensor) -> _Gradients:
+    def gradients(x: Tensor, y: Tensor) -> _Gradients:
         return _normalized(_example_gradients(network, params, layers, x, y, criterion))
 
     rows: list[list[Tensor]] = []
     lengths1, lengths2 = {}, {}
     chunks = list(zip(x.split(size), y.split(size)))
-    others = chunks if x2 is None or y2 is None else list(zip(x2.split(size), y2.split(size)))
-    for i, examples in enumerate(chunks):
-        one, lengths1[i] = chunk(*examples)
+    chunks2 = chunks if x2 is None or y2 is None else list(zip(x2.split(size), y2.split(size)))
+    for i, chunk in enumerate(chunks):
+        one, lengths1[i] = gradients(*chunk)
         rows.append([])
-        for j, other in enumerate(others):
+        for j, chunk2 in enumerate(chunks2):
             if x2 is None and j < i:
                 rows[i].append(rows[j][i].mT)
             else:
-                two, lengths2[j] = chunk(*other) if other is not examples else (one, lengths1[i])
+                two, lengths2[j] = gradients(*chunk2) if chunk2 is not chunk else (one, lengths1[i])
                 rows[i].append(_inner(one, two))
     cosine = torch.cat([torch.cat(row, 1) for row in rows]).clamp(-1, 1)
     if x2 is None:
@@ -219,8 +213,8 @@ def _example_gradients(
     y: Tensor,
     criterion: Loss,
 ) -> _Factors:
-    known = {*layers, *layers.values()}
-    others = {name: p for name, p in params.items() if name not in known}
+    """By one forward and one backward pass of each example, a batch of one."""
+    others = _others(params, layers)
     probes = {name: params[name].new_zeros(len(params[name])) for name in layers}
 
     def of_one(x: Tensor, y: Tensor) -> Any:
@@ -273,8 +267,12 @@ def _linear_layers(network: Network, params: Params, x: Tensor) -> dict[str, str
 
     vmap(run)(x)  # as later, so that the uses are the same
     once = {name for name, count in uses.count.items() if count == 1}
-    biases = {weight: uses.biases[weight] for weight in uses.inputs if weight in once}
-    return {weight: bias if bias in once else None for weight, bias in biases.items()}
+    return {w: bias if bias in once else None for w, bias in uses.biases.items() if w in once}
+
+
+def _others(params: Params, layers: dict[str, str | None]) -> Params:
+    """The parameters whose gradients are formed."""
+    return {k: p for k, p in params.items() if k not in {*layers, *layers.values()}}
 
 
 class _ParameterUses(TorchFunctionMode):
