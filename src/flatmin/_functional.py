@@ -40,7 +40,8 @@ def on(
     x, y : Tensor
         Examples [n, ...] and targets [n, ...], on the model's device.
     dtype : torch.dtype, optional
-        ``torch.float64`` computes with copies in double precision.
+        ``torch.float64`` computes with copies in double precision.  Default: that of the model, or
+        single precision if that is half.
     **options
         Of the instrument.
 
@@ -118,10 +119,15 @@ class MeanLoss:
 def as_function(
     model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Network, Params, Tensor, Tensor]:
-    """``network(params, x)``, a copy of the parameters that require a gradient, and the data."""
+    """``network(params, x)``, a copy of the parameters that require a gradient, and the data.
+
+    Each call of the network is in evaluation mode, also after the instrument has returned.
+    """
     check_examples("", x, y)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64, got {dtype!r}")
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        dtype = dtype or torch.float32  # half precision is too short for differences of losses
     trackable = lambda t: t.clone() if t.is_inference() else t  # autograd needs normal tensors
     cast = lambda t: trackable(t.to(dtype) if dtype and t.is_floating_point() else t)
     copy = lambda named: {name: cast(t.detach().clone()) for name, t in named}
@@ -130,7 +136,11 @@ def as_function(
         raise ValueError("model must have a parameter that requires a gradient, got none")
     rest = copy((name, p) for name, p in model.named_parameters() if not p.requires_grad)
     rest |= copy(model.named_buffers())
-    network = lambda params, x: functional_call(model, (params, rest), (x,))
+
+    def network(params: Params, x: Tensor) -> Any:
+        with inspecting(model):
+            return functional_call(model, (params, rest), (x,))
+
     return network, params, cast(x), cast(y)
 
 

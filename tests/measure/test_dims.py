@@ -44,7 +44,9 @@ def networks():
     return runs.networks, data
 
 
-@pytest.mark.parametrize("instrument, dims", INSTRUMENTS, ids=lambda value: repr(value)[:60])
+@pytest.mark.parametrize(
+    "instrument, dims", INSTRUMENTS, ids=[getattr(f, "func", f).__name__ for f, _ in INSTRUMENTS]
+)
 def test_dimensions_are_named(instrument, dims, networks):
     stack, data = networks
     found = stack.measure(instrument, data, "train")

@@ -1,21 +1,23 @@
 """Instruments: measurements of a trained network."""
 
 from .._functional import dims, on
+from .._pairs import (
+    CriticalLength,
+    between_classes,
+    class_matrix,
+    critical_length,
+    input_distance,
+    within_classes,
+)
 from .attack import error_under_attack, fgsm, pgd
 from .flatness import sharpness
 from .gram import (
     ClassStiffness,
-    CriticalLength,
     Stiffness,
-    between_classes,
-    class_matrix,
     class_stiffness,
-    critical_length,
     gradient_norm,
-    input_distance,
     residual_stiffness,
     stiffness,
-    within_classes,
 )
 from .hessian import (
     Density,
