@@ -35,7 +35,7 @@ from .._functional import (
 )
 from .._random import normals
 from .._targets import example_losses
-from .._tree import Params
+from .._tree import Params, flatten, unflatten
 
 __all__ = ["AverageSharpness", "Estimate", "Sharpness", "average_sharpness", "sharpness"]
 
@@ -58,8 +58,9 @@ class _Neighbourhood:
 
     def steepest(self, gradient: Params) -> Params:
         """The point of the edge where a linear function with this gradient is highest."""
-        u = dual_norm_perturbation(list(gradient.values()), self.rho, self.p)
-        return dict(zip(gradient, u, strict=True))
+        shapes = {name: g.shape for name, g in gradient.items()}
+        u = dual_norm_perturbation(flatten(gradient), self.rho, self.p)
+        return unflatten(u, shapes)
 
     def norm(self, u: Params) -> Tensor:
         return torch.linalg.vector_norm(torch.cat([x.flatten() for x in u.values()]), self.p)
