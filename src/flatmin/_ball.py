@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ._checks import hyperparameter
 
+Norm = Callable[[Tensor, float | Tensor], Tensor]  # ‖v‖_p as a function of v and p
+
 
 def check_ball(rho: float | Tensor, p: float | Tensor, eta: float | Tensor = 0.0) -> None:
     r"""Raise an error if the radius, the norm or :math:`\eta` is out of range."""
@@ -75,28 +77,29 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
     (tensor([ 0.0000, -0.5000]), tensor([ 0.5000, -0.5000]))
     """
     check_ball(rho, p)
-    v, step = direction(g.to(torch.promote_types(g.dtype, torch.float32)), rho, p)
+    single = g.to(torch.promote_types(g.dtype, torch.float32))
+    v, step = direction(over_largest(single, p), rho, p)
     return (step * v).to(g.dtype)
 
 
-def direction(
-    g: Tensor,
-    rho: float | Tensor,
-    p: float | Tensor,
-    norm: Callable[[Tensor, float | Tensor], Tensor] = norm,
-) -> tuple[Tensor, Tensor]:
-    """The kernel: v and the number ρ/‖v‖_p, whose product is ε̂; NaN if g is not finite.
-
-    ``g`` may be a part of a longer vector, of which ``norm`` knows the rest.
-    """
+def over_largest(g: Tensor, p: float | Tensor, norm: Norm = norm) -> Tensor:
+    """g / max|g|: the scale cancels in ε̂, and all powers stay in range.  NaN if g is not finite."""
     largest = norm(g, math.inf).detach()
-    u = g / torch.where(largest > 0, largest, 1)  # the scale cancels, and powers stay in range
-    if not isinstance(p, Tensor) and p in (1, math.inf):
-        u = u.detach()  # the direction is constant almost everywhere
+    u = g / (torch.where(largest > 0, largest, 1) + 0 * largest)
+    constant = not isinstance(p, Tensor) and p in (1, math.inf)
+    return u.detach() if constant else u  # the direction is constant almost everywhere
+
+
+def direction(
+    u: Tensor, rho: float | Tensor, p: float | Tensor, norm: Norm = norm
+) -> tuple[Tensor, Tensor]:
+    """The kernel: v = sign(u) |u|^(q-1) and ρ / ‖v‖_p, whose product is ε̂.
+
+    ``u`` may be a part of a longer vector, of which ``norm`` knows the rest.
+    """
     if not isinstance(p, Tensor) and p == 2:
         v = u
     else:
         q_minus_1 = math.inf if not isinstance(p, Tensor) and p == 1 else 1 / (p - 1)
-        v = u.sign() * u.abs() ** q_minus_1
-    length = norm(v, p).clamp_min(1)  # it is 0, or at least max|v| = 1
-    return v, rho / (length + 0 * largest)
+        v = u.sign() * u.abs() ** q_minus_1 + 0 * u  # the sign of NaN is 0
+    return v, rho / norm(v, p).clamp_min(1e-30)  # a zero gradient gives no perturbation

@@ -107,7 +107,8 @@ def test_first_step_moves_by_the_kernel_whatever_the_size_of_the_gradient(expone
     w[0].grad, w[1].grad = g[:2].clone(), g[2:].clone().view(1, 1)
     optimizer = SAM(torch.optim.SGD(w, lr=0.1), rho=0.5, p=p)
     optimizer.first_step()
-    assert torch.equal(flatten([x.detach() for x in w]), dual_norm_perturbation(g, 0.5, p))
+    moved = flatten([x.detach() for x in w])
+    torch.testing.assert_close(moved, dual_norm_perturbation(g, 0.5, p), rtol=1e-6, atol=0)
     assert torch.equal(flatten([x.grad for x in w]), g)
 
 
@@ -600,11 +601,11 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_memory_is_one_copy_of_the_weights_and_another_for_a_moment():
+def test_memory_is_one_copy_of_the_weights():
     model = nn.Sequential(*[nn.Linear(50, 50) for _ in range(4)])
     size = sum(w.numel() * w.element_size() for w in model.parameters())
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1))
-    for copies in (2, 1):  # one stays
+    for copies in (1, 0):
         model(torch.ones(2, 50)).sum().backward()
         with Allocations() as made:
             optimizer.first_step(zero_grad=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._ball import check_ball, direction, norm
+from .._ball import check_ball, direction, norm, over_largest
 
 __all__ = ["SAM"]
 
@@ -228,7 +228,7 @@ class SAM(torch.optim.Optimizer):
             self._after = self._snapshot()
         self._phase = "perturbed" if finite else "skip"
         try:
-            for ball, (v, step) in zip(self._balls.values(), moves if finite else ()):
+            for ball, (v, step) in zip(self._balls.values(), moves if finite else []):
                 ball.move(v, step)
             if zero_grad:
                 self.zero_grad()
@@ -413,7 +413,8 @@ def _members(group: dict[str, Any]) -> Iterator[_Member]:
         if hasattr(w, "placements"):
             layout = w.device_mesh, w.placements
             g = g if g.placements == w.placements else g.redistribute(*layout)
-        yield _Member(_local(w), _local(g), layout, group)
+            w, g = w.to_local(), g.to_local()
+        yield _Member(w, g, layout, group)
 
 
 class _Ball:
@@ -439,19 +440,27 @@ class _Ball:
             torch.empty(sum(x.numel() for x in shapes), dtype=dtype, device=device)
             for (dtype, device, _), shapes in self.shapes.items()
         ]
-        self.copies = self.parts(self.pieces)
+        self.copies = self.views(self.pieces)
 
-    def parts(self, pieces: Iterable[Tensor]) -> list[Tensor]:
-        """Views of the pieces, shaped as the weights."""
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """One vector, in pieces on their devices, in parts shaped as the weights."""
+        pieces = whole.split([len(piece) for piece in self.pieces])
+        return self.views([x.to(own.device) for x, own in zip(pieces, self.pieces, strict=True)])
+
+    def views(self, pieces: Iterable[Tensor]) -> list[Tensor]:
         return [
             part.view(shape)
             for piece, shapes in zip(pieces, self.shapes.values(), strict=True)
             for part, shape in zip(piece.split([x.numel() for x in shapes]), shapes, strict=True)
         ]
 
-    def perturbation(self) -> tuple[Tensor, float]:
-        """A vector and a number, whose product is ε̂; the number is NaN if a gradient is not finite."""
-        torch._foreach_copy_(self.copies, [m.grad for m in self.members])
+    def perturbation(self) -> tuple[list[Tensor], float]:
+        """A direction for each weight and a number, whose products are ε̂.
+
+        The number is NaN if a gradient is not finite.
+        """
+        grads = [m.grad for m in self.members]
+        torch._foreach_copy_(self.copies, grads)
         g, norm_of_all = _joined(self.pieces), norm
         layouts = [layout for _, _, layout in self.kinds]
         if any(layouts):
@@ -459,19 +468,21 @@ class _Ball:
         rho, *others = {m.group["rho"] for m in self.members}
         if others or any(m.group["adaptive"] for m in self.members):
             T = _joined([torch.cat([m.scale() for m in same]) for same in self.kinds.values()])
-            v, step = direction(T * g, 1.0, self.p, norm_of_all)
-            return T * v, step.item()
-        v, step = direction(g, rho, self.p, norm_of_all)
-        return v, step.item()
+            v, step = direction(over_largest(T * g, self.p, norm_of_all), 1, self.p, norm_of_all)
+            return self.parts(T * v), step.item()
+        if self.p == 2:
+            along_g = direction(g, rho, 2, norm_of_all)[1].item()  # v is the gradient itself
+            if 1e-15 < along_g / rho < 1e15:  # no square left float32's range
+                return grads, along_g
+        v, step = direction(over_largest(g, self.p, norm_of_all), rho, self.p, norm_of_all)
+        return self.parts(v), step.item()
 
     def save(self) -> None:
         torch._foreach_copy_(self.copies, [m.weight for m in self.members])
 
-    def move(self, v: Tensor, step: float) -> None:
+    def move(self, v: list[Tensor], step: float) -> None:
         """w ← w + step · v, in place."""
-        parts = v.split([len(piece) for piece in self.pieces])
-        pieces = [x.to(own.device) for x, own in zip(parts, self.pieces, strict=True)]
-        torch._foreach_add_([m.weight for m in self.members], self.parts(pieces), alpha=step)
+        torch._foreach_add_([m.weight for m in self.members], v, alpha=step)
 
     def restore(self) -> None:
         torch._foreach_copy_([m.weight for m in self.members], self.copies)
@@ -524,14 +535,14 @@ def _finite(members: list[_Member]) -> bool:
 class _Snapshot:
     """The random numbers to come, and the values of buffers."""
 
-    def __init__(self, devices: set[torch.device], buffers: Iterable[Tensor]) -> None:
+    def __init__(self, devices: set[torch.device], buffers: Iterable[Any]) -> None:
         self.random = torch.get_rng_state()
         self.on_devices = {
             d: torch.get_device_module(d).get_rng_state(*_index(d))
             for d in devices
             if d.type not in ("cpu", "meta")
         }
-        self.buffers = [_local(b) for b in buffers]
+        self.buffers = [b.to_local() if hasattr(b, "placements") else b for b in buffers]
         self.copies = [torch.empty_like(b) for b in self.buffers]
         self._copy(self.copies, self.buffers)
 
@@ -545,10 +556,6 @@ class _Snapshot:
     def _copy(self, to: list[Tensor], values: list[Tensor]) -> None:
         if to:
             torch._foreach_copy_(to, values)
-
-
-def _local(x: Any) -> Tensor:
-    return x.to_local() if hasattr(x, "placements") else x  # only a DTensor has them
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
