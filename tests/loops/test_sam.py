@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -614,6 +615,18 @@ def test_memory_is_one_copy_of_the_weights():
             optimizer.restore()
         optimizer.zero_grad()
         assert copies * size <= made.bytes < copies * size + 300 and made_later.bytes == 0
+
+
+@pytest.mark.parametrize("p, adaptive", [(2, False), (INF, False), (2, True)])
+def test_gradients_of_the_first_pass_are_freed(p, adaptive):
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), 0.1, p, adaptive)
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    grads = [weakref.ref(w.grad) for w in model.parameters()]
+    optimizer.first_step(zero_grad=True)
+    assert [g() for g in grads] == [None] * 4
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.second_step()
 
 
 # Mixed precision

@@ -219,8 +219,9 @@ class SAM(torch.optim.Optimizer):
                 "first_step() was called twice: second_step() must come between, "
                 "or restore() to give up the step"
             )
-        self._set_balls()
-        moves = [ball.perturbation() for ball in self._balls.values()]
+        members = self._members_to_move()
+        self._balls = {p: _Ball(kinds, self._balls.get(p)) for p, kinds in members.items()}
+        moves = [self._balls[p].perturbation(p, kinds) for p, kinds in members.items()]
         finite = self._finite_in_all_ranks(all(math.isfinite(step) for _, step in moves))
         for ball in self._balls.values():
             ball.save()
@@ -284,19 +285,20 @@ class SAM(torch.optim.Optimizer):
     def _members(self) -> list["_Member"]:
         return [m for group in self.param_groups for m in _members(group)]
 
-    def _set_balls(self) -> None:
-        """Sort the parameters that are to be perturbed into one ball for each p."""
-        members: dict[float, list[_Member]] = {}
+    def _members_to_move(self) -> dict[float, "Kinds"]:
+        """The parameters that are to be perturbed, by p and kind."""
+        balls: dict[float, Kinds] = {}
         for group in self.param_groups:
             self._complete_settings(group)  # a checkpoint of the base optimizer lacks them
-            if group["rho"] > 0:
-                members.setdefault(float(group["p"]), []).extend(_members(group))
-        if self.per_rank and any(m.layout is not None for ball in members.values() for m in ball):
-            raise ValueError(
-                "per_rank must be False if parameters are sharded: their gradient "
-                "is that of all processes"
-            )
-        self._balls = {p: _Ball(p, m, self._balls.get(p)) for p, m in members.items() if m}
+            for member in _members(group) if group["rho"] > 0 else ():
+                if self.per_rank and member.layout is not None:
+                    raise ValueError(
+                        "per_rank must be False if parameters are sharded: their gradient "
+                        "is that of all processes"
+                    )
+                kinds = balls.setdefault(float(group["p"]), {})
+                kinds.setdefault(member.kind, []).append(member)
+        return balls
 
     @torch.no_grad()
     def _make_gradient_infinite(self) -> None:
@@ -417,30 +419,28 @@ def _members(group: dict[str, Any]) -> Iterator[_Member]:
         yield _Member(w, g, layout, group)
 
 
-class _Ball:
-    """All parameters with the same p: one vector, in one piece of memory per kind.
+Kinds = dict[tuple[Any, ...], list[_Member]]
 
-    The memory holds first the gradients, then the weights as they were.
+
+class _Ball:
+    """All weights with the same p: one vector, in one piece of memory per kind.
+
+    The memory holds first their gradients, then their values before the step.
     """
 
-    pieces: list[Tensor]
-    copies: list[Tensor]  # views of the pieces, shaped as the weights
-
-    def __init__(self, p: float, members: list[_Member], last: "_Ball | None") -> None:
-        kinds: dict[Any, list[_Member]] = {}
-        for member in members:
-            kinds.setdefault(member.kind, []).append(member)
-        self.p, self.kinds = p, kinds
-        self.members = [m for same in kinds.values() for m in same]
+    def __init__(self, kinds: Kinds, last: "_Ball | None") -> None:
+        self.weights = [m.weight for same in kinds.values() for m in same]
         self.shapes = {kind: [m.weight.shape for m in same] for kind, same in kinds.items()}
+        self.pieces: list[Tensor]
+        self.copies: list[Tensor]  # views of the pieces, shaped as the weights
         if last is not None and last.shapes == self.shapes:
             self.pieces, self.copies = last.pieces, last.copies
-            return
-        self.pieces = [
-            torch.empty(sum(x.numel() for x in shapes), dtype=dtype, device=device)
-            for (dtype, device, _), shapes in self.shapes.items()
-        ]
-        self.copies = self.views(self.pieces)
+        else:
+            self.pieces = [
+                torch.empty(sum(x.numel() for x in shapes), dtype=dtype, device=device)
+                for (dtype, device, _), shapes in self.shapes.items()
+            ]
+            self.copies = self.views(self.pieces)
 
     def parts(self, whole: Tensor) -> list[Tensor]:
         """One vector, in pieces on their devices, in parts shaped as the weights."""
@@ -454,38 +454,39 @@ class _Ball:
             for part, shape in zip(piece.split([x.numel() for x in shapes]), shapes, strict=True)
         ]
 
-    def perturbation(self) -> tuple[list[Tensor], float]:
+    def perturbation(self, p: float, kinds: Kinds) -> tuple[list[Tensor], float]:
         """A direction for each weight and a number, whose products are ε̂.
 
         The number is NaN if a gradient is not finite.
         """
-        grads = [m.grad for m in self.members]
+        members = [m for same in kinds.values() for m in same]
+        grads = [m.grad for m in members]
         torch._foreach_copy_(self.copies, grads)
         g, norm_of_all = _joined(self.pieces), norm
-        layouts = [layout for _, _, layout in self.kinds]
+        layouts = [layout for _, _, layout in kinds]
         if any(layouts):
             norm_of_all = partial(_norm_over_shards, layouts, [len(x) for x in self.pieces])
-        rho, *others = {m.group["rho"] for m in self.members}
-        if others or any(m.group["adaptive"] for m in self.members):
-            T = _joined([torch.cat([m.scale() for m in same]) for same in self.kinds.values()])
-            v, step = direction(over_largest(T * g, self.p, norm_of_all), 1, self.p, norm_of_all)
+        rho, *others = {m.group["rho"] for m in members}
+        if others or any(m.group["adaptive"] for m in members):
+            T = _joined([torch.cat([m.scale() for m in same]) for same in kinds.values()])
+            v, step = direction(over_largest(T * g, p, norm_of_all), 1, p, norm_of_all)
             return self.parts(T * v), step.item()
-        if self.p == 2:
-            along_g = direction(g, rho, 2, norm_of_all)[1].item()  # v is the gradient itself
+        if p == 2:
+            along_g = direction(g, rho, p, norm_of_all)[1].item()  # v is the gradient itself
             if 1e-15 < along_g / rho < 1e15:  # no square left float32's range
                 return grads, along_g
-        v, step = direction(over_largest(g, self.p, norm_of_all), rho, self.p, norm_of_all)
+        v, step = direction(over_largest(g, p, norm_of_all), rho, p, norm_of_all)
         return self.parts(v), step.item()
 
     def save(self) -> None:
-        torch._foreach_copy_(self.copies, [m.weight for m in self.members])
+        torch._foreach_copy_(self.copies, self.weights)
 
     def move(self, v: list[Tensor], step: float) -> None:
         """w ← w + step · v, in place."""
-        torch._foreach_add_([m.weight for m in self.members], v, alpha=step)
+        torch._foreach_add_(self.weights, v, alpha=step)
 
     def restore(self) -> None:
-        torch._foreach_copy_([m.weight for m in self.members], self.copies)
+        torch._foreach_copy_(self.weights, self.copies)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
