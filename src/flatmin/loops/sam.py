@@ -1,7 +1,7 @@
 r"""SAM as an optimizer, for a training loop of your own.
 
 :mod:`flatmin.gradient.sam` derives the perturbation.  The code around it here restores the weights,
-whatever happens in the second pass; ``_flat.py`` does the arithmetic.
+whatever happens in the second pass; ``flatmin._flat`` does the arithmetic.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._ball import check_ball
-from ._flat import Ball, Kinds, Member, all_finite, members_of
+from .._flat import Ball, Kinds, Member, all_finite, members_of
 
 __all__ = ["SAM"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ball import direction, norm, over_largest
+from ._ball import direction, norm, over_largest
 
 
 class Member(NamedTuple):
