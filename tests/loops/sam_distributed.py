@@ -51,15 +51,38 @@ def base(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-def alone(shards=1, **settings):
-    """One process, with the batch in ``shards`` shards, each with its own closure."""
+def alone(**settings):
+    """One process with all the data."""
     model = network()
     optimizer = SAM(base(model), **settings)
-    parts = zip(*(t.chunk(shards) for t in data()), strict=True)
-    closures = [closure_of(model, optimizer, x, y) for x, y in parts]
     for _ in range(STEPS):
-        optimizer.step(closures)
+        optimizer.step(closure_of(model, optimizer, *data()))
     return list(model.parameters())
+
+
+def m_sam(rho):
+    """One process; each process's part of the batch has its own perturbation, by the formula."""
+    model = network()
+    weights, optimizer = list(model.parameters()), base(model)
+    for _ in range(STEPS):
+        mean = [torch.zeros_like(w) for w in weights]
+        for x, y in zip(*(t.chunk(RANKS) for t in data()), strict=True):
+            loss = lambda x=x, y=y: nn.functional.mse_loss(model(x), y)
+            gradient = torch.autograd.grad(loss(), weights)
+            length = torch.cat([g.flatten() for g in gradient]).norm()
+            kept = copy.deepcopy(weights)
+            with torch.no_grad():
+                for w, g in zip(weights, gradient, strict=True):
+                    w += rho * g / length
+            for m, g in zip(mean, torch.autograd.grad(loss(), weights), strict=True):
+                m += g / RANKS
+            with torch.no_grad():
+                for w, old in zip(weights, kept, strict=True):
+                    w.copy_(old)
+        for w, m in zip(weights, mean, strict=True):
+            w.grad = m
+        optimizer.step()
+    return weights
 
 
 def mine(rank):
@@ -74,25 +97,25 @@ def difference(found, expected):
     )
 
 
-def ddp(rank, shards, **settings):
+def ddp(rank, expected, **settings):
     model = DistributedDataParallel(network())
     optimizer = SAM(base(model), rho=0.3, model=model, **settings)
     closure = closure_of(model, optimizer, *mine(rank))
     for _ in range(STEPS):
         optimizer.step(closure)
-    return difference(model.parameters(), alone(shards, rho=0.3))
+    return difference(model.parameters(), expected)
 
 
 def ddp_global(rank):
-    return ddp(rank, shards=1)
+    return ddp(rank, alone(rho=0.3))
 
 
 def ddp_per_rank(rank):
-    return ddp(rank, shards=RANKS, per_rank=True)
+    return ddp(rank, m_sam(0.3), per_rank=True)
 
 
 def ddp_global_is_not_per_rank(rank):
-    return ddp(rank, shards=RANKS)
+    return ddp(rank, m_sam(0.3))
 
 
 def ddp_in_two_phases(rank):
@@ -105,7 +128,7 @@ def ddp_in_two_phases(rank):
         optimizer.first_step(zero_grad=True)
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.second_step(zero_grad=True)
-    return difference(model.parameters(), alone(RANKS, rho=0.3))
+    return difference(model.parameters(), m_sam(0.3))
 
 
 def ddp_skips_together(rank):
@@ -157,8 +180,9 @@ def dtensor_placements(rank):
             w.grad = g
         optimizer = SAM(torch.optim.SGD(weights, lr=0.1), rho=0.3, p=p)
         optimizer.first_step()
-        moves = dual_norm_perturbation(whole[4:], 0.3, p)
-        moved = [w + e for w, e in zip(whole[:4], moves, strict=True)]
+        flat = dual_norm_perturbation(torch.cat([g.flatten() for g in whole[4:]]), 0.3, p)
+        moves = flat.split([g.numel() for g in whole[4:]])
+        moved = [w + e.view_as(w) for w, e in zip(whole[:4], moves, strict=True)]
         errors.append(difference(weights, moved))
         optimizer.restore()
         errors.append(difference(weights, whole[:4]))

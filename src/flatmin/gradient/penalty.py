@@ -22,7 +22,7 @@ from .._ball import dual_norm_perturbation
 from .._checks import hyperparameter, number
 from .._objective import Objective
 from .._stage import GradientStage
-from .._tree import Params, plus
+from .._tree import Params, flatten, plus, unflatten
 
 __all__ = ["GradientPenalty"]
 
@@ -32,7 +32,8 @@ DIFFERENCES = (None, "forward", "backward", "central")
 
 def _unit(v: Params) -> Params:
     """v / ‖v‖, or zero if v is zero."""
-    return dict(zip(v, dual_norm_perturbation(list(v.values()), rho=1.0), strict=True))
+    shapes = {name: x.shape for name, x in v.items()}
+    return unflatten(dual_norm_perturbation(flatten(v), rho=1.0), shapes)
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,17 @@ class GradientPenalty(GradientStage):
     def __call__(
         self, objective: Objective, params: Params, state: Any, t: int
     ) -> tuple[Params, Any]:
-        v_of = (lambda g: g) if self.squared else _unit
+        direction_of = (lambda g: g) if self.squared else _unit
         if self.difference is None:
-            field = grad_and_value(objective.value, has_aux=True)
-            linearized: Any = vjp(field, params, has_aux=True)
-            g, hessian_times, first_pass = linearized
+            field: Any = grad_and_value(objective.value, has_aux=True)
+            g, hessian_times, first_pass = vjp(field, params, has_aux=True)  # type: ignore[misc]
             objective.keep(*first_pass)
-            return plus(g, hessian_times(v_of(g))[0], self.penalty), state
+            return plus(g, hessian_times(direction_of(g))[0], self.penalty), state
 
         g = objective.gradient(params)
-        v = v_of(g)
-        r, alpha = (
-            (self.penalty, 1.0)
-            if self.radius is None
-            else (self.radius, self.penalty / self.radius)
-        )
+        v = direction_of(g)
+        r = self.penalty if self.radius is None else self.radius
+        alpha = 1.0 if self.radius is None else self.penalty / r
         gradient_at = lambda r: grad(objective)(plus(params, v, r))
         mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
         if self.difference == "forward":
@@ -141,27 +138,6 @@ class GradientPenalty(GradientStage):
         return direction, state
 
     # Members of the family by name: each returns an instance of the class above.
-
-    @classmethod
-    def implicit(cls, lr: float) -> "GradientPenalty":
-        r"""The implicit penalty of gradient descent with rate :math:`\varepsilon`, made explicit.
-
-        To second order its steps lie on the gradient flow of
-        :math:`L+\frac\varepsilon4\|g\|^2` (Barrett & Dherin, ICLR 2021):
-        :math:`\lambda=\varepsilon/2`.
-        """
-        return cls(number("lr", lr, 0) / 2)
-
-    @classmethod
-    def two_rates(cls, lr: float, ascent_lr: float) -> "GradientPenalty":
-        r"""The penalty of alternating descent with rate :math:`\varepsilon_1` and ascent with rate
-        :math:`\varepsilon_2<\varepsilon_1` (:class:`~flatmin.optimizer.TwoRates`):
-        :math:`\lambda=\varepsilon_1\varepsilon_2/(\varepsilon_1-\varepsilon_2)`, with the rate
-        :math:`\varepsilon_1-\varepsilon_2` per pair of steps.
-        """
-        if not 0 <= number("ascent_lr", ascent_lr, 0) < number("lr", lr, 0):
-            raise ValueError(f"ascent_lr must be less than lr, got {ascent_lr!r} and {lr!r}")
-        return cls(lr * ascent_lr / (lr - ascent_lr))
 
     @classmethod
     def sam(cls, rho: float) -> "GradientPenalty":

@@ -14,6 +14,7 @@ with :math:`g=\nabla L(w)`: the worst point is found to first order, and the der
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .._ball import check_ball, dual_norm_perturbation
 from .._checks import whole
 from .._objective import Objective
 from .._stage import GradientStage
-from .._tree import Params, plus
+from .._tree import Params, flatten, plus, unflatten
 
 __all__ = ["SAM", "sam_gradient"]
 
@@ -117,16 +118,14 @@ class SAM(GradientStage):
 
     def perturbation(self, params: Params, gradient: Params) -> Params:
         """ε̂ at ``params``, where the loss has this ``gradient``."""
-        g = [gradient[name] for name in params]
-        scales = [w.abs() + self.eta for w in params.values()] if self.adaptive else None
-        if self.normalized:
-            epsilon = dual_norm_perturbation(g, self.rho, self.p, scales)
+        w, g = flatten(params), flatten({name: gradient[name] for name in params})
+        climb = partial(dual_norm_perturbation, p=self.p) if self.normalized else torch.mul
+        if self.adaptive:
+            T = w.abs() + self.eta
+            epsilon = T * climb(T * g, self.rho)
         else:
-            epsilon = [
-                self.rho * x if scales is None else self.rho * t**2 * x
-                for x, t in zip(g, scales or g, strict=True)
-            ]
-        return dict(zip(params, epsilon, strict=True))
+            epsilon = climb(g, self.rho)
+        return unflatten(epsilon, {name: w.shape for name, w in params.items()})
 
     def __call__(
         self, objective: Objective, params: Params, state: Any, t: int

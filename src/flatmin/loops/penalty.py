@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .._checks import hyperparameter
-from .._tree import norm
 
 __all__ = ["gradient_penalty"]
 
@@ -52,11 +51,8 @@ def gradient_penalty(
     if loss.ndim:
         raise ValueError(f"loss must be one number, got shape {tuple(loss.shape)}")
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    grads = {str(i): g for i, g in enumerate(gradients) if g is not None}
+    grads = [g.flatten() for g in gradients if g is not None]
     if not grads:
         return loss * 0
-    return (
-        penalty / 2 * sum(((g**2).sum() for g in grads.values()), loss.new_zeros(()))
-        if squared
-        else penalty * norm(grads)
-    )
+    g = torch.cat(grads)
+    return penalty / 2 * (g @ g) if squared else penalty * torch.linalg.vector_norm(g)

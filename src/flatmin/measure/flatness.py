@@ -134,7 +134,7 @@ def _rise(
     steps: int,
 ) -> Tensor:
     """max L(w + Tu) - L(w) over the ball of u; ``slope(u)`` is the gradient and the loss."""
-    steepest = lambda g: dual_norm_perturbation([g], rho, p)[0]
+    steepest = lambda g: dual_norm_perturbation(g, rho, p)
     g, start = slope(zero)
     u = steepest(g)
     if steps == 1:

@@ -34,6 +34,13 @@ def sharpest_stable(trial: Trial) -> None:
         trial(part, {"eta": eta, "rho": rho}, want, rivals, hint, rtol=1e-6)
 
 
+def _perturbation(gradients, rho, p):
+    """The package's ε̂ of several tensors, which count as one vector."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    parts = dual_norm_perturbation(flat, rho, p).split([g.numel() for g in gradients])
+    return tuple(part.view(g.shape) for part, g in zip(parts, gradients, strict=True))
+
+
 @question
 def climb(trial: Trial) -> None:
     """ε̂ for a list of tensors and any p."""
@@ -45,14 +52,14 @@ def climb(trial: Trial) -> None:
     to_length = lambda v, length: tuple(rho * x / length for x in v)
 
     for p in (2.0, 3.0, 1.5, math.inf, 1.0):
-        want = tuple(dual_norm_perturbation(g, rho, p))
+        want = _perturbation(g, rho, p)
         rivals = {}
         if 1 < p < math.inf:
             q = p / (p - 1)
             raised = lambda exponent: to_length(power(exponent), flat(power(exponent)).norm(p))
             rivals = {
                 "Each tensor was brought to the length ρ by itself: the list is one vector, with "
-                "one norm.": tuple(dual_norm_perturbation([x], rho, p)[0] for x in g),
+                "one norm.": tuple(dual_norm_perturbation(x, rho, p) for x in g),
                 "The wrong conjugate exponent: |g| is raised to q - 1, with 1/p + 1/q = 1.": raised(
                     p - 1
                 ),
@@ -71,7 +78,7 @@ def climb(trial: Trial) -> None:
 
     small = [1e-6 * x.float() for x in g]
     inputs = {"gradients": small, "rho": rho, "p": 1.1}
-    want = tuple(dual_norm_perturbation(small, rho, 1.1))
+    want = _perturbation(small, rho, 1.1)
     hint = "|g|^10 underflows to 0 there. The scale of g cancels: divide by the largest |g| first."
     part = "p = 1.1, gradients of 1e-6 in single precision"
     trial(part, inputs, want, hint=hint, rtol=1e-3, atol=1e-6)
