@@ -1,8 +1,6 @@
 """Argument checks whose errors name the argument, the value and what is allowed."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,15 +12,6 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
     return int(value)
-
-
-def positive_wholes(name: str, values: Sequence[Any], count: int = 1) -> tuple[int, ...]:
-    """``values`` as at least ``count`` positive whole numbers, or an error that names them."""
-    values = tuple(values)
-    good = all(isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1 for v in values)
-    if not good or len(values) < count:
-        raise ValueError(f"{name} must be at least {count} positive whole numbers, got {values}")
-    return tuple(int(v) for v in values)
 
 
 def number(
@@ -56,16 +45,3 @@ def hyperparameter(
     """
     if not isinstance(value, Tensor):
         number(name, value, least, most, **how)
-
-
-@contextmanager
-def needs(extra: str, what: str) -> Iterator[None]:
-    """Context for imports that need ``extra``: if a package is missing, say how to install it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{what} needs the package {error.name!r}, which is not installed: "
-            f"pip install 'flatmin[{extra}]'",
-            name=error.name,
-        ) from error

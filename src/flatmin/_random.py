@@ -32,17 +32,6 @@ def normals(params: Params, seed: int, purpose: str, index: int = 0) -> Params:
     return {name: draw(w).to(w.device, w.dtype) for name, w in params.items()}
 
 
-def data_stream(seed: int, purpose: str) -> torch.Generator:
-    """As :func:`stream`, for data sets, which keep the hash that they have always used.
-
-    If everything were seeded with ``seed`` itself, inputs, splits, label flips and initial weights
-    would be made from the same random bits.
-    """
-    entropy = (whole("seed", seed, 0), *purpose.encode())
-    mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed))
-
-
 def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
     """Beta(a, b) from uniform numbers, by the inverse of its distribution function; 1 for a = 0."""
     from scipy.special import betaincinv  # here, so that importing flatmin is fast

@@ -55,7 +55,6 @@ class Dropout(nn.Module):
     tensor([1., 1., 1.])
     """
 
-    random_buffers = ("counter",)  # they decide the next draw: restore them to repeat it
     p: float
     key: Tensor
     counter: Tensor

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from tqdm import tqdm
 
 from flatmin import Data
-from flatmin._random import data_stream
 from flatmin.book import (
     CIFAR100_SUPERCLASS,
     cifar10,
@@ -36,7 +35,7 @@ from flatmin.book import (
     two_gaussians,
 )
 from flatmin.book import datasets as module
-from flatmin.book.datasets import flip_labels
+from flatmin.book.datasets import data_stream, flip_labels
 
 SETS = {f.__name__: f for f in (two_gaussians, sinusoid, spiral, digits, mnist1d)}
 every_set = pytest.mark.parametrize("make", SETS.values(), ids=SETS.keys())

@@ -43,9 +43,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import needs, number, whole
-from .._random import data_stream
+from .._checks import number, whole
 from ..data import Data
+from ._extras import needs
 
 __all__ = [
     "CIFAR100_SUPERCLASS",
@@ -72,6 +72,17 @@ class _Choice(NamedTuple):
     validation_size: int
     label_noise: float
     seed: int
+
+
+def data_stream(seed: int, purpose: str) -> torch.Generator:
+    """As :func:`stream`, for data sets, which keep the hash that they have always used.
+
+    If everything were seeded with ``seed`` itself, inputs, splits, label flips and initial weights
+    would be made from the same random bits.
+    """
+    entropy = (whole("seed", seed, 0), *purpose.encode())
+    mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))
 
 
 def _assemble(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import needs
+from ._extras import needs
 
 with needs("plot", "flatmin.book.explorable"):
     import matplotlib.pyplot as plt

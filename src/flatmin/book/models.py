@@ -12,14 +12,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_wholes, whole
+from .._checks import whole
 from ..layers import Dropout
 
 __all__ = ["MLP", "ResNet", "SmallCNN", "resnet20"]
+
+
+def _positive_wholes(name: str, values: Sequence[Any], count: int = 1) -> tuple[int, ...]:
+    """``values`` as at least ``count`` positive whole numbers, or an error that names them."""
+    values = tuple(values)
+    good = all(isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1 for v in values)
+    if not good or len(values) < count:
+        raise ValueError(f"{name} must be at least {count} positive whole numbers, got {values}")
+    return tuple(int(v) for v in values)
 
 
 class MLP(nn.Sequential):
@@ -71,7 +82,7 @@ class MLP(nn.Sequential):
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
     ) -> None:
-        sizes = positive_wholes("sizes", sizes, count=2)
+        sizes = _positive_wholes("sizes", sizes, count=2)
         *hidden, last = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(sizes)]
         layers: list[nn.Module] = [nn.Flatten()]
         for linear in hidden:
@@ -122,7 +133,7 @@ class SmallCNN(nn.Sequential):
         widths: Sequence[int] = (16, 32, 32),
         batch_norm: bool = False,
     ) -> None:
-        sizes = whole("channels_in", channels_in), *positive_wholes("widths", widths)
+        sizes = whole("channels_in", channels_in), *_positive_wholes("widths", widths)
         layers: list[nn.Module] = []
         for c_in, c_out in itertools.pairwise(sizes):
             layers.append(nn.Conv2d(c_in, c_out, 3, padding=1))
@@ -185,7 +196,7 @@ class ResNet(nn.Module):
         super().__init__()
         blocks: list[nn.Module] = []
         channels = whole("width", width)
-        for stage, count in enumerate(positive_wholes("stages", stages)):
+        for stage, count in enumerate(_positive_wholes("stages", stages)):
             for block in range(count):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(_Block(channels, channels * stride, stride, batch_norm))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import needs
+from ._extras import needs
 from .statistics import mean_interval
 
 with needs("plot", "flatmin.book.plotting"):

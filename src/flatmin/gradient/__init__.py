@@ -2,12 +2,11 @@
 
 from .._ball import dual_norm_perturbation
 from .penalty import GradientPenalty
-from .plain import Clipped, PlainGradient
+from .plain import PlainGradient
 from .sam import SAM, sam_gradient
 
 __all__ = [
     "SAM",
-    "Clipped",
     "GradientPenalty",
     "PlainGradient",
     "dual_norm_perturbation",

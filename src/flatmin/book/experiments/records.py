@@ -1,5 +1,6 @@
 """The records of the experiments: where they are, what they contain, how they are plotted."""
 
+import contextlib
 import functools
 import importlib
 import io
@@ -8,6 +9,7 @@ import lzma
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,6 @@ import torch
 import xarray as xr
 
 from ..._checks import number
-from ..._files import replacing
 
 NAMES = [
     "flooding_synthetic",
@@ -34,6 +35,18 @@ SCHEMA = (
     "experiment size device machine python numpy torch cuda flatmin commit seeds settings seconds "
     "data cost"
 ).split()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that replaces ``path`` at the end; if interrupted, ``path`` is unchanged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def experiment(name: str) -> ModuleType:
