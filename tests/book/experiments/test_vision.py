@@ -17,7 +17,7 @@ from flatmin import BatchTransform, Data, Recipe, fit, pipeline
 from flatmin.batch import Mixup
 from flatmin.book import MLP, ResNet, SmallCNN, experiments, plotting
 from flatmin.book.experiments import double_descent, mixup_corrupt, sam_label_noise, vision
-from flatmin.gradient import SAM, Clipped, GradientPenalty, PlainGradient
+from flatmin.gradient import SAM, GradientPenalty, PlainGradient
 from flatmin.loops import SAM as SAMOptimizer
 from flatmin.loss import Flooding
 from flatmin.optimizer import EMA, SGD, Adam, TwoRates
@@ -138,7 +138,7 @@ RECIPES = {
     "m-sam, batch norm": (CNN, Recipe(gradient=SAM(0.3, m=5), optimizer=SGD(0.1))),
     "exact sam": (CNN, Recipe(gradient=SAM(0.3, exact=True), optimizer=SGD(0.1))),
     "penalty": (CNN, Recipe(gradient=GradientPenalty(0.1), optimizer=SGD(0.1))),
-    "clipped, two rates": (CNN, Recipe(gradient=Clipped(0.1), optimizer=TwoRates(0.1, 0.05))),
+    "two rates": (CNN, Recipe(optimizer=TwoRates(0.1, 0.05))),
     "average, batch norm": (CNN, Recipe(optimizer=EMA(SGD(0.1), decay=0.8))),
     "mlp": (lambda: MLP(192, 6, 3), Recipe(optimizer=SGD(0.1))),
     "resnet": (lambda: ResNet(3, width=2, stages=(1, 1)), Recipe(optimizer=SGD(0.1, 0.9))),
