@@ -141,7 +141,7 @@ RECIPES = {
     "two rates": (CNN, Recipe(optimizer=TwoRates(0.1, 0.05))),
     "average, batch norm": (CNN, Recipe(optimizer=EMA(SGD(0.1), decay=0.8))),
     "mlp": (lambda: MLP(192, 6, 3), Recipe(optimizer=SGD(0.1))),
-    "resnet": (lambda: ResNet(3, width=2, stages=(1, 1)), Recipe(optimizer=SGD(0.1, 0.9))),
+    "resnet": (lambda: ResNet((1, 1), 3, width=2), Recipe(optimizer=SGD(0.1, 0.9))),
     "dropout": (
         lambda: mixup_corrupt.PreActResNet(3, width=2, stages=(1, 1), dropout=0.3),
         Recipe(gradient=SAM(0.1), optimizer=SGD(0.1)),
