@@ -12,7 +12,7 @@ directions agree (Fort, Nowak, Jastrzębski, Narayanan, arXiv 1901.09491).
 import math
 from collections import Counter
 from collections.abc import Iterator
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -145,27 +145,25 @@ def stiffness(
         check_examples("2", x2, y2)
     layers = _linear_layers(network, params, x[:1])
     formed = sum(p.numel() for p in _others(params, layers).values())
-    size = max(1, MOST_NUMBERS // formed) if formed else len(x)
+    size = max(1, min(250, MOST_NUMBERS // max(1, formed)))
     size = size if chunk_size is None else whole("chunk_size", chunk_size)
+    sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
 
-    def gradients(x: Tensor, y: Tensor) -> _Gradients:
+    @lru_cache(1 if formed else None)  # factors of outer products are small enough to keep
+    def gradients(which: int, first: int) -> _Gradients:
+        x, y = (t[first : first + size] for t in sets[which])
         return _normalized(_example_gradients(network, params, layers, x, y, criterion))
 
     rows: list[list[Tensor]] = []
     lengths1, lengths2 = {}, {}
-    chunks = list(zip(x.split(size), y.split(size)))
-    chunks2 = chunks if x2 is None or y2 is None else list(zip(x2.split(size), y2.split(size)))
-    for i, chunk in enumerate(chunks):
-        one, lengths1[i] = gradients(*chunk)
-        rows.append([])
-        for j, chunk2 in enumerate(chunks2):
-            if x2 is None and j < i:
-                rows[i].append(rows[j][i].mT)
-            else:
-                two, lengths2[j] = gradients(*chunk2) if chunk2 is not chunk else (one, lengths1[i])
-                rows[i].append(_inner(one, two))
+    for i, first in enumerate(range(0, len(x), size)):
+        one, lengths1[i] = gradients(0, first)
+        rows.append([rows[j][i].mT for j in range(i)] if len(sets) == 1 else [])
+        for j in range(len(rows[i]), math.ceil(len(sets[-1][0]) / size)):
+            two, lengths2[j] = gradients(len(sets) - 1, j * size)
+            rows[i].append(_inner(one, two))
     cosine = torch.cat([torch.cat(row, 1) for row in rows]).clamp(-1, 1)
-    if x2 is None:
+    if len(sets) == 1:
         cosine = (cosine + cosine.mT) / 2  # symmetric to the last bit
     length1, length2 = (torch.cat([*lengths.values()]) for lengths in (lengths1, lengths2))
     return Stiffness(cosine * (length1[:, None] * length2), cosine)
@@ -173,30 +171,41 @@ def stiffness(
 
 # -------------------------------------------------- gradients of examples, as outer products δ aᵀ
 
-_Factors = list[tuple[Tensor, Tensor]]  # a [n, I] and δ [n, O] of each part of the gradient
+
+class _Layer(NamedTuple):
+    """A part of the gradients of n examples: δ [n, O] times the input [n, I], and maybe a 1."""
+
+    a: Tensor
+    one: bool  # the bias is a weight of a constant input
+    delta: Tensor
+
+    def inner(self, other: "_Layer") -> Tensor:
+        """(a_i·a_j + 1)(δ_i·δ_j)"""
+        return (self.a @ other.a.mT + self.one) * (self.delta @ other.delta.mT)
 
 
 class _Gradients(NamedTuple):
     """Gradients of n examples."""
 
-    directions: _Factors  # of length 1, or 0
+    directions: list[_Layer]  # of length 1, or 0
     length: Tensor  # [n]
 
 
-def _inner(one: _Factors, two: _Factors) -> Tensor:
-    """g_i·g_j = Σ (a_i·a_j)(δ_i·δ_j)."""
-    parts = zip(one, two, strict=True)
-    return reduce(add, ((a1 @ a2.mT) * (d1 @ d2.mT) for (a1, d1), (a2, d2) in parts))
+def _inner(one: list[_Layer], two: list[_Layer]) -> Tensor:
+    """g_i·g_j, the sum over layers."""
+    return reduce(add, (a.inner(b) for a, b in zip(one, two, strict=True)))
 
 
-def _normalized(gradients: _Factors) -> _Gradients:
+def _normalized(layers: list[_Layer]) -> _Gradients:
     """Directions and lengths, without underflow in the squares."""
     nonzero = lambda v: torch.where(v == 0, 1, v)[:, None]
-    lengths = lambda v, p=2: torch.linalg.vector_norm(v, p, dim=1)
-    scale = torch.stack([lengths(d, math.inf) for _, d in gradients]).amax(0)
-    scaled = [(a, d / nonzero(scale)) for a, d in gradients]
-    length = reduce(add, ((lengths(a) * lengths(d)) ** 2 for a, d in scaled)).sqrt()
-    return _Gradients([(a / nonzero(length), d) for a, d in scaled], scale * length)
+    norms = lambda v, p=2: torch.linalg.vector_norm(v, p, dim=1)
+    scale = torch.stack([norms(layer.delta, math.inf) for layer in layers]).amax(0)
+    scaled = [layer._replace(delta=layer.delta / nonzero(scale)) for layer in layers]
+    squares = ((norms(u.a) ** 2 + u.one) * norms(u.delta) ** 2 for u in scaled)
+    length = reduce(add, squares).sqrt()
+    unit = [layer._replace(delta=layer.delta / nonzero(length)) for layer in scaled]
+    return _Gradients(unit, scale * length)
 
 
 def _example_gradients(
@@ -206,7 +215,7 @@ def _example_gradients(
     x: Tensor,
     y: Tensor,
     criterion: Loss,
-) -> _Factors:
+) -> list[_Layer]:
     """By one forward and one backward pass of each example, a batch of one."""
     others = _others(params, layers)
     probes = {name: params[name].new_zeros(len(params[name])) for name in layers}
@@ -221,15 +230,14 @@ def _example_gradients(
         return grad(loss, argnums=(0, 1), has_aux=True)(others, probes)
 
     (gradients, deltas), inputs = vmap(of_one)(x, y)
-    factors = []
-    for weight, bias in layers.items():
-        a, delta = _at_least_single(inputs[weight]), _at_least_single(deltas[weight])
-        one = [] if bias is None else [torch.ones_like(a[:, :1])]
-        factors.append((torch.cat([a, *one], 1), delta))
-    for gradient in gradients.values():
+    parts = [
+        _Layer(_at_least_single(inputs[w]), bias is not None, _at_least_single(deltas[w]))
+        for w, bias in layers.items()
+    ]
+    for gradient in gradients.values():  # a constant input, whose δ is the whole gradient
         g = _at_least_single(gradient).reshape(len(x), -1)
-        factors.append((torch.ones_like(g[:, :1]), g))
-    return factors
+        parts.append(_Layer(g[:, :0], True, g))
+    return parts
 
 
 def _only_loss(losses: Any) -> Tensor:
