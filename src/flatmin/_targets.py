@@ -1,5 +1,7 @@
 """Per-example losses, and their targets: labels or probabilities."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -11,6 +13,23 @@ from ._stage import Batch
 def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each example, in nats: logits [n, K], classes [n] or soft targets [n, K]."""
     return cross_entropy(logits, target, reduction="none")
+
+
+def checked_losses(losses: Any, x: Tensor, y: Tensor) -> Tensor:
+    """What a criterion returned, if it is one loss per example, or one per target of an example.
+
+    A mean or a sum would make batches of different sizes count wrongly, and a difference of [n, 1]
+    and [n] makes n² losses.
+    """
+    good = isinstance(losses, Tensor) and losses.shape[:1] == x.shape[:1]
+    if not good or losses.shape[1:] not in ((), y.shape[1:]):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        each = f" or {tuple(y.shape)}" if y.ndim > 1 else ""
+        raise ValueError(
+            f"criterion must return one loss per example (reduction='none'), shape ({len(x)},)"
+            f"{each}, got {got}"
+        )
+    return losses
 
 
 def soft_targets(
