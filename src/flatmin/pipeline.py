@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ._objective import Objective
 from ._stage import STAGES, Batch, BatchStage, GradientStage, LossStage, OptimizerStage, Step
-from ._targets import example_losses
+from ._targets import checked_losses, example_losses
 from ._tree import Params
 from .gradient.plain import PlainGradient
 from .loss.flooding import Flooding
@@ -196,7 +196,9 @@ def step(
     def evaluate(w: Params, buffers: Params, rows: Any, raw: bool) -> tuple[Tensor, Params]:
         buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
         output = functional_call(model, (w, buffers), (batch.x[rows],))  # model
-        losses = recipe.criterion(output, batch.y[rows])
+        losses = checked_losses(
+            recipe.criterion(output, batch.y[rows]), batch.x[rows], batch.y[rows]
+        )
         if raw:
             return losses.mean(), buffers
         return recipe.loss(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import itertools
 import math
 import re
@@ -18,8 +19,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from . import _random, pipeline
 from ._checks import whole
 from ._functional import Network, named_values, plain_attention
 from ._random import stream
+from ._targets import checked_losses, example_losses
 from ._tree import Params
 from .data import Data
 from .pipeline import Batch, Recipe, State, Step
@@ -91,34 +94,19 @@ class Networks:
         ``{dimension: values}`` in order; the last is ``seed``.  Runs are in row-major order.
     template : nn.Module
         The architecture, in evaluation mode.
+    criterion : callable
+        The recipe's, and of every instrument that takes one and is not given another.
     """
 
     template: nn.Module
     params: Params
     buffers: Params
     coords: dict[str, list[Any]]
+    criterion: Callable[[Any, Tensor], Tensor] = example_losses
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(len(values) for values in self.coords.values())
-
-    @overload
-    def measure(
-        self,
-        instrument: Callable[..., Tensor],
-        data: Data | Sequence[Data],
-        split: str = ...,
-        examples: int | None = ...,
-    ) -> xr.DataArray: ...
-
-    @overload
-    def measure(
-        self,
-        instrument: Instrument,
-        data: Data | Sequence[Data],
-        split: str = ...,
-        examples: int | None = ...,
-    ) -> Any: ...
 
     def measure(
         self,
@@ -152,11 +140,14 @@ class Networks:
 
         like = next(iter(self.params.values()))
         part = _Split.of(data, split, self.shape[-1], like.device, like.dtype)
+        if not part.size:
+            raise ValueError(f"split must have examples, got {split!r} of {data!r}")
         seed_of_run = torch.arange(len(like), device=like.device) % self.shape[-1]
         rows = None
         if examples is not None:
             rows = torch.arange(min(whole("examples", examples), part.size), device=like.device)
         x, y = part.take(seed_of_run, rows)
+        instrument = _with_criterion(instrument, self.criterion)
         found = _measure(self.template, instrument, self.params, self.buffers, x, y, part.dim)
         arrays = {}
         for name, (dims, value) in named_values(instrument, found, runs=1).items():
@@ -178,7 +169,9 @@ class Networks:
         take = lambda stacked: {name: w[runs.to(w.device)] for name, w in stacked.items()}
         pairs = zip(self.coords.items(), keep)
         chosen = {name: [values[i] for i in indices] for (name, values), indices in pairs}
-        return Networks(self.template, take(self.params), take(self.buffers), chosen)
+        return dataclasses.replace(
+            self, params=take(self.params), buffers=take(self.buffers), coords=chosen
+        )
 
     def module(self, **coords: Any) -> nn.Module:
         """One network as an ordinary module: ``networks.module(flood_level=0.1, seed=3)``."""
@@ -312,7 +305,7 @@ def fit(
     evaluation_batch_size : int
         How many examples to evaluate at once; bounds memory too.
     device, dtype
-        Default: the GPU if there is one, and float32.
+        Default: the GPU if there is one, and float32.  Half precision rounds the grid's values, too.
     expect_divergence : bool
         Whether losses may become infinite or NaN: if true, there is no warning, and claims about
         the result are allowed.
@@ -383,9 +376,7 @@ def fit(
     return Runs(dataset, plan.stack(joined) if joined else None)
 
 
-def best_step(
-    runs: Runs | xr.Dataset, by: str = "validation_error", patience: int | None = None
-) -> xr.Dataset:
+def best_step(runs: Runs | xr.Dataset, by: str = "validation_error") -> xr.Dataset:
     """What each run would have reported had it stopped early, without training again.
 
     Parameters
@@ -394,8 +385,6 @@ def best_step(
         From :func:`fit`.
     by : str
         The variable to minimize; the first minimum counts.
-    patience : int
-        Stop after ``patience`` evaluations without a new minimum.  ``None``: search all steps.
 
     Returns
     -------
@@ -409,24 +398,11 @@ def best_step(
     >>> runs = xr.Dataset({"validation_loss": loss}, coords={"step": range(5)})
     >>> best_step(runs, "validation_loss").step.values
     array([4])
-    >>> best_step(runs, "validation_loss", patience=2).step.values
-    array([1])
     """
     names = sorted(str(name) for name, v in runs.data_vars.items() if "step" in v.dims)
     if by not in names:
         raise ValueError(f"by must be one of {names}, got {by!r}")
     score = runs[by].fillna(np.inf)
-    if patience is not None:
-        whole("patience", patience)
-        axis = score.get_axis_num("step")
-        low = np.minimum.accumulate(score.values, axis)
-        index = np.arange(score.sizes["step"]).reshape(
-            [-1 if d == "step" else 1 for d in score.dims]
-        )
-        new = low < np.roll(low, 1, axis)  # at index 0 it does not matter
-        last_new = np.maximum.accumulate(np.where(new, index, 0), axis)
-        stopped = np.logical_or.accumulate(index - last_new >= patience, axis)
-        score = score.where(~stopped, np.inf)
     return runs.isel(step=score.argmin("step"))
 
 
@@ -609,11 +585,8 @@ class _Plan:
             if not self.parts[split].size:
                 raise ValueError(f"splits must have examples, got {split!r} of {first!r}")
         n = len(first.x_train)
-        if self.batch_size is not None and self.batch_size > n:
-            raise ValueError(
-                f"batch_size must be at most the {n} training examples, "
-                f"or None for the full batch, got {self.batch_size}"
-            )
+        if self.batch_size is not None:  # as in a DataLoader, a batch has at most all examples
+            self.batch_size = min(self.batch_size, n)
         self.train_size, self.num_classes = n, first.num_classes
 
     def _checked_steps(self, name: str, others: str, steps: Any) -> list[int]:
@@ -628,12 +601,17 @@ class _Plan:
     def _check_names(self) -> None:
         if "loss" in self.metrics:
             raise ValueError("metrics must have names of their own, got 'loss', the criterion's")
-        self.instruments = dict(self.instruments or {})
+        self.instruments = {
+            name: _with_criterion(instrument, self.recipe.criterion)
+            for name, instrument in (self.instruments or {}).items()
+        }
         names = [f"{s}_{m}" for s in self.splits for m in ("loss", *self.metrics)]
         if taken := {*names, "diverged_at"} & {*self.instruments}:
             raise ValueError(f"instruments must have names of their own, got {sorted(taken)}")
         names += self.instruments
-        if self.networks == "best" and self.select_by not in names:
+        chosen = isinstance(self.networks, str) and self.networks == "best"
+        stem = [name for name in self.instruments if self.select_by.startswith(f"{name}_")]
+        if chosen and self.select_by not in names and not stem:
             raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
 
     def bound(self, values: Mapping[str, Any]) -> Recipe:
@@ -652,7 +630,10 @@ class _Plan:
             # [grid × seed, step, ...] → [grid × step × seed, ...]
             order = lambda w: w.unflatten(0, (-1, n)).movedim(2, 1).flatten(0, 2)
             joined = {part: {k: order(w) for k, w in ws.items()} for part, ws in joined.items()}
-        return Networks(self.template.eval(), **_to(joined, self.device), coords=coords)
+        stacks = _to(joined, self.device)
+        return Networks(
+            self.template.eval(), **stacks, coords=coords, criterion=self.recipe.criterion
+        )
 
     def label(self, values: Params) -> xr.Dataset:
         """The values [R, steps, ...], and ``diverged_at`` [R], by the names of their dimensions."""
@@ -718,7 +699,13 @@ class _Chunk:
             if t in plan.evaluate_at:
                 records.append(self._evaluate(t))
                 if plan.networks == "best":
-                    now = self._evaluated() | {"score": records[-1][plan.select_by]}
+                    score = records[-1].get(plan.select_by)
+                    if score is None or score.ndim != 1:
+                        raise ValueError(
+                            f"select_by must be a variable with one number per run and step, "
+                            f"got {plan.select_by!r} among {[*records[-1]]}"
+                        )
+                    now = self._evaluated() | {"score": score}
                     best = now if best is None else _better(now, best)
             if t in plan.kept_at:
                 kept.append(_to(self._evaluated(), "cpu"))
@@ -771,6 +758,10 @@ class _Chunk:
             found = _measure(self.model, instrument, **weights, x=x, y=y, dim=train.dim)
             for field, (dims, value) in named_values(instrument, found, runs=1).items():
                 variable = f"{name}_{field}" if field else name
+                if variable in values:
+                    raise ValueError(
+                        f"instruments must return values with names of their own, got {variable!r}"
+                    )
                 values[variable], self.plan.dims[variable] = value.double(), dims
         healthy = self.diverged_at < 0
         where = lambda v: torch.where(healthy.view(-1, *[1] * (v.ndim - 1)), v, torch.nan)
@@ -784,16 +775,16 @@ class _Chunk:
         def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
             output = functional_call(self.model, (params, buffers), (x,))
             values = [metric(output, y) for metric in metrics.values()]
+            checked_losses(values[0], x, y)
             for name, v in zip(metrics, values, strict=True):
                 if not isinstance(v, Tensor) or v.shape[:1] != x.shape[:1]:
-                    what = "criterion" if name == "loss" else f"metrics[{name!r}]"
                     got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
                     raise ValueError(
-                        f"{what} must return one number or more per example (reduction='none'), "
+                        f"metrics[{name!r}] must return one number or more per example, "
                         f"[{len(x)}, ...], got {got}"
                     )
             size[:] = [v.numel() / len(x) for v in values]  # numbers per example, such as tokens
-            return [v.sum() for v in values]
+            return [_at_least_single(v).sum() for v in values]
 
         part = self.plan.parts[split]
         stacked = vmap(one_run, in_dims=(0, 0, part.dim, part.dim))
@@ -931,9 +922,19 @@ def _measure(
         network = lambda params, x: functional_call(template, (params, buffers), (x,))
         return instrument(network, params, x, y)
 
+    # half precision is too short for differences of losses
+    params, buffers, x, y = tree_map(_at_least_single, (params, buffers, x, y))
     template.eval()
     with plain_attention():
         return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
+
+
+def _with_criterion(instrument: Any, criterion: Callable[[Any, Tensor], Tensor]) -> Instrument:
+    """The instrument with this criterion, unless it takes none or was given another."""
+    parameter = inspect.signature(instrument).parameters.get("criterion")
+    if parameter is None or parameter.default is not example_losses:
+        return instrument
+    return partial(instrument, criterion=criterion)
 
 
 def _better(now: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
@@ -951,6 +952,10 @@ def _description(thing: Any) -> str:
         )
         return f"{type(thing).__name__}({', '.join(parts)})"
     return getattr(thing, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
+
+
+def _at_least_single(v: Tensor) -> Tensor:
+    return v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
 
 
 def _to(tree: Any, device: torch.device | str) -> Any:

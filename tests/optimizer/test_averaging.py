@@ -110,3 +110,12 @@ def test_sweeps_are_single_runs():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_swa_counts_beyond_what_half_precision_holds():
+    swa, w = SWA(SGD(lr=0.0), start=0.0), {"w": torch.tensor(1.0, dtype=torch.bfloat16)}
+    state = swa.init(w)
+    for t in range(1000):
+        w = {"w": torch.tensor(float(t % 2), dtype=torch.bfloat16)}
+        w, state = swa({"w": torch.zeros((), dtype=torch.bfloat16)}, w, state, Step(t, of=1000))
+    assert state[2] == 1000

@@ -27,7 +27,7 @@ from .._tree import Params, flatten, plus, unflatten
 __all__ = ["GradientPenalty"]
 
 
-DIFFERENCES = (None, "forward", "backward", "central")
+ENDS = {"forward": (1, 0), "backward": (0, -1), "central": (1, -1)}  # in units of rv
 
 
 def _unit(v: Params) -> Params:
@@ -104,8 +104,8 @@ class GradientPenalty(GradientStage):
 
     def __post_init__(self) -> None:
         hyperparameter("penalty", self.penalty, 0)
-        if self.difference not in DIFFERENCES:
-            raise ValueError(f"difference must be one of {DIFFERENCES}, got {self.difference!r}")
+        if self.difference not in (None, *ENDS):
+            raise ValueError(f"difference must be one of {(None, *ENDS)}, got {self.difference!r}")
         if self.radius is not None and self.difference is None:
             raise ValueError(
                 f"radius is for a difference, but difference is None: got {self.radius!r}"
@@ -127,15 +127,9 @@ class GradientPenalty(GradientStage):
         v = direction_of(g)
         r = self.penalty if self.radius is None else self.radius
         alpha = 1.0 if self.radius is None else self.penalty / r
-        gradient_at = lambda r: grad(objective)(plus(params, v, r))
-        mix = lambda a, x, b, y: {name: a * x[name] + b * y[name] for name in g}
-        if self.difference == "forward":
-            direction = mix(1 - alpha, g, alpha, gradient_at(r))
-        elif self.difference == "backward":
-            direction = mix(1 + alpha, g, -alpha, gradient_at(-r))
-        else:
-            direction = plus(g, mix(1, gradient_at(r), -1, gradient_at(-r)), alpha / 2)
-        return direction, state
+        high, low = ENDS[self.difference]
+        at = lambda end: g if end == 0 else grad(objective)(plus(params, v, end * r))
+        return plus(g, plus(at(high), at(low), -1), alpha / (high - low)), state
 
     # Members of the family by name: each returns an instance of the class above.
 

@@ -80,7 +80,8 @@ class SAM(GradientStage):
 
     The loss of the step is the raw one at :math:`w`, and its buffers (batch statistics, dropout's
     counters) are those after the pass at :math:`w`; both passes start from the same buffers.  With
-    several shards, whose batch statistics differ, the buffers are averaged.
+    several shards, whose batch statistics differ, the buffers are averaged.  All shards start from
+    the same buffers, so :class:`~flatmin.layers.Dropout` drops the same units in each.
 
     References
     ----------
@@ -182,7 +183,11 @@ def sam_gradient(
     params: Params,
     rho: float | Tensor = 0.05,
     p: float | Tensor = 2.0,
-    **settings: Any,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    normalized: bool = True,
+    exact: bool = False,
 ) -> Params:
     r"""SAM's gradient of a loss: :math:`\nabla L(w+\hat\epsilon)`, for ``torch.func``.
 
@@ -192,8 +197,8 @@ def sam_gradient(
         ``loss(params) -> scalar``, which ``torch.func`` can differentiate.
     params : dict of Tensor
         The point :math:`w`.
-    rho, p, **settings
-        As in :class:`SAM`: ``adaptive``, ``eta``, ``normalized``, ``exact``.
+    rho, p, adaptive, eta, normalized, exact
+        As in :class:`SAM`.
 
     Returns
     -------
@@ -205,5 +210,5 @@ def sam_gradient(
     >>> sam_gradient(lambda params: 0.5 * 3.0 * params["w"] ** 2, {"w": torch.tensor(2.0)}, rho=0.1)
     {'w': tensor(6.3000)}
     """
-    sam = SAM(rho, p, **settings)  # type: ignore[arg-type]  # see Recipe: or tensors
+    sam = SAM(rho, p, adaptive, eta, normalized, exact)  # type: ignore[arg-type]  # or tensors
     return sam(Objective.of(loss), params, (), t=0)[0]

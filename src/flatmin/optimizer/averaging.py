@@ -109,7 +109,8 @@ class SWA(OptimizerStage):
 
     def init(self, params: Params) -> Any:
         w = next(iter(params.values()))
-        count = torch.zeros((), dtype=w.dtype, device=w.device)
+        at_least_single = torch.promote_types(w.dtype, torch.float32)  # bfloat16 counts to 256
+        count = torch.zeros((), dtype=at_least_single, device=w.device)
         return self.inner.init(params), dict(params), count
 
     def __call__(self, grads: Params, params: Params, state: Any, t: int) -> tuple[Params, Any]:
