@@ -140,11 +140,8 @@ class Data:
             )
 
     def __repr__(self) -> str:
-        noisy = len(self.y_train) - int(
-            (self.y_train == self.y_train_clean).flatten(1).all(1).sum()
-            if self.y_train.ndim > 1
-            else (self.y_train == self.y_train_clean).sum()
-        )
+        changed = self.y_train != self.y_train_clean
+        noisy = int(changed.reshape(len(changed), -1).any(1).sum()) if len(changed) else 0
         classes = self.num_classes
         targets = f"targets {list(self.y_train.shape[1:])}" if classes is None else ""
         return (
