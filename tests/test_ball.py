@@ -126,6 +126,11 @@ def test_scaled_ball(g, p, data):
         assert (g @ epsilon).item() == pytest.approx(0.3 * norm(t * g, dual(p)).item(), rel=1e-12)
 
 
+def test_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match="g must be floating point, got torch.int64"):
+        dual_norm_perturbation(torch.tensor([3, -4]), 0.1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

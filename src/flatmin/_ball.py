@@ -58,6 +58,11 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
         :math:`\hat\epsilon`, in the shape and type of ``g``; zero if ``g`` is zero, all NaN if any
         of it is not finite.  Half precision is computed in float32.
 
+    Raises
+    ------
+    TypeError
+        If ``g`` is not floating point.
+
     Notes
     -----
     In the ball :math:`\|T^{-1}\epsilon\|_p\le\rho` with :math:`T>0` for each coordinate, the
@@ -77,9 +82,18 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
     (tensor([ 0.0000, -0.5000]), tensor([ 0.5000, -0.5000]))
     """
     check_ball(rho, p)
+    if not g.is_floating_point():
+        raise TypeError(f"g must be floating point, got {g.dtype}")
     single = g.to(torch.promote_types(g.dtype, torch.float32))
     v, step = direction(over_largest(single, p), rho, p)
     return (step * v).to(g.dtype)
+
+
+def project(u: Tensor, rho: float | Tensor, p: float) -> Tensor:
+    """The closest point of the ball for p of 2 and ∞; for others its point on the way to 0."""
+    if p == math.inf:
+        return u.clamp(-rho, rho)  # type: ignore[arg-type]  # two floats or two tensors
+    return u * (rho / norm(u, p).clamp_min(torch.finfo(u.dtype).tiny)).clamp_max(1)
 
 
 def over_largest(g: Tensor, p: float | Tensor, norm: Norm = norm) -> Tensor:

@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._checks import whole
+from ._targets import checked_losses
 from ._tree import Params
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -59,6 +60,8 @@ def on(
 def dims(*names: str, **of_fields: Sequence[str]) -> Callable[[Marked], Marked]:
     """Name the dimensions of what an instrument returns: of a tensor, or of each named value.
 
+    A lambda around an instrument has no names; set its options with ``functools.partial``.
+
     >>> @dims("coordinate")
     ... def line(network, params, x, y): ...
     >>> @dims(value=["eigenvalue"], error=["eigenvalue"])
@@ -99,16 +102,16 @@ def named_values(instrument: Any, found: Any, runs: int = 0) -> dict[str, tuple[
 class MeanLoss:
     """L(w): the mean over all examples, computed batch by batch."""
 
-    def __init__(self, network: Network, loss: Loss, x: Tensor, y: Tensor, batch_size: int) -> None:
-        self.network, self.loss, self.n = network, loss, len(x)
+    def __init__(
+        self, network: Network, criterion: Loss, x: Tensor, y: Tensor, batch_size: int
+    ) -> None:
+        self.network, self.criterion, self.n = network, criterion, len(x)
         size = whole("batch_size", batch_size)
         self.batches = list(zip(x.split(size), y.split(size), strict=True))
 
     def of(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         """The contribution of one batch; the sum over all batches is the mean."""
-        losses = self.loss(self.network(params, x), y)
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"criterion must return a tensor, got {type(losses).__name__}")
+        losses = checked_losses(self.criterion(self.network(params, x), y), x, y)
         return losses.mean() * (len(x) / self.n)
 
     def __call__(self, params: Params) -> Tensor:

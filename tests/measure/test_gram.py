@@ -355,7 +355,7 @@ def test_equal_to_the_loop(name):
     g1, g2 = loop(model, criterion, x1, y1), loop(model, criterion, x2, y2)
     assert_is_gram(of(model, criterion, x1, y1), g1, g1, 1e-10)
     assert_is_gram(of(model, criterion, x1, y1, x2, y2), g1, g2, 1e-10)
-    assert_is_gram(of(model, criterion, x1, y1, chunk_size=2), g1, g1, 1e-10)
+    assert_is_gram(of(model, criterion, x1, y1, batch_size=2), g1, g1, 1e-10)
     model, x1, x2 = model.float(), real(x1, torch.float32), real(x2, torch.float32)
     g1, g2 = loop(model, criterion, x1, y1), loop(model, criterion, x2, y2)
     assert_is_gram(of(model, criterion, x1, y1), g1, g1, 1e-5)
@@ -363,13 +363,13 @@ def test_equal_to_the_loop(name):
 
 
 @pytest.mark.parametrize("n1, n2", [(1, 1), (1, 4), (2, 1), (5, 4)])
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 100])
-def test_chunks_change_nothing(n1, n2, chunk_size):
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_chunks_change_nothing(n1, n2, batch_size):
     model, criterion, x1, y1, x2, y2 = make("CNN", n1, n2)
     g1, g2 = loop(model, criterion, x1, y1), loop(model, criterion, x2, y2)
-    both = of(model, criterion, x1, y1, x2, y2, chunk_size=chunk_size)
+    both = of(model, criterion, x1, y1, x2, y2, batch_size=batch_size)
     assert_is_gram(both, g1, g2, 1e-10)
-    alone = of(model, criterion, x1, y1, chunk_size=chunk_size)
+    alone = of(model, criterion, x1, y1, batch_size=batch_size)
     assert_is_gram(alone, g1, g1, 1e-10)
     assert torch.equal(alone.gram, alone.gram.mT)
 
@@ -398,9 +398,9 @@ def test_memory_follows_the_chunk():
     model = SmallCNN(1, 3, (4, 8))
     x, y = torch.randn(64, 1, 16, 16), torch.randint(3, (64,))
     sizes = []
-    for chunk_size in (2, 64, None):
+    for batch_size in (2, 64, None):
         with Largest() as largest:
-            on(model, stiffness, x, y, chunk_size=chunk_size)
+            on(model, stiffness, x, y, batch_size=batch_size)
         sizes.append(largest.numel)
     assert sizes[0] < min(sizes[1:]) / 3
 
@@ -450,7 +450,7 @@ def test_the_stack_is_the_module(name):
 
     def all_of(params):
         alone = stiffness(network, params, x1, y1, criterion=criterion)
-        return alone, stiffness(network, params, x1, y1, x2, y2, criterion=criterion)
+        return alone, stiffness(network, params, x1, y1, x2=x2, y2=y2, criterion=criterion)
 
     alone, both = vmap(all_of)(stacked)
     for run in range(len(scales)):
@@ -708,9 +708,9 @@ def test_nothing_of_the_model_changes_even_if_the_loss_fails(failing):
 
     if failing:
         with pytest.raises(RuntimeError, match="from the loss"):
-            of(model, sometimes, x, y, chunk_size=2)
+            of(model, sometimes, x, y, batch_size=2)
     else:
-        of(model, sometimes, x, y, chunk_size=2)
+        of(model, sometimes, x, y, batch_size=2)
     assert all(m.training for m in model.modules())
     assert dict(model._forward_hooks) == hooks
     for k, p in model.named_parameters():
@@ -756,18 +756,18 @@ def test_errors_name_argument_and_value():
     network = lambda params, x: functional_call(model, params, (x,))
     params = {name: p.detach() for name, p in model.named_parameters()}
     calls = {
-        r"x and y must hold the same number.*\(6, 4\) and \(5,\)": (x, y[:5]),
-        r"x2 and y2 must hold the same number.*\(0, 4\)": (x, y, x[:0], y[:0]),
-        "x2 and y2 must be given both or neither": (x, y, x),
+        r"x and y must hold the same number.*\(6, 4\) and \(5,\)": (x, y[:5], {}),
+        r"x2 and y2 must hold the same number.*\(0, 4\)": (x, y, {"x2": x[:0], "y2": y[:0]}),
+        "x2 and y2 must be given both or neither": (x, y, {"x2": x}),
     }
-    for match, arguments in calls.items():
+    for match, (x1, y1, second) in calls.items():
         with pytest.raises(ValueError, match=match):
-            stiffness(network, params, *arguments)
+            stiffness(network, params, x1, y1, **second)
     with pytest.raises(TypeError, match="x must be a tensor, got list"):
         stiffness(network, params, [1.0], y)
     for bad in (0, 1.5, True):
-        with pytest.raises(ValueError, match=f"chunk_size must be a whole number >= 1, got {bad}"):
-            stiffness(network, params, x, y, chunk_size=bad)
+        with pytest.raises(ValueError, match=f"batch_size must be a whole number >= 1, got {bad}"):
+            stiffness(network, params, x, y, batch_size=bad)
     for bad, got in ((nn.CrossEntropyLoss(), r"\(\)"), (lambda z, y: None, "NoneType")):
         with pytest.raises(ValueError, match=f"criterion must return one loss .*, got {got}"):
             stiffness(network, params, x, y, criterion=bad)

@@ -18,20 +18,24 @@ from .datasets import (
     spiral,
     two_gaussians,
 )
+from .distance import CriticalLength, critical_length, input_distance
 from .models import MLP, ResNet, SmallCNN, resnet20
 from .statistics import mean_interval, pm
 
 __all__ = [
     "CIFAR100_SUPERCLASS",
+    "CriticalLength",
     "MLP",
     "ResNet",
     "SmallCNN",
     "cifar10",
     "cifar100",
     "claim",
+    "critical_length",
     "digits",
     "fashion_mnist",
     "first_seed",
+    "input_distance",
     "mean_interval",
     "mnist",
     "mnist1d",

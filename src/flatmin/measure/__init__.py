@@ -1,23 +1,18 @@
 """Instruments: measurements of a trained network."""
 
 from .._functional import dims, on
-from .._pairs import (
-    CriticalLength,
-    between_classes,
-    class_matrix,
-    critical_length,
-    input_distance,
-    within_classes,
-)
 from .attack import error_under_attack, fgsm, pgd
 from .flatness import sharpness
 from .gram import (
     ClassStiffness,
     Stiffness,
+    between_classes,
+    class_matrix,
     class_stiffness,
     gradient_norm,
     residual_stiffness,
     stiffness,
+    within_classes,
 )
 from .hessian import (
     Density,
@@ -31,11 +26,10 @@ from .hessian import (
     spectral_density,
     trace,
 )
-from .slices import filter_normalized, loss_slice
+from .slices import loss_slice
 
 __all__ = [
     "ClassStiffness",
-    "CriticalLength",
     "Density",
     "Eigenvalues",
     "Lanczos",
@@ -44,16 +38,13 @@ __all__ = [
     "between_classes",
     "class_matrix",
     "class_stiffness",
-    "critical_length",
     "dims",
     "eigenvalues",
     "error_under_attack",
     "fgsm",
-    "filter_normalized",
     "gradient_norm",
     "hessian_product",
     "hvp",
-    "input_distance",
     "lanczos",
     "loss_slice",
     "on",

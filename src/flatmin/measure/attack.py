@@ -1,6 +1,6 @@
 r"""Attacks: the small change of an input that raises its loss most.
 
-.. math:: \max_{\|\delta\|_p\le\epsilon}\ \ell\big(f(x+\delta),\,y\big), \qquad p\in\{2,\infty\}
+.. math:: \max_{\|\delta\|_p\le\epsilon}\ \ell\big(f(x+\delta),\,y\big)
 
 :func:`fgsm` takes one step, :func:`pgd` several.  Both are pure functions of a model, inputs and
 labels, and compose with ``torch.func``; :func:`error_under_attack` is the instrument.  An attack is
@@ -10,14 +10,16 @@ that of another.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import grad
+from torch.func import grad, vmap
 
-from .._checks import hyperparameter, whole
+from .._ball import dual_norm_perturbation, project
+from .._checks import hyperparameter, number, whole
 from .._functional import Loss, Network, evaluation
-from .._targets import example_losses
+from .._targets import checked_losses, example_losses
 from .._tree import Params
 
 __all__ = ["error_under_attack", "fgsm", "pgd"]
@@ -36,8 +38,9 @@ def fgsm(
 ) -> Tensor:
     r"""One step to the edge of the ball: :math:`x+\epsilon\operatorname{sign}\nabla_x\ell`.
 
-    For p = 2, along :math:`\nabla_x\ell/\|\nabla_x\ell\|`: in both cases the optimum for a loss
-    that is linear in x.
+    For p = 2, along :math:`\nabla_x\ell/\|\nabla_x\ell\|`; for any p the
+    :func:`~flatmin.dual_norm_perturbation` of each example, the optimum for a loss that is linear
+    in x.
 
     Parameters
     ----------
@@ -49,11 +52,11 @@ def fgsm(
     y : Tensor
         Labels [n], or soft targets [n, K].
     eps : float or Tensor
-        :math:`\epsilon\ge0`, in the unit of the inputs.
-    p : {2, inf}
-        The norm that bounds the change of an example.
+        :math:`\epsilon\ge0`, in the unit of the inputs: one number, or one per example, [n].
+    p : float
+        The norm that bounds the change of an example, in [1, ∞].
     criterion : callable
-        From logits and y to the losses [n].  To attack a targeted class, pass that class as y and
+        From logits and y to one loss per example, [n].  To attack a targeted class, pass that class as y and
         the negative loss.
 
     Returns
@@ -76,7 +79,7 @@ def fgsm(
     >>> fgsm(model, torch.tensor([[1.0]]), torch.tensor([0]), eps=0.25)
     tensor([[0.7500]])
     """
-    return pgd(model, x, y, eps, steps=1, step_size=eps, p=p, criterion=criterion)
+    return pgd(model, x, y, eps, p=p, steps=1, step_size=eps, criterion=criterion)
 
 
 def pgd(
@@ -85,9 +88,9 @@ def pgd(
     y: Tensor,
     eps: float | Tensor,
     *,
+    p: float = math.inf,
     steps: int = 10,
     step_size: float | Tensor | None = None,
-    p: float = math.inf,
     criterion: Loss = example_losses,
 ) -> Tensor:
     r"""Projected gradient ascent from x, also called iterated FGSM.
@@ -102,12 +105,16 @@ def pgd(
     steps : int
         Number of steps.
     step_size : float or Tensor, optional
-        :math:`\eta`; default :math:`2\epsilon/\text{steps}`.
+        :math:`\eta`, one number or [n]; default :math:`2\epsilon/\text{steps}`.
 
     Returns
     -------
     Tensor [n, ...]
         The changed inputs, without a graph, each within ``eps`` of its original.
+
+    Notes
+    -----
+    For other p than 2 and ∞, a change out of the ball is scaled back, not to the closest point.
 
     References
     ----------
@@ -122,18 +129,25 @@ def pgd(
     tensor([[0.7500, 1.0000]])
     """
     hyperparameter("eps", eps, 0)
-    if p not in (2, math.inf):
-        raise ValueError(f"p must be 2 or inf, got {p!r}")
+    number("p", p, 1, infinite=True)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     step_size = 2 * eps / whole("steps", steps) if step_size is None else step_size
     hyperparameter("step_size", step_size, 0)
-    uphill = grad(lambda x: criterion(model(x), y).sum())
+    for name, size in {"eps": eps, "step_size": step_size}.items():
+        if isinstance(size, Tensor) and size.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"{name} must be one number or one per example, shape ({len(x)},), "
+                f"got shape {tuple(size.shape)}"
+            )
+    each = lambda size: 0 if isinstance(size, Tensor) and size.ndim else None
+    climb = vmap(partial(dual_norm_perturbation, p=p), (0, each(step_size)))
+    within = vmap(partial(project, p=p), (0, each(eps)))
+    uphill = grad(lambda moved: checked_losses(criterion(model(moved), y), x, y).sum())
     moved = x
     with torch.no_grad(), evaluation(model):  # `grad` works inside no_grad
         for _ in range(whole("steps", steps)):
-            delta = moved + step_size * _steepest(uphill(moved), p) - x
-            moved = x + _project(delta, eps, p)
+            moved = x + within(moved + climb(uphill(moved), step_size) - x, eps)
     return moved
 
 
@@ -144,26 +158,29 @@ def error_under_attack(
     y: Tensor,
     *,
     eps: float,
+    p: float = math.inf,
     steps: int = 10,
     step_size: float | None = None,
-    p: float = math.inf,
     source: Model | None = None,
     criterion: Loss = example_losses,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Instrument: the fraction of examples that are wrong under :func:`pgd`.
 
     Parameters
     ----------
-    eps, steps, step_size, p, criterion
+    eps, p, steps, step_size, criterion
         As in :func:`pgd`; ``steps=1, step_size=eps`` is :func:`fgsm`.
     source : callable, optional
         A model, from inputs to logits, that the attack is transferred from: its gradient is used.
         Default: white box.
+    batch_size : int, optional
+        How many examples are attacked at once.  Default: all.
 
     Returns
     -------
     Tensor
-        One number between 0 and 1.
+        One number between 0 and 1; NaN if one of the logits is.
 
     Examples
     --------
@@ -174,23 +191,11 @@ def error_under_attack(
     tensor(0.5000)
     """
     model = (lambda x: network(params, x)) if source is None else source
-    moved = pgd(model, x, y, eps, steps=steps, step_size=step_size, p=p, criterion=criterion)
-    return (network(params, moved).argmax(-1) != y).to(x.dtype).mean()
+    size = len(x) if batch_size is None else whole("batch_size", batch_size)
+    attack = partial(pgd, eps=eps, p=p, steps=steps, step_size=step_size, criterion=criterion)
 
+    def wrong(x: Tensor, y: Tensor) -> Tensor:
+        logits = network(params, attack(model, x, y))
+        return torch.where(logits.isnan().any(-1), math.nan, logits.argmax(-1) != y)
 
-def _steepest(g: Tensor, p: float) -> Tensor:
-    """For each example the direction of unit p-norm with the largest ⟨g, d⟩; 0 where g is 0."""
-    if p == math.inf:
-        return g.sign()
-    tiny = torch.finfo(g.dtype).tiny
-    flat = g.flatten(1)
-    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(tiny)  # squares underflow
-    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(tiny)).reshape(g.shape)
-
-
-def _project(delta: Tensor, eps: float | Tensor, p: float) -> Tensor:
-    """For each example the closest point of the ball of radius eps."""
-    if p == math.inf:
-        return delta.clamp(-eps, eps)  # type: ignore[arg-type]  # two floats or two tensors
-    norm = delta.flatten(1).norm(dim=1).reshape(-1, *[1] * (delta.ndim - 1))
-    return delta * (eps / norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
+    return torch.cat([wrong(*b) for b in zip(x.split(size), y.split(size))]).to(x.dtype).mean()

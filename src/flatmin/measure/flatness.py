@@ -10,15 +10,11 @@ all examples at once.  With m=n it is the sharpness of the whole set.  T=1, or
 by a number and the next divided by it.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 
-from .._ball import check_ball, dual_norm_perturbation
+from .._ball import check_ball, dual_norm_perturbation, project
 from .._checks import whole
 from .._functional import Loss, MeanLoss, Network, map_rows
 from .._targets import example_losses
@@ -50,8 +46,9 @@ def sharpness(
 
     With ``steps=1`` the perturbation is SAM's :math:`\hat\epsilon`
     (:func:`~flatmin.dual_norm_perturbation`).  More steps continue from there by projected gradient
-    ascent, each as long as :math:`\rho`, and the highest loss on the way counts.  The result is a
-    lower bound of the maximum; where the gradient is 0 the ascent does not start, and it is 0.
+    ascent, each as long as :math:`\rho`.  The highest loss on the way counts, that at w included:
+    the result is a lower bound of the maximum, and never negative.  Where the gradient is 0 the
+    ascent does not start, and it is 0.
 
     Parameters
     ----------
@@ -68,7 +65,7 @@ def sharpness(
     m : int, optional
         Examples per shard, taken in order; the last shard may have fewer.  Default: all.
     criterion : callable
-        From output and targets to losses [n], or their mean.
+        From output and targets to one loss per example, [n].
     batch_size, chunk_size : int
         How many examples of a shard, and how many shards, are computed at once.  Each shard
         needs its own copy of the weights.  The result depends on both only by rounding.
@@ -106,50 +103,21 @@ def sharpness(
     m = n if m is None else min(whole("m", m), n)
     shapes, w = {name: v.shape for name, v in params.items()}, flatten(params)
     T = w.abs() + eta if adaptive else 1
-    at = lambda u: unflatten(w + T * u, shapes)
 
-    def of_shard(rows: Tensor) -> Tensor:
+    def rise(rows: Tensor) -> Tensor:
+        """The highest loss of one shard on the way, minus that at the start."""
         mean = MeanLoss(network, criterion, x[rows], y[rows], batch_size)
-
-        def slope(u: Tensor) -> Any:
-            # one batch after another: the graph of each is freed before the next
-            climb = grad_and_value(lambda u, *batch: mean.of(at(u), *batch))
-            gradients, values = zip(*(climb(u, *batch) for batch in mean.batches))
-            return sum(gradients), sum(values)
-
-        return _rise(lambda u: mean(at(u)), slope, torch.zeros_like(w), rho, p, steps)
+        loss = lambda u, *batch: mean.of(unflatten(w + T * u, shapes), *batch)
+        u, values = torch.zeros_like(w), []
+        for _ in range(steps):
+            gradients, here = zip(*(grad_and_value(loss)(u, *batch) for batch in mean.batches))
+            values.append(sum(here))
+            # steps shorter than the radius end lower
+            u = project(u + dual_norm_perturbation(sum(gradients), rho, p), rho, p)
+        values.append(sum(loss(u, *batch) for batch in mean.batches))
+        return torch.stack(values).amax(0) - values[0]
 
     rows = torch.arange(n, device=x.device)
     even = n // m * m
-    mean = map_rows(of_shard, rows[:even].view(-1, m), chunk_size).sum() * (m / n)
-    return mean + of_shard(rows[even:]) * ((n - even) / n) if even < n else mean
-
-
-def _rise(
-    loss: Callable[[Tensor], Tensor],
-    slope: Callable[[Tensor], tuple[Tensor, Tensor]],
-    zero: Tensor,
-    rho: float,
-    p: float,
-    steps: int,
-) -> Tensor:
-    """max L(w + Tu) - L(w) over the ball of u; ``slope(u)`` is the gradient and the loss."""
-    steepest = lambda g: dual_norm_perturbation(g, rho, p)
-    g, start = slope(zero)
-    u = steepest(g)
-    if steps == 1:
-        return loss(u) - start
-    highest = start
-    for _ in range(steps - 1):
-        g, here = slope(u)
-        highest = torch.maximum(highest, here)
-        u = _project(u + steepest(g), rho, p)  # steps shorter than the radius end lower
-    return torch.maximum(highest, loss(u)) - start
-
-
-def _project(u: Tensor, rho: float, p: float) -> Tensor:
-    """The closest point of the ball for p of 2 and ∞; for others its point on the way to 0."""
-    if p == math.inf:
-        return u.clamp(-rho, rho)
-    length = torch.linalg.vector_norm(u, p)
-    return u * (rho / length.clamp_min(torch.finfo(u.dtype).tiny)).clamp_max(1)
+    mean = map_rows(rise, rows[:even].view(-1, m), chunk_size).sum() * (m / n)
+    return mean + rise(rows[even:]) * ((n - even) / n) if even < n else mean

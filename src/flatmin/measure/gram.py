@@ -23,18 +23,20 @@ from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
 from .._checks import whole
-from .._functional import Loss, Network, check_examples, dims
-from .._pairs import between_classes, class_matrix, within_classes
-from .._targets import example_losses
-from .._tree import Params, norm
+from .._functional import Loss, MeanLoss, Network, check_examples, dims
+from .._targets import checked_losses, example_losses
+from .._tree import Params, norm, plus
 
 __all__ = [
     "ClassStiffness",
     "Stiffness",
+    "between_classes",
+    "class_matrix",
     "class_stiffness",
     "gradient_norm",
     "residual_stiffness",
     "stiffness",
+    "within_classes",
 ]
 
 MOST_NUMBERS = 2**26  # in the gradients of a chunk of examples
@@ -71,13 +73,13 @@ def stiffness(
     params: Params,
     x: Tensor,
     y: Tensor,
+    *,
     x2: Tensor | None = None,
     y2: Tensor | None = None,
-    *,
     criterion: Loss = example_losses,
-    chunk_size: int | None = None,
+    batch_size: int | None = None,
 ) -> Stiffness:
-    r"""An instrument: stiffness of all pairs of examples, of one set or of one with another.
+    r"""Instrument: stiffness of all pairs of examples, of one set or of one with another.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ def stiffness(
         A second set, [n2, ...]: validation examples, say.
     criterion : callable
         From output and targets to one loss per example, [n].
-    chunk_size : int, optional
+    batch_size : int, optional
         How many examples are differentiated at once; by default, as many as keep the gradients
         that are formed (see below) in 256 MiB of single precision.
 
@@ -146,7 +148,7 @@ def stiffness(
     layers = _linear_layers(network, params, x[:1])
     formed = sum(p.numel() for p in _others(params, layers).values())
     size = max(1, min(250, MOST_NUMBERS // max(1, formed)))
-    size = size if chunk_size is None else whole("chunk_size", chunk_size)
+    size = size if batch_size is None else whole("batch_size", batch_size)
     sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
 
     @lru_cache(1 if formed else None)  # factors of outer products are small enough to keep
@@ -224,7 +226,8 @@ def _example_gradients(
         def loss(others: Params, probes: Params) -> tuple[Tensor, Params]:
             with _ParameterUses(params, probes) as uses:
                 output = network({**params, **others}, x[None])
-            return _only_loss(criterion(output, y[None])), uses.inputs
+            losses = checked_losses(criterion(output, y[None]), x[None], y[None])
+            return losses.mean(), uses.inputs
 
         # the gradient of a probe, which is added to the output of a layer, is its δ
         return grad(loss, argnums=(0, 1), has_aux=True)(others, probes)
@@ -238,16 +241,6 @@ def _example_gradients(
         g = _at_least_single(gradient).reshape(len(x), -1)
         parts.append(_Layer(g[:, :0], True, g))
     return parts
-
-
-def _only_loss(losses: Any) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.shape != (1,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            "criterion must return one loss per example (reduction='none'), shape (1,) for one "
-            f"example, got {got}"
-        )
-    return losses[0]
 
 
 def _at_least_single(t: Tensor) -> Tensor:
@@ -352,13 +345,19 @@ def residual_stiffness(logits: Tensor, y: Tensor) -> Stiffness:
             [-0.2500, -0.2500,  1.0000]])
     """
     bias = {"bias": torch.zeros_like(logits[0])}
-    return stiffness(lambda p, z: z + p["bias"], bias, logits, y, chunk_size=len(logits))
+    return stiffness(lambda p, z: z + p["bias"], bias, logits, y, batch_size=len(logits))
 
 
 def gradient_norm(
-    network: Network, params: Params, x: Tensor, y: Tensor, *, criterion: Loss = example_losses
+    network: Network,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    *,
+    criterion: Loss = example_losses,
+    batch_size: int = 1000,
 ) -> Tensor:
-    r"""An instrument: the length :math:`\|\nabla L\|` of the gradient of the mean loss.
+    r"""Instrument: the length :math:`\|\nabla L\|` of the gradient of the mean loss.
 
     Parameters
     ----------
@@ -368,7 +367,9 @@ def gradient_norm(
     x, y : Tensor
         Inputs [n, ...] and targets [n, ...].
     criterion : callable
-        From output and targets to losses [n].
+        From output and targets to one loss per example, [n].
+    batch_size : int
+        How many examples at once.  The result depends on it only by rounding.
 
     Returns
     -------
@@ -384,7 +385,11 @@ def gradient_norm(
     >>> round(gradient_norm(network, {"w": torch.zeros(2, 2)}, x, y).item(), 4)   # 5 √½
     3.5355
     """
-    return norm(grad(lambda params: criterion(network(params, x), y).mean())(params))
+    mean = MeanLoss(network, criterion, x, y, batch_size)
+    return norm(reduce(plus, (grad(mean.of)(params, *batch) for batch in mean.batches)))
+
+
+# ------------------------------------------------------------------------------------ by class
 
 
 class ClassStiffness(NamedTuple):
@@ -413,12 +418,13 @@ def class_stiffness(
     num_classes: int,
     kind: str = "cosine",
     criterion: Loss = example_losses,
+    batch_size: int | None = None,
 ) -> ClassStiffness:
-    """An instrument: :func:`stiffness` by class.
+    """Instrument: :func:`stiffness` by class.
 
     Parameters
     ----------
-    network, params, x, criterion
+    network, params, x, criterion, batch_size
         As of :func:`stiffness`.
     y : Tensor
         Classes [n].
@@ -437,6 +443,81 @@ def class_stiffness(
     """
     if kind not in ("cosine", "sign"):
         raise ValueError(f"kind must be 'cosine' or 'sign', got {kind!r}")
-    values = getattr(stiffness(network, params, x, y, criterion=criterion), kind)
-    matrix = class_matrix(values, y, num_classes=num_classes)
+    pairs = stiffness(network, params, x, y, criterion=criterion, batch_size=batch_size)
+    matrix = class_matrix(getattr(pairs, kind), y, num_classes=num_classes)
     return ClassStiffness(matrix, within_classes(matrix), between_classes(matrix))
+
+
+def class_matrix(
+    values: Tensor, classes1: Tensor, classes2: Tensor | None = None, *, num_classes: int
+) -> Tensor:
+    r"""Class by class: the mean over :math:`X_1\in a`, :math:`X_2\in b`, :math:`X_1\neq X_2`.
+
+    Parameters
+    ----------
+    values : Tensor
+        One value per pair, [n1, n2], such as ``.cosine`` or ``.sign`` of a :class:`Stiffness`.
+    classes1, classes2 : Tensor
+        The examples' classes, integers in [0, num_classes), [n1] and [n2].  Without ``classes2``,
+        rows and columns are the same examples, and the diagonal, where :math:`X_1=X_2`, is left
+        out.
+    num_classes : int
+        K.
+
+    Returns
+    -------
+    Tensor
+        [K, K].  NaN where there is no pair to average: for a class that is missing, and on the
+        diagonal for a class with a single example.  A value that is infinite or NaN makes the
+        means over it so, and no other.
+
+    Notes
+    -----
+    Super-classes: the class matrix of a class matrix.  With ``groups`` [K] the super-class of each
+    class, ``class_matrix(C, groups, num_classes=G)`` is the mean over pairs of *distinct* classes
+    of two groups (or of one).
+
+    Examples
+    --------
+    >>> cosine = torch.tensor([[1.0, 0.5, -0.1], [0.5, 1.0, -0.3], [-0.1, -0.3, 1.0]])
+    >>> class_matrix(cosine, torch.tensor([0, 0, 1]), num_classes=2)
+    tensor([[ 0.5000, -0.2000],
+            [-0.2000,     nan]])
+    """
+    sizes = (len(classes1), len(classes1 if classes2 is None else classes2))
+    if values.shape != sizes:
+        raise ValueError(
+            f"values must have one row and one column per example, {sizes}, "
+            f"got shape {tuple(values.shape)}"
+        )
+    of_class = lambda classes: F.one_hot(classes.long(), whole("num_classes", num_classes))
+    one = of_class(classes1).to(values.dtype)
+    two = one if classes2 is None else of_class(classes2).to(values.dtype)
+    counted = torch.ones_like(values, dtype=torch.bool)
+    if classes2 is None:
+        counted = counted & ~torch.eye(len(values), dtype=torch.bool, device=values.device)
+    total = lambda v: one.mT @ torch.where(counted, v, 0) @ two
+    mean = total(torch.where(values.isfinite(), values, 0)) / total(torch.ones_like(values))
+    for special in (math.inf, -math.inf, math.nan):  # in a product, 0 times these is NaN
+        here = values.isnan() if math.isnan(special) else values == special
+        mean = torch.where(total(here.to(values)) > 0, mean + special, mean)
+    return mean
+
+
+def within_classes(matrix: Tensor) -> Tensor:
+    """Mean of a class matrix [K, K] over its diagonal; NaN if one of the K values is.
+
+    >>> within_classes(torch.tensor([[0.4, 0.1], [0.3, 0.8]]))
+    tensor(0.6000)
+    """
+    return matrix.diagonal().mean()
+
+
+def between_classes(matrix: Tensor) -> Tensor:
+    """Mean of a class matrix [K, K] off its diagonal; NaN if one of those values is, or K is 1.
+
+    >>> between_classes(torch.tensor([[0.4, 0.1], [0.3, math.nan]]))
+    tensor(0.2000)
+    """
+    k = len(matrix)
+    return torch.where(torch.eye(k, device=matrix.device) > 0, 0, matrix).sum() / (k * (k - 1))

@@ -91,7 +91,7 @@ def hessian_product(
     Parameters
     ----------
     criterion : callable
-        From output and targets to losses [n], or their mean.
+        From output and targets to one loss per example, [n].
     batch_size : int, optional
         How many examples at once.  Default: all; the graph of the gradient is then made once and
         kept, so that a product costs one backward pass through it.

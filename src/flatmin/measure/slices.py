@@ -8,8 +8,6 @@ step of length 1 is ten times smaller relative to its weights.  Filter normaliza
 every filter of a direction is as long as the filter of the network that it is added to.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from .._random import normals
 from .._targets import example_losses
 from .._tree import Params, plus
 
-__all__ = ["filter_normalized", "loss_slice"]
+__all__ = ["loss_slice"]
 
 
 @dims("coordinate")
@@ -40,9 +38,14 @@ def loss_slice(
 
     .. math:: \ell_i = L(w + a_i\,d), \qquad -r \le a_i \le r
 
-    with d a Gaussian direction, :func:`filter_normalized`.  All networks of a stack get the same
-    Gaussian numbers, normalized to their own filters.  Batch norm keeps the running statistics
-    of :math:`w`.
+    with d a Gaussian direction, filter-normalized:
+
+    .. math:: d_{l,i} \leftarrow \frac{d_{l,i}}{\|d_{l,i}\|}\,\|w_{l,i}\|
+
+    with :math:`w_{l,i}` the i-th filter of layer l: the weights of one output channel, or unit,
+    the i-th entry along the first dimension.  Parameters of fewer than two dimensions (biases,
+    and scales of norms) do not move, nor do the running statistics of batch norm.  All networks of
+    a stack get the same Gaussian numbers, normalized to their own filters.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ def loss_slice(
     seed : int
         Seed of the direction.
     criterion : callable
-        From output and targets to losses [n], or their mean.
+        From output and targets to one loss per example, [n].
     batch_size, chunk_size : int
         How many examples, and how many points, are computed at once.  With a ``chunk_size`` of 1
         ``vmap`` is not used.  The result depends on both only by rounding.
@@ -62,6 +65,11 @@ def loss_slice(
     -------
     Tensor [points]
         The mean loss over all examples at each point.
+
+    References
+    ----------
+    Li, Xu, Taylor, Studer & Goldstein, *Visualizing the Loss Landscape of Neural Nets*, NeurIPS
+    2018, section 4.
 
     Examples
     --------
@@ -77,7 +85,7 @@ def loss_slice(
     """
     number("radius", radius, 0)
     value = MeanLoss(network, criterion, x, y, batch_size)
-    direction = filter_normalized(normals(params, seed, "direction"), params)
+    direction = _filter_normalized(normals(params, seed, "direction"), params)
     like = next(iter(params.values()))
     coordinates = torch.linspace(
         -radius, radius, whole("points", points), device=like.device, dtype=like.dtype
@@ -85,44 +93,7 @@ def loss_slice(
     return map_rows(lambda a: value(plus(params, direction, a)), coordinates, chunk_size)
 
 
-def filter_normalized(direction: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Params:
-    r"""A direction whose filters are as long as the weights' own.
-
-    .. math:: d_{l,i} \leftarrow \frac{d_{l,i}}{\|d_{l,i}\|}\,\|w_{l,i}\|
-
-    with :math:`w_{l,i}` the i-th filter of layer l: the weights of one output channel, or unit,
-    the i-th entry along the first dimension.  Parameters of fewer than two dimensions (biases,
-    and scales of norms) do not move.
-
-    Parameters
-    ----------
-    direction, params : dict of Tensor
-        With the same names and shapes.
-
-    Returns
-    -------
-    dict of Tensor
-        Zero where the filter of either is zero.
-
-    References
-    ----------
-    Li, Xu, Taylor, Studer & Goldstein, *Visualizing the Loss Landscape of Neural Nets*, NeurIPS
-    2018, section 4.
-
-    Examples
-    --------
-    >>> d = {"weight": torch.tensor([[3.0, 4.0], [1.0, 0.0]]), "bias": torch.ones(2)}
-    >>> w = {"weight": torch.tensor([[0.0, 10.0], [0.0, -2.0]]), "bias": torch.ones(2)}
-    >>> filter_normalized(d, w)
-    {'weight': tensor([[6., 8.],
-            [2., 0.]]), 'bias': tensor([0., 0.])}
-    """
-    shapes = [{name: tuple(v.shape) for name, v in tree.items()} for tree in (direction, params)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"direction must have the names and shapes of the parameters, {shapes[1]}, "
-            f"got {shapes[0]}"
-        )
+def _filter_normalized(direction: Params, params: Params) -> Params:
     length = lambda v: torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
 
     def normalized(d: Tensor, w: Tensor) -> Tensor:

@@ -23,8 +23,6 @@ from torch import Tensor
 from ...measure import (
     between_classes,
     class_matrix,
-    critical_length,
-    input_distance,
     on,
     residual_stiffness,
     stiffness,
@@ -33,6 +31,7 @@ from ...measure import (
 from ...optimizer import Adam
 from ...pipeline import Recipe
 from ...stack import fit
+from ..distance import critical_length, input_distance
 from ..models import MLP, SmallCNN, resnet20
 from ..plotting import COLORS, band
 from . import vision

@@ -1,89 +1,15 @@
-"""Statistics of a matrix with one value per pair of examples (Fort et al., arXiv 1901.09491)."""
+"""Stiffness and the distance of inputs: the critical length (Fort et al., arXiv 1901.09491)."""
 
 import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import whole
-from ._random import stream
+from .._checks import whole
+from .._random import stream
 
-
-def class_matrix(
-    values: Tensor, classes1: Tensor, classes2: Tensor | None = None, *, num_classes: int
-) -> Tensor:
-    r"""Class by class: the mean over :math:`X_1\in a`, :math:`X_2\in b`, :math:`X_1\neq X_2`.
-
-    Parameters
-    ----------
-    values : Tensor
-        One value per pair, [n1, n2], such as ``.cosine`` or ``.sign`` of a :class:`Stiffness`.
-    classes1, classes2 : Tensor
-        The examples' classes, integers in [0, num_classes), [n1] and [n2].  Without ``classes2``,
-        rows and columns are the same examples, and the diagonal, where :math:`X_1=X_2`, is left
-        out.
-    num_classes : int
-        K.
-
-    Returns
-    -------
-    Tensor
-        [K, K].  NaN where there is no pair to average: for a class that is missing, and on the
-        diagonal for a class with a single example.  Also NaN where one of the averaged values is.
-
-    Notes
-    -----
-    Super-classes: the class matrix of a class matrix.  With ``groups`` [K] the super-class of each
-    class, ``class_matrix(C, groups, num_classes=G)`` is the mean over pairs of *distinct* classes
-    of two groups (or of one).
-
-    Examples
-    --------
-    >>> cosine = torch.tensor([[1.0, 0.5, -0.1], [0.5, 1.0, -0.3], [-0.1, -0.3, 1.0]])
-    >>> class_matrix(cosine, torch.tensor([0, 0, 1]), num_classes=2)
-    tensor([[ 0.5000, -0.2000],
-            [-0.2000,     nan]])
-    """
-    sizes = (len(classes1), len(classes1 if classes2 is None else classes2))
-    if values.shape != sizes:
-        raise ValueError(
-            f"values must have one row and one column per example, {sizes}, "
-            f"got shape {tuple(values.shape)}"
-        )
-    of_class = lambda classes: F.one_hot(classes.long(), whole("num_classes", num_classes))
-    one = of_class(classes1).to(values.dtype)
-    two = one if classes2 is None else of_class(classes2).to(values.dtype)
-    counted = torch.ones_like(values, dtype=torch.bool)
-    if classes2 is None:
-        counted = counted & ~torch.eye(len(values), dtype=torch.bool, device=values.device)
-    total = lambda v: one.mT @ torch.where(counted, v, 0) @ two
-    missing = values.isnan()
-    mean = total(values.masked_fill(missing, 0)) / total(torch.ones_like(values))
-    return torch.where(total(missing.to(values)) > 0, math.nan, mean)
-
-
-def within_classes(matrix: Tensor) -> Tensor:
-    """Mean of a class matrix [K, K] over its diagonal; NaN if one of the K values is.
-
-    >>> within_classes(torch.tensor([[0.4, 0.1], [0.3, 0.8]]))
-    tensor(0.6000)
-    """
-    return matrix.diagonal().mean()
-
-
-def between_classes(matrix: Tensor) -> Tensor:
-    """Mean of a class matrix [K, K] off its diagonal; NaN if one of those values is, or K is 1.
-
-    >>> between_classes(torch.tensor([[0.4, 0.1], [0.3, math.nan]]))
-    tensor(0.2000)
-    """
-    k = len(matrix)
-    return torch.where(torch.eye(k, device=matrix.device) > 0, 0, matrix).sum() / (k * (k - 1))
-
-
-# --------------------------------------------------------------------------------------- distance
+__all__ = ["CriticalLength", "critical_length", "input_distance"]
 
 
 def input_distance(x: Tensor) -> Tensor:
