@@ -11,6 +11,7 @@ that of another.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,10 @@ def pgd(
                 f"got shape {tuple(size.shape)}"
             )
     each = lambda size: 0 if isinstance(size, Tensor) and size.ndim else None
-    climb = vmap(partial(dual_norm_perturbation, p=p), (0, each(step_size)))
+    steepest: Any = partial(dual_norm_perturbation, p=p)
+    if p == math.inf:  # the same, without its scaling
+        steepest = lambda g, size: size * (g.sign() + 0 * g)
+    climb = vmap(steepest, (0, each(step_size)))
     within = vmap(partial(project, p=p), (0, each(eps)))
     uphill = grad(lambda moved: checked_losses(criterion(model(moved), y), x, y).sum())
     moved = x
