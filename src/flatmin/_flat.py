@@ -1,4 +1,4 @@
-"""SAM's arithmetic for a training loop: the weights of one ball as one vector, maybe in shards."""
+"""SAM's arithmetic for a training loop: many weights as one vector, maybe in shards."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -50,13 +50,13 @@ def members_of(group: dict[str, Any]) -> Iterator[Member]:
 Kinds = dict[tuple[Any, ...], list[Member]]
 
 
-class Ball:
+class FlatWeights:
     """All weights with the same p: one vector, in one piece of memory per kind.
 
     The memory holds first their gradients, then their values before the step.
     """
 
-    def __init__(self, kinds: Kinds, last: "Ball | None") -> None:
+    def __init__(self, kinds: Kinds, last: "FlatWeights | None") -> None:
         self.weights = [m.weight for same in kinds.values() for m in same]
         self.shapes = {kind: [m.weight.shape for m in same] for kind, same in kinds.items()}
         self.pieces: list[Tensor]
@@ -153,7 +153,8 @@ def all_finite(members: list[Member]) -> bool:
         kinds.setdefault(member.kind, []).append(member)
     broken = []
     for (_, device, layout), same in kinds.items():
-        grads, flag = [m.grad for m in same], torch.zeros((), device=device)
+        grads = [m.grad for m in same]
+        flag = torch.zeros((), dtype=torch.float32, device=device)  # whatever the default is
         if device.type in ("cpu", "cuda", "xpu"):  # as GradScaler does it: in one launch
             torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, torch.ones_like(flag))
         else:

@@ -185,6 +185,18 @@ def test_penalty_in_your_own_loop_equals_the_kernel(smooth, squared):
     torch.testing.assert_close(w.grad, direction(smooth, GradientPenalty(0.3, squared)))
 
 
+@pytest.mark.parametrize("squared", [True, False])
+def test_the_penalty_is_computed_in_single_precision(squared):
+    w = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        penalty = gradient_penalty((w**2).sum() / 2, [w], 0.3, squared)
+    exact = 0.15 * w.double().square().sum() if squared else 0.3 * w.double().norm()
+    assert penalty.dtype == torch.float32
+    assert penalty.item() == pytest.approx(exact.item(), rel=1e-5)
+    half = (1e3 * torch.ones(100)).half().requires_grad_()  # whose squares overflow
+    assert gradient_penalty(half.sum() * 60, [half], 0.3, squared).isfinite()
+
+
 def test_penalty_ignores_parameters_that_the_loss_does_not_use():
     w, unused, frozen = (torch.tensor(2.0, requires_grad=r) for r in (True, True, False))
     penalty = gradient_penalty(w**2 * frozen, [w, unused, frozen], 0.5)

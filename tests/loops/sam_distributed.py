@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -131,6 +132,18 @@ def ddp_in_two_phases(rank):
     return difference(model.parameters(), m_sam(0.3))
 
 
+def ddp_closure_that_does_not_zero(rank):
+    errors = []
+    for views in (True, False):
+        model = DistributedDataParallel(network(), gradient_as_bucket_view=views)
+        optimizer = SAM(base(model), rho=0.3, model=model)
+        x, y = mine(rank)
+        for _ in range(STEPS):
+            optimizer.step(lambda: nn.functional.mse_loss(model(x), y).backward())
+        errors.append(difference(model.parameters(), alone(rho=0.3)))
+    return max(errors)
+
+
 def ddp_skips_together(rank):
     """Only one process has an infinite first gradient: both skip, and neither waits for ever."""
     model = DistributedDataParallel(network())
@@ -233,17 +246,33 @@ def fsdp_skips_together(rank):
     return difference(model.parameters(), network().parameters())
 
 
+def fsdp1_is_refused(rank):
+    for original in (True, False):
+        model = FullyShardedDataParallel(
+            network(), device_id=torch.device("cpu"), use_orig_params=original
+        )
+        try:
+            SAM(base(model))
+        except TypeError as error:
+            assert "shard with FSDP2" in str(error)
+        else:
+            raise AssertionError(f"not refused with use_orig_params={original}")
+    return 0.0
+
+
 CHECKS = [
     ddp_global,
     ddp_per_rank,
     ddp_global_is_not_per_rank,
     ddp_in_two_phases,
+    ddp_closure_that_does_not_zero,
     ddp_skips_together,
     ddp_scalers_agree,
     dtensor_placements,
     fsdp_norm,
     fsdp_any_p,
     fsdp_skips_together,
+    fsdp1_is_refused,
 ]
 
 

@@ -73,7 +73,7 @@ def test_two_loaders():
     transform = BatchTransform(Mixup(1.0, second_stream=True), 4)
     second = DataLoader(data, 5, shuffle=True, generator=generator(4))
     for batch_, other in zip(DataLoader(data, 5), second, strict=True):
-        draw = transform.vicinity.draw(
+        draw = transform.transform.draw(
             Batch(*batch_, other=Batch(*other)), stream(0, "batch", transform.count)
         )
         x, y = transform(*batch_, *other)
@@ -105,6 +105,15 @@ def test_samples_that_are_not_pairs_are_named():
     with pytest.raises(TypeError, match="other must be the inputs and the labels"):
         x, y = batch(2)
         BatchTransform(Mixup(), 4)(x, y, x)
+
+
+def test_a_missing_second_batch_is_named():
+    transform = BatchTransform(Mixup(second_stream=True), 4)
+    with pytest.raises(TypeError, match="other must be a second batch if second_stream is True"):
+        transform(*batch(2))
+    with pytest.raises(TypeError, match="other must be a second batch"):
+        transform.collate([(torch.ones(2), 0)])
+    assert transform.count == 0
 
 
 def test_autocast_and_a_training_step():

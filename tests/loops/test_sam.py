@@ -136,6 +136,52 @@ def test_step_works_under_no_grad():
     assert not same(before, weights_of(model))
 
 
+@pytest.mark.parametrize("zeroing", [None, "to zero"])
+def test_a_closure_need_not_zero_the_gradients(zeroing):
+    """Nor what was there before: only the gradients of its own two calls count."""
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES["adam"](m.parameters()), 0.2) for m in (model, twin))
+    kept = []
+
+    def closure():
+        if zeroing:
+            optimizer.zero_grad(set_to_none=False)
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        kept.append([w.grad for w in model.parameters()])
+        return loss
+
+    for step in range(4):
+        x, y = batch(seed=step)
+        model(x).sum().backward()  # somebody else's
+        optimizer.step(closure)
+        first = torch.autograd.grad(
+            nn.functional.cross_entropy(twin(x), y), list(twin.parameters())
+        )
+        other.step(closure_of(twin, other, x, y))
+        torch.testing.assert_close(kept[2 * step], list(first), rtol=0, atol=0)
+    assert same(weights_of(model), weights_of(twin))
+
+
+@pytest.mark.parametrize("zeroing", [True, False])
+def test_parameters_of_the_first_pass_only_have_a_gradient_of_zero_in_the_second(zeroing):
+    """As zero_grad(set_to_none=False) promises: the momentum goes on."""
+    model = Branches()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5), rho=0.3)
+    uses = iter(["a", "a", "ab", "a"])
+
+    def closure():
+        if zeroing:
+            optimizer.zero_grad(set_to_none=False)
+        model.used = next(uses)
+        model().backward()
+
+    optimizer.step(closure)
+    assert model.b.grad is None
+    optimizer.step(closure)
+    assert torch.equal(model.b.grad, torch.zeros_like(model.b)) and len(optimizer.state) == 2
+
+
 # Groups
 
 
@@ -355,6 +401,36 @@ def test_zero_grad():
     assert all(w.grad is None for w in model.parameters())
 
 
+def test_the_default_dtype_does_not_matter():
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2, 3) for m in (model, twin))
+    x, y = batch()
+    optimizer.step(closure_of(model, optimizer, x, y))
+    torch.set_default_dtype(torch.float64)
+    try:
+        other.step(closure_of(twin, other, x, y))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(weights_of(model), weights_of(twin))
+
+
+def test_distributed_checkpoints_are_those_of_the_base_optimizer():
+    """PyTorch makes a fresh optimizer's state by a step() without a closure."""
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES["adamw"](m.parameters()), 0.2) for m in (model, twin))
+    optimizer.param_groups[0]["rho"] = 0.4
+    two_phases(model, optimizer, *batch())
+    content = state_dict.get_optimizer_state_dict(model, optimizer.base_optimizer)
+    state_dict.set_model_state_dict(twin, model.state_dict())
+    state_dict.set_optimizer_state_dict(twin, other.base_optimizer, copy.deepcopy(content))
+    assert other.param_groups[0]["rho"] == 0.4
+    for step in range(3):
+        for pair in ((model, optimizer), (twin, other)):
+            two_phases(*pair, *batch(seed=step))
+    assert same(weights_of(model), weights_of(twin))
+
+
 def test_compiled_step_is_the_same():
     model, twin = network(), network()
     optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2) for m in (model, twin))
@@ -407,6 +483,13 @@ def test_bad_base_optimizers_are_named():
         SAM(WithRho(w))
     with pytest.raises(ValueError, match="model must be the DistributedDataParallel module"):
         SAM(good, per_rank=True)
+    with pytest.raises(TypeError, match="must step without a closure, got LBFGS"):
+        SAM(torch.optim.LBFGS(w))
+    with pytest.raises(ValueError, match="maximize must be False in all groups"):
+        SAM(torch.optim.SGD([{"params": w, "maximize": True}], lr=0.1))
+    other = {"params": [nn.Parameter(torch.ones(2))], "maximize": True}
+    with pytest.raises(ValueError, match="maximize must be False in all groups"):
+        SAM(torch.optim.SGD(w, lr=0.1)).add_param_group(other)
 
 
 # Faults
@@ -747,6 +830,43 @@ def test_clipping_of_unscaled_gradients_and_in_two_phases():
     torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_optimizers_hook_clips_unscaled_gradients(base):
+    x, y = batch()
+    weights = []
+    for fused in (True, False):
+        model = network().float()
+        inner = base(model.parameters(), lr=0.1, fused=fused)
+        norms = []
+        inner.register_step_pre_hook(
+            lambda *_, model=model, norms=norms: norms.append(
+                nn.utils.clip_grad_norm_(model.parameters(), 0.01).item()
+            )
+        )
+        optimizer, scaler = SAM(inner, rho=0.2), torch.amp.GradScaler("cpu", init_scale=256.0)
+        for _ in range(5):
+            optimizer.step(lambda m=model, s=scaler: overflowing(m, x.float(), y, s), scaler)
+            scaler.update()
+        assert len(norms) == 5 and max(norms) < 2.0  # not 256 times as large
+        weights.append(weights_of(model))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_unscaling_in_the_closure_is_refused_by_the_scaler():
+    model = network().float()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    before = weights_of(model)
+
+    def closure():
+        overflowing(model, batch()[0].float(), batch()[1], scaler)
+        scaler.unscale_(optimizer.base_optimizer)
+
+    with pytest.raises(RuntimeError, match="unscale_.. has already been called"):
+        optimizer.step(closure, scaler)
+    assert same(weights_of(model), before)
+
+
 def test_clipping_in_the_closure_does_not_change_the_perturbation():
     model, twin = network(), network()
     optimizer, plain = (
@@ -767,6 +887,12 @@ def test_scaler_goes_into_step():
     scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match=r"optimizer.step\(closure, scaler\)"):
         scaler.step(optimizer, lambda: 0.0)
+    scaler = torch.amp.GradScaler("cpu")
+    overflowing(model, batch()[0].float(), batch()[1], scaler)
+    with pytest.raises(RuntimeError, match=r"16-mixed does, needs the two-phase form"):
+        scaler.step(optimizer)
+    with pytest.raises(AssertionError, match="_scale is None"):
+        torch.amp.GradScaler("cpu").step(optimizer, lambda: 0.0)
     disabled = torch.amp.GradScaler("cpu", enabled=False)
     x, y = batch()
     run = lambda: (optimizer.zero_grad(), overflowing(model, x.float(), y, disabled))[1]
@@ -927,6 +1053,42 @@ def test_random_numbers_drawn_between_steps_do_no_harm():
         assert model.seen[:2] == model.seen[2:]
 
 
+@pytest.mark.parametrize("when", ["before", "between the passes"])
+@pytest.mark.parametrize("what", ["metrics", "update_bn"])
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_passes_without_gradients_do_not_count(when, what, microbatches):
+    """In two phases, in training mode, without SAM's zero_grad() before the first pass."""
+    torch.manual_seed(0)
+    model = Noisy()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = batch(12)
+    parts = list(zip(x.float().chunk(microbatches), y.chunk(microbatches), strict=True))
+
+    def another(at):
+        if at == when and what == "metrics":
+            with torch.no_grad():
+                model(x.float())
+        elif at == when:
+            torch.optim.swa_utils.update_bn([x.float()], model)
+
+    for _ in range(3):
+        another("before")
+        torch.randn(7)  # as augmentation does
+        seen = []
+        for finish in (optimizer.first_step, optimizer.second_step):
+            model.seen.clear()
+            for part, labels in parts:
+                nn.functional.cross_entropy(model(part), labels).backward()
+            seen.append(list(model.seen))
+            statistics = [b.clone() for b in model.buffers()]
+            finish(zero_grad=True)
+            if len(seen) == 1:
+                of_first = statistics
+                another("between the passes")
+        assert seen[0] == seen[1] and len(seen[0]) == 2 * microbatches
+        assert same(list(model.buffers()), of_first)
+
+
 def test_a_model_outlives_its_optimizer():
     model = Noisy()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
@@ -1069,12 +1231,14 @@ def distributed(tmp_path_factory):
         "ddp_global",
         "ddp_per_rank",
         "ddp_in_two_phases",
+        "ddp_closure_that_does_not_zero",
         "ddp_skips_together",
         "ddp_scalers_agree",
         "dtensor_placements",
         "fsdp_norm",
         "fsdp_any_p",
         "fsdp_skips_together",
+        "fsdp1_is_refused",
     ],
 )
 def test_two_processes_equal_one(distributed, check):

@@ -22,8 +22,8 @@ class BatchTransform:
 
     Parameters
     ----------
-    vicinity : Mixup, Gaussian, LabelSmoothing or Dirac
-        The transform.
+    transform : BatchStage
+        Any batch stage: Mixup, Gaussian, LabelSmoothing, Dirac, or your own.
     num_classes : int
         K.
     seed : int
@@ -40,7 +40,8 @@ class BatchTransform:
     Raises
     ------
     TypeError
-        For inputs that are not floating point, or samples that are not pairs.
+        For inputs that are not floating point, samples that are not pairs, or a missing second
+        batch if the transform's ``second_stream`` is true.
     ValueError
         For labels outside 0 … K−1 (checked on a CPU only: the check would wait for a GPU).  For
         labels with an ``ignore_index``, mix the inputs with :func:`~flatmin.mix` and the losses
@@ -66,8 +67,8 @@ class BatchTransform:
     ...     x, y = mixup(*batch, *other)
     """
 
-    def __init__(self, vicinity: BatchStage, num_classes: int, seed: int = 0) -> None:
-        self.vicinity = vicinity
+    def __init__(self, transform: BatchStage, num_classes: int, seed: int = 0) -> None:
+        self.transform = transform
         self.num_classes = whole("num_classes", num_classes)
         self.seed = whole("seed", seed, 0)
         self.count = 0
@@ -77,12 +78,16 @@ class BatchTransform:
             raise ValueError(f"y must have one row for each of the {len(x)} inputs, got {len(y)}")
         if len(other) not in (0, 2):
             raise TypeError("other must be the inputs and the labels of a second batch")
+        if getattr(self.transform, "second_stream", False) and not other:
+            raise TypeError(
+                "other must be a second batch if second_stream is True: transform(x, y, x2, y2)"
+            )
         for labels in (y, *other[1:]):
             self._check_labels(labels)
         second = Batch(other[0], other[1]) if other else None
         batch = Batch(x, y, num_classes=self.num_classes, other=second)
-        draw = self.vicinity.draw(batch, self._generator())
-        batch = self.vicinity(batch, {name: v.to(x.device) for name, v in draw.items()})
+        draw = self.transform.draw(batch, self._generator())
+        batch = self.transform(batch, {name: v.to(x.device) for name, v in draw.items()})
         return batch.x, batch.y
 
     def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def gradient_penalty(
     Returns
     -------
     Tensor
-        One number, differentiable.
+        One number, differentiable; in at least float32, also under autocast.
 
     Examples
     --------
@@ -55,4 +55,6 @@ def gradient_penalty(
     if not grads:
         return loss * 0
     g = torch.cat(grads)
-    return penalty / 2 * (g @ g) if squared else penalty * torch.linalg.vector_norm(g)
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    # Not g @ g, which autocast would compute in half precision.
+    return penalty / 2 * g.square().sum() if squared else penalty * torch.linalg.vector_norm(g)

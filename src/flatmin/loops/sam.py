@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._ball import check_ball
-from .._flat import Ball, Kinds, Member, all_finite, members_of
+from .._flat import FlatWeights, Kinds, Member, all_finite, members_of
 
 __all__ = ["SAM"]
 
@@ -32,11 +32,12 @@ class SAM(torch.optim.Optimizer):
     Parameters
     ----------
     base_optimizer : Optimizer
-        Any instance.  Its ``param_groups`` and ``state`` are shared, so a scheduler may be given
-        either optimizer, and checkpoints are those of the base optimizer.
+        Any instance that minimizes and needs no closure.  Its ``param_groups`` and ``state`` are
+        shared, so a scheduler may be given either optimizer, and checkpoints are those of the base
+        optimizer.
     rho, p, adaptive, eta
         As in :class:`flatmin.gradient.SAM`; each may be set per parameter group, like ``lr``.  All
-        groups with the same p share one ball :math:`\|T^{-1}\epsilon\|_p\le1`, with
+        groups with the same p have one norm :math:`\|T^{-1}\epsilon\|_p\le1`, with
         :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` by each group's settings.
     model : Module, optional
         The network, as it is called (if wrapped in ``DistributedDataParallel``, the wrapper).  With
@@ -94,6 +95,8 @@ class SAM(torch.optim.Optimizer):
                 "base_optimizer must be an instance of an optimizer, such as "
                 f"torch.optim.SGD(model.parameters(), lr=0.1), got {base_optimizer!r}"
             )
+        if isinstance(base_optimizer, torch.optim.LBFGS):
+            raise TypeError("base_optimizer must step without a closure, got LBFGS")
         check_ball(rho, p, eta)
         settings = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
         if taken := sorted({*settings} & {*base_optimizer.defaults}):
@@ -111,11 +114,16 @@ class SAM(torch.optim.Optimizer):
         self.model, self.per_rank, self.skipped = model, per_rank, 0
         self._settings = settings
         self._phase: str | None = None  # between first_step() and its end: "perturbed" or "skip"
-        self._balls: dict[float, Ball] = {}  # by p
+        self._flat: dict[float, FlatWeights] = {}  # by p
         self._before: _Snapshot | None = None  # of the first pass
         self._after: _Snapshot | None = None
         for group in self.param_groups:
             self._complete_settings(group)
+            if any(hasattr(w, "_fsdp_flattened") for w in group["params"]):
+                raise TypeError(
+                    "base_optimizer must not hold parameters of FullyShardedDataParallel, whose "
+                    "norm would be that of one shard; shard with FSDP2, fully_shard(model)"
+                )
         if model is not None:
             model.register_forward_pre_hook(_BeforeForward(self))
 
@@ -137,9 +145,11 @@ class SAM(torch.optim.Optimizer):
         for name, value in self._settings.items():
             group.setdefault(name, value)
         check_ball(group["rho"], group["p"], group["eta"])
+        if group.get("maximize", False):
+            raise ValueError("maximize must be False in all groups, got True; negate the loss")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in any optimizer."""
+        """As in any optimizer; the next forward pass is then the first of a step."""
         self.base_optimizer.zero_grad(set_to_none)
         if self._phase is None:
             self._before = None
@@ -156,10 +166,12 @@ class SAM(torch.optim.Optimizer):
         Parameters
         ----------
         closure : callable
-            Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss; it is
-            called twice.  ``None``: the end of a step in two phases, as :meth:`second_step`.
+            Computes the loss, calls ``backward`` and returns the loss; it is called twice, each
+            time with gradients of zero.  ``None``: the end of a step in two phases, as
+            :meth:`second_step`.
         scaler : torch.amp.GradScaler, optional
-            The one that scales the loss in the closure; call its ``update()`` afterwards.
+            The one that scales the loss in the closure; call its ``update()`` afterwards.  Its
+            ``unscale_`` is called here, after both passes.
 
         Returns
         -------
@@ -182,6 +194,8 @@ class SAM(torch.optim.Optimizer):
         if scaler is not None and scaled:
             if not finite:
                 self._make_gradient_infinite()  # so that every process's scaler lowers its scale
+            # A fused optimizer would leave it to its kernel, after the hooks that clip.
+            scaler.unscale_(self.base_optimizer)
             scaler.step(self.base_optimizer)
         elif finite:
             self.base_optimizer.step()
@@ -190,6 +204,7 @@ class SAM(torch.optim.Optimizer):
     def _both_passes(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """The loss of the first pass, and whether the gradients of both are finite."""
         self.restore()  # if a step was given up
+        self._renew_gradients()
         before = self._snapshot()
         with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
             loss = closure()
@@ -197,6 +212,7 @@ class SAM(torch.optim.Optimizer):
         try:
             self.first_step()
             if self._phase == "perturbed":
+                self._renew_gradients()
                 self._replay()
                 with torch.enable_grad():
                     closure()
@@ -220,17 +236,17 @@ class SAM(torch.optim.Optimizer):
                 "or restore() to give up the step"
             )
         members = self._members_to_move()
-        self._balls = {p: Ball(kinds, self._balls.get(p)) for p, kinds in members.items()}
-        moves = [self._balls[p].perturbation(p, kinds) for p, kinds in members.items()]
+        self._flat = {p: FlatWeights(kinds, self._flat.get(p)) for p, kinds in members.items()}
+        moves = [self._flat[p].perturbation(p, kinds) for p, kinds in members.items()]
         finite = self._finite_in_all_ranks(all(math.isfinite(step) for _, step in moves))
-        for ball in self._balls.values():
-            ball.save()
+        for flat in self._flat.values():
+            flat.save()
         if self.model is not None or self._before is not None:
             self._after = self._snapshot()
         self._phase = "perturbed" if finite else "skip"
         try:
-            for ball, (v, step) in zip(self._balls.values(), moves if finite else []):
-                ball.move(v, step)
+            for flat, (v, step) in zip(self._flat.values(), moves if finite else []):
+                flat.move(v, step)
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -252,15 +268,21 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Back to the weights that :meth:`first_step` found, bitwise, without a step."""
-        for ball in self._balls.values() if self._phase is not None else ():
-            ball.restore()
+        for flat in self._flat.values() if self._phase is not None else ():
+            flat.restore()
         if self._after is not None:
             self._after.restore()
         self._phase = self._before = self._after = None
 
     def _finish(self) -> None:
         if self._phase is None:
-            raise RuntimeError("step() must get a closure, or come after first_step()")
+            for name in ("found_inf", "grad_scale"):
+                self.__dict__.pop(name, None)
+            raise RuntimeError(
+                "step() must get a closure, or come after first_step(); what calls step() without "
+                "a closure, as the GradScaler of Lightning's 16-mixed does, needs the two-phase "
+                "form: backward(), first_step(), backward(), step()"
+            )
         finite = self._phase == "perturbed"
         self.restore()
         scaled = hasattr(self, "found_inf")  # called by a GradScaler
@@ -287,7 +309,7 @@ class SAM(torch.optim.Optimizer):
 
     def _members_to_move(self) -> dict[float, Kinds]:
         """The parameters that are to be perturbed, by p and kind."""
-        balls: dict[float, Kinds] = {}
+        to_move: dict[float, Kinds] = {}
         for group in self.param_groups:
             self._complete_settings(group)  # a checkpoint of the base optimizer lacks them
             for member in members_of(group) if group["rho"] > 0 else ():
@@ -296,9 +318,15 @@ class SAM(torch.optim.Optimizer):
                         "per_rank must be False if parameters are sharded: their gradient "
                         "is that of all processes"
                     )
-                kinds = balls.setdefault(float(group["p"]), {})
+                kinds = to_move.setdefault(float(group["p"]), {})
                 kinds.setdefault(member.kind, []).append(member)
-        return balls
+        return to_move
+
+    def _renew_gradients(self) -> None:
+        """Zeros for the closure to add to; new ones, as somebody may have kept the old."""
+        for group in self.param_groups:
+            for w in group["params"]:
+                w.grad = None if w.grad is None else torch.zeros_like(w.grad)
 
     @torch.no_grad()
     def _make_gradient_infinite(self) -> None:
@@ -328,7 +356,7 @@ class SAM(torch.optim.Optimizer):
         self._before = None
 
     def _before_forward(self) -> None:
-        """The model's forward pass is about to begin, in training mode."""
+        """The model is about to be called, in training mode and for a gradient."""
         if self._phase is not None:
             self._replay()
         elif self._before is None:
@@ -421,7 +449,7 @@ class _BeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         owner = self.owner()
-        if owner is not None and module.training:
+        if owner is not None and module.training and torch.is_grad_enabled():
             owner._before_forward()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
