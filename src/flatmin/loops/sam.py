@@ -167,7 +167,7 @@ class SAM(torch.optim.Optimizer):
         ----------
         closure : callable
             Computes the loss, calls ``backward`` and returns the loss; it is called twice, each
-            time with gradients of zero.  ``None``: the end of a step in two phases, as
+            time without gradients (``None``).  ``None``: the end of a step in two phases, as
             :meth:`second_step`.
         scaler : torch.amp.GradScaler, optional
             The one that scales the loss in the closure; call its ``update()`` afterwards.  Its
@@ -204,7 +204,7 @@ class SAM(torch.optim.Optimizer):
     def _both_passes(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """The loss of the first pass, and whether the gradients of both are finite."""
         self.restore()  # if a step was given up
-        self._renew_gradients()
+        self._drop_gradients()
         before = self._snapshot()
         with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
             loss = closure()
@@ -212,7 +212,7 @@ class SAM(torch.optim.Optimizer):
         try:
             self.first_step()
             if self._phase == "perturbed":
-                self._renew_gradients()
+                self._drop_gradients()
                 self._replay()
                 with torch.enable_grad():
                     closure()
@@ -322,11 +322,11 @@ class SAM(torch.optim.Optimizer):
                 kinds.setdefault(member.kind, []).append(member)
         return to_move
 
-    def _renew_gradients(self) -> None:
-        """Zeros for the closure to add to; new ones, as somebody may have kept the old."""
+    def _drop_gradients(self) -> None:
+        """So that a closure need not zero them; those that somebody has kept stay as they are."""
         for group in self.param_groups:
             for w in group["params"]:
-                w.grad = None if w.grad is None else torch.zeros_like(w.grad)
+                w.grad = None
 
     @torch.no_grad()
     def _make_gradient_infinite(self) -> None:
