@@ -147,7 +147,7 @@ def stiffness(
         check_examples("2", x2, y2)
     layers = _linear_layers(network, params, x[:1])
     formed = sum(p.numel() for p in _others(params, layers).values())
-    size = max(1, min(250, MOST_NUMBERS // max(1, formed)))
+    size = max(1, MOST_NUMBERS // formed) if formed else 250
     size = size if batch_size is None else whole("batch_size", batch_size)
     sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
 
