@@ -22,7 +22,7 @@ from flatmin.book import claims
 from flatmin.gradient import SAM, PlainGradient
 from flatmin.layers import Dropout
 from flatmin.loss import Flooding
-from flatmin.measure import dims, gradient_norm, on, sharpness
+from flatmin.measure import dims, eigenvalues, gradient_norm, on, sharpness, stiffness
 from flatmin.optimizer import EMA, SGD, Adam, TwoRates
 from flatmin.pipeline import BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from flatmin.stack import epoch_order, error, initial_module, stream
@@ -1907,3 +1907,57 @@ def test_progress_is_told_every_gradient_and_changes_nothing():
     stops = lambda n: counted.append(n) or True  # what it returns is ignored
     assert_bitwise_equal(fit(MLP, DATA, **experiment), fit(MLP, DATA, progress=stops, **experiment))
     assert counted == [20] * 8 + [10] * 8  # two runs at once, then one
+
+
+class InPlace(nn.Sequential):
+    def forward(self, x):
+        x -= 0.5
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 10])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(gradient=SAM(0.1))], ids=["plain", "SAM"])
+def test_a_model_that_changes_its_input_in_place_is_refused(recipe, batch_size):
+    data = make_data()
+    before = [data.x_train.clone(), data.x_test.clone()]
+    make = lambda: InPlace(nn.Linear(5, 3))
+    for steps in ([0], [1]):
+        with pytest.raises(ValueError, match="model must not change its input in place"):
+            fit(make, data, recipe, steps=1, batch_size=batch_size, seeds=2, evaluate_at=steps,
+                device="cpu")  # fmt: skip
+    runs = fit(lambda: nn.Sequential(nn.Linear(5, 3)), data, recipe, steps=1, batch_size=batch_size,
+               seeds=2, networks="last", device="cpu")  # fmt: skip
+    changing = dataclasses.replace(runs.networks, template=make())
+    for instrument in (sharpness, partial(sharpness, m=4), gradient_norm, stiffness, eigenvalues):
+        with pytest.raises((ValueError, RuntimeError), match="in place|in-place"):
+            on(make(), instrument, data.x_train, data.y_train)
+        with pytest.raises((ValueError, RuntimeError), match="in place|in-place"):
+            changing.measure(instrument, data, "train")
+    assert torch.equal(data.x_train, before[0]) and torch.equal(data.x_test, before[1])
+
+
+class Attribute(nn.Linear):
+    def __init__(self, random):
+        super().__init__(5, 3)
+        self.shift = torch.rand(5) if random else torch.ones(5)
+
+    def forward(self, x):
+        return super().forward(x + self.shift)
+
+
+def test_a_tensor_that_is_no_buffer_must_be_the_same_for_all_seeds():
+    arguments = {"steps": 1, "batch_size": 10, "seeds": 2, "device": "cpu"}
+    fit(lambda: Attribute(random=False), DATA, **arguments)
+    with pytest.raises(ValueError, match="as a buffer, .* got the attribute 'shift'"):
+        fit(lambda: Attribute(random=True), DATA, **arguments)
+
+
+def test_a_compiled_model_is_measured_as_the_model_itself():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    compiled = torch.compile(model, backend="eager")
+    for instrument in (sharpness, partial(eigenvalues, steps=5)):
+        found, expected = (on(m, instrument, DATA.x_train, DATA.y_train) for m in (compiled, model))
+        np.testing.assert_array_equal(
+            torch.as_tensor(found[0] if isinstance(found, tuple) else found),
+            torch.as_tensor(expected[0] if isinstance(expected, tuple) else expected),
+        )

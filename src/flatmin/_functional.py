@@ -53,6 +53,7 @@ def on(
     >>> on(model, gradient_norm, torch.zeros(1, 2), torch.tensor([0])).shape
     torch.Size([])
     """
+    model = getattr(model, "_orig_mod", model)  # torch.func cannot see into a compiled model
     with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
         return instrument(*as_function(model, x, y, dtype), **options)
 
@@ -141,10 +142,23 @@ def as_function(
     rest |= copy(model.named_buffers())
 
     def network(params: Params, x: Tensor) -> Any:
-        with inspecting(model):
+        with inspecting(model), unchanged(x):
             return functional_call(model, (params, rest), (x,))
 
-    return network, params, cast(x), cast(y)
+    return network, params, cast(x).clone(), cast(y)
+
+
+@contextmanager
+def unchanged(x: Tensor) -> Iterator[None]:
+    """Context: an error if a model changes its input in place, which every pass would see."""
+    version = lambda: None if x.is_inference() else x._version  # those have none
+    before = version()
+    yield
+    if version() != before:
+        raise ValueError(
+            "model must not change its input in place, as x -= 1 or Normalize(inplace=True) do: "
+            "the next pass would see the changed input. Write x = x - 1"
+        )
 
 
 @contextmanager

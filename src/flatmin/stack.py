@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from . import _random, pipeline
 from ._checks import whole
-from ._functional import Network, named_values, plain_attention
+from ._functional import Network, named_values, plain_attention, unchanged
 from ._random import stream
 from ._targets import checked_losses, example_losses
 from ._tree import Params
@@ -446,7 +446,7 @@ class _Split(NamedTuple):
         x, y = (torch.stack(t) if per_seed else t[0] for t in zip(*parts, strict=True))
         # numbers in the precision of the weights, classes and tokens as they are
         cast = lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype)
-        return cls(cast(x), cast(y), per_seed)
+        return cls(cast(x).clone(), cast(y), per_seed)  # a model may change its input in place
 
     @property
     def size(self) -> int:
@@ -681,7 +681,9 @@ class _Chunk:
 
     def _initial_state(self) -> State:
         plan = self.plan
-        params, buffers = stack_module_state([initial_module(plan.model, s) for s in plan.seeds])
+        modules = [initial_module(plan.model, s) for s in plan.seeds]
+        _check_alike(modules)
+        params, buffers = stack_module_state(modules)
         for name in [name for name, w in params.items() if not w.requires_grad]:
             buffers[name] = params.pop(name)  # frozen
         cast = lambda w: w.to(plan.device, plan.dtype if w.is_floating_point() else w.dtype)
@@ -735,7 +737,8 @@ class _Chunk:
         self.model.train()
         of_batch = 0 if plan.batch_size else plan.parts["train"].dim
         stacked = vmap(one_run, in_dims=(0, 0, 0, of_batch))
-        self.state, loss = stacked(self.state, self.hyper, draw, batch)
+        with unchanged(batch[0]):
+            self.state, loss = stacked(self.state, self.hyper, draw, batch)
         self._mark(~loss.isfinite(), t + 1)
 
     def _mark(self, broken: Tensor, t: int) -> None:
@@ -792,7 +795,9 @@ class _Chunk:
         for rows in torch.arange(part.size, device=part.x.device).split(
             self.plan.evaluation_batch_size
         ):
-            found = stacked(params, buffers, *part.take(self.seed_of_run, rows))
+            x, y = part.take(self.seed_of_run, rows)
+            with unchanged(x):
+                found = stacked(params, buffers, x, y)
             sums = [total + value.double() for total, value in zip(sums, found, strict=True)]
         broken = sums[0].isnan()
         return {
@@ -907,6 +912,25 @@ class _Chunk:
             }
 
 
+def _check_alike(modules: list[nn.Module]) -> None:
+    """Only parameters and buffers are stacked: all else must be the same for all seeds."""
+    tensors = [
+        {
+            f"{path}.{name}".strip("."): value
+            for path, part in module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor)
+        }
+        for module in modules
+    ]
+    for name, value in tensors[0].items():
+        if not all(name in other and torch.equal(value, other[name]) for other in tensors):
+            raise ValueError(
+                f"model must keep a tensor that differs between seeds as a buffer, "
+                f"self.register_buffer(...), got the attribute {name!r}"
+            )
+
+
 def _measure(
     template: nn.Module,
     instrument: Instrument,
@@ -919,7 +943,10 @@ def _measure(
     """What the instrument returns for each network; ``dim`` of x and y counts networks."""
 
     def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Any:
-        network = lambda params, x: functional_call(template, (params, buffers), (x,))
+        def network(params: Params, x: Tensor) -> Any:
+            with unchanged(x):
+                return functional_call(template, (params, buffers), (x,))
+
         return instrument(network, params, x, y)
 
     # half precision is too short for differences of losses

@@ -535,7 +535,8 @@ def test_transforms_do_not_touch_the_global_random_state():
     for stage in TRANSFORMS:
         of = batch_for(stage)
         stage.draw(of, generator())
-        BatchTransform(stage, 4)(of.x, of.y)
+        second = of.other[:2] if of.other else ()
+        BatchTransform(stage, 4)(of.x, of.y, *second)
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == before_numpy).all()
 
