@@ -39,7 +39,7 @@ def title(code):
 
 def test_the_page_has_its_blocks():
     assert not START[0] and len(RUN) >= 10
-    assert sum(bool(skip) for skip, _ in BLOCKS) == 3  # Lightning, Accelerate
+    assert sum(bool(skip) for skip, _ in BLOCKS) == 4  # Lightning, Accelerate
 
 
 @pytest.mark.parametrize("code", [c for c in RUN if "init_process_group" not in c], ids=title)
