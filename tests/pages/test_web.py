@@ -147,7 +147,9 @@ def watched(browser, address, **options):
             or troubles.append(f"leaves the host: {r.url}")
         ),
     )
-    page.on("requestfailed", lambda r: troubles.append(f"failed: {r.url}"))
+    # leaving a page aborts what is still under way, such as its icon
+    aborted = lambda r: r.failure == "net::ERR_ABORTED"
+    page.on("requestfailed", lambda r: aborted(r) or troubles.append(f"failed: {r.url}"))
     page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
     page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
     page.on("pageerror", lambda e: troubles.append(f"script: {e}"))
