@@ -16,13 +16,6 @@ NAN = math.nan
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 @given(seeds, st.floats(0.01, 100))
 def test_distance_is_one_minus_the_cosine(seed, scale):
     generator = torch.Generator().manual_seed(seed)

@@ -15,13 +15,6 @@ NAN = math.nan
 seeds = st.integers(0, 10**6)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 @settings(max_examples=60)
 @given(seeds, st.integers(1, 8), st.integers(0, 8), st.integers(1, 4))
 def test_class_matrix_is_the_double_loop(seed, n1, n2, k):
