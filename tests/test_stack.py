@@ -1948,7 +1948,7 @@ class Attribute(nn.Linear):
 def test_a_tensor_that_is_no_buffer_must_be_the_same_for_all_seeds():
     arguments = {"steps": 1, "batch_size": 10, "seeds": 2, "device": "cpu"}
     fit(lambda: Attribute(random=False), DATA, **arguments)
-    with pytest.raises(ValueError, match="as a buffer, .* got the attribute 'shift'"):
+    with pytest.raises(ValueError, match="in parameters and buffers .* got 'shift'"):
         fit(lambda: Attribute(random=True), DATA, **arguments)
 
 

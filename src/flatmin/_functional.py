@@ -1,21 +1,36 @@
 """A module as a function of its weights, and its mean loss: the basis of all instruments."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ._checks import whole
+from ._contracts import (
+    Loss,
+    Network,
+    check_function,
+    check_model,
+    criterion_of,
+    explained,
+    first_line,
+    no_random_numbers,
+    where,
+)
 from ._targets import checked_losses
 from ._tree import Params
 
-Loss = Callable[[Any, Tensor], Tensor]
-Network = Callable[[Params, Tensor], Any]
 T = TypeVar("T")
 Marked = TypeVar("Marked", bound=Callable[..., Any])
 
@@ -53,9 +68,13 @@ def on(
     >>> on(model, gradient_norm, torch.zeros(1, 2), torch.tensor([0])).shape
     torch.Size([])
     """
-    model = getattr(model, "_orig_mod", model)  # torch.func cannot see into a compiled model
+    model = not_compiled(model)
+    chosen = partial(instrument, **options)
     with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
-        return instrument(*as_function(model, x, y, dtype), **options)
+        function = as_function(model, x, y, dtype)
+        check_function(*function, criterion_of(chosen))
+        with explained():
+            return chosen(*function)
 
 
 def dims(*names: str, **of_fields: Sequence[str]) -> Callable[[Marked], Marked]:
@@ -128,77 +147,155 @@ def as_function(
     Each call of the network is in evaluation mode, also after the instrument has returned.
     """
     check_examples("", x, y)
+    check_model(model)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(f"dtype must be None, torch.float32 or torch.float64, got {dtype!r}")
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+    types = {p.dtype for p in model.parameters()}
+    if types & {torch.float16, torch.bfloat16}:
         dtype = dtype or torch.float32  # half precision is too short for differences of losses
+    if len(types) > 1 and dtype is None:
+        raise ValueError(f"dtype must be given for weights of several types, got {types}")
     trackable = lambda t: t.clone() if t.is_inference() else t  # autograd needs normal tensors
     cast = lambda t: trackable(t.to(dtype) if dtype and t.is_floating_point() else t)
     copy = lambda named: {name: cast(t.detach().clone()) for name, t in named}
     params = copy((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    if not params:
-        raise ValueError("model must have a parameter that requires a gradient, got none")
-    rest = copy((name, p) for name, p in model.named_parameters() if not p.requires_grad)
-    rest |= copy(model.named_buffers())
+    frozen = copy((name, p) for name, p in model.named_parameters() if not p.requires_grad)
+    buffers = copy(model.named_buffers())
 
     def network(params: Params, x: Tensor) -> Any:
-        with inspecting(model), unchanged(x):
-            return functional_call(model, (params, rest), (x,))
+        with inspecting(model):
+            return called(model, params, buffers, x, frozen)[0]
 
-    return network, params, cast(x).clone(), cast(y)
+    return network, params, cast(x).clone(), cast(y).clone()
 
 
-@contextmanager
-def unchanged(x: Tensor) -> Iterator[None]:
-    """Context: an error if a model changes its input in place, which every pass would see."""
-    version = lambda: None if x.is_inference() else x._version  # those have none
-    before = version()
-    yield
-    if version() != before:
-        raise ValueError(
-            "model must not change its input in place, as x -= 1 or Normalize(inplace=True) do: "
-            "the next pass would see the changed input. Write x = x - 1"
-        )
+def called(
+    model: nn.Module, params: Params, buffers: Params, x: Tensor, frozen: Params | None = None
+) -> tuple[Any, Params]:
+    """The output, and the buffers after the pass; those that are given stay as they are."""
+    own = {name: b.clone() for name, b in buffers.items()}  # may be changed in place, or replaced
+    weights = {f"model.{name}": w for name, w in {**params, **(frozen or {}), **own}.items()}
+    output, after = functional_call(_Pass(model), weights, (x,))
+    return output, {name: after.get(name, b) for name, b in own.items()}
+
+
+class _Pass(nn.Module):
+    """One pass of a model, and its buffers then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, x: Tensor) -> tuple[Any, Params]:
+        return self.model(x), dict(self.model.named_buffers())
+
+
+# ------------------------------------------------------------------------ how a model is called
+
+
+def not_compiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wraps, since torch.func cannot see into it."""
+    original: nn.Module = getattr(model, "_orig_mod", model)
+    return original
 
 
 @contextmanager
 def inspecting(model: nn.Module) -> Iterator[None]:
-    """Context for instruments: evaluation mode, no inference mode, plain attention."""
-    with evaluation(model), torch.inference_mode(False), plain_attention():
+    """Context for instruments: evaluation mode, no inference mode, plain kernels."""
+    with evaluation(model), torch.inference_mode(False), plain_kernels(model):
         yield
 
 
 @contextmanager
-def plain_attention() -> Iterator[None]:
-    """Context: attention by the kernel that supports vmap and second derivatives."""
+def evaluation(model: Any) -> Iterator[None]:
+    """Context: evaluation mode; afterwards all attributes of every submodule are as before."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # or a function
+    before = [dict(vars(module)) for module in modules]
+    try:
+        if modules:
+            model.eval()
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextmanager
+def plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Context: the kernels that support vmap and second derivatives, and no compiled ones."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with ExitStack() as contexts:
+            contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled
+                contexts.enter_context(torch.compiler.set_stance("force_eager"))
+            if any(_has_special_kernel(module) for module in model.modules()):
+                contexts.enter_context(_PlainKernels())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def _has_special_kernel(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    norm = isinstance(module, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in hooks)
+    return norm or bool(getattr(module, "sparse", False))
+
+
+class _PlainKernels(TorchFunctionMode):
+    """Weight norm by its formula, as the kernel's second derivative is wrong (PyTorch 2.13); dense
+    gradients of embeddings."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            v, g, *dim = args
+            return v * (g / torch.norm_except_dim(v, 2, *dim, **kwargs))
+        if func in (F.embedding, F.embedding_bag):
+            kwargs = kwargs | {"sparse": False}
+        return func(*args, **kwargs)
+
+
+def over_rows(
+    function: Callable[..., Any], in_dims: Any, way_out: str, chunk_size: int | None = None
+) -> Callable[..., Any]:
+    """``function`` of every row, by ``vmap``; chunks of one row do without it.
+
+    An argument with ``None`` in ``in_dims`` is the same for all rows.  For what ``vmap`` cannot run,
+    the error says the way out.
+    """
+
+    def of_row(i: int, args: Any) -> Any:
+        dims = in_dims if isinstance(in_dims, tuple) else [in_dims] * len(args)
+        pairs = zip(args, dims, strict=True)
+        return function(*[a if d is None else tree_map(lambda t: t[i], a) for a, d in pairs])
+
+    def of_all(*args: Any) -> Any:
+        n = len(tree_leaves(args[0])[0])
+        if n == 1 or chunk_size == 1:
+            return tree_map(lambda *rows: torch.stack(rows), *[of_row(i, args) for i in range(n)])
+        try:
+            return vmap(function, in_dims, chunk_size=chunk_size)(*args)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            with no_random_numbers():
+                of_row(0, args)  # if it fails alone, that error comes first
+            raise ValueError(
+                f"model must run under torch.func.vmap, which {where(error)} does not "
+                f"({first_line(error)}); {way_out}"
+            ) from error
+
+    return of_all
+
+
 def map_rows(function: Callable[[Tensor], Tensor], rows: Tensor, chunk_size: int) -> Tensor:
     """``function`` of every row, ``chunk_size`` rows at a time."""
-    if whole("chunk_size", chunk_size) == 1 or len(rows) == 1:
-        return torch.stack([function(row) for row in rows])
-    return vmap(function, chunk_size=chunk_size)(rows)
-
-
-@contextmanager
-def evaluation(model: Any) -> Iterator[None]:
-    """Context: evaluation mode; afterwards every submodule is back in its own mode."""
-    is_module = isinstance(model, nn.Module)  # a plain function has no modes
-    modes = [(module, module.training) for module in model.modules()] if is_module else []
-    try:
-        if is_module:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    way_out = "chunk_size=1 does without it"
+    return over_rows(function, 0, way_out, whole("chunk_size", chunk_size))(rows)
 
 
 def check_examples(which: str, x: Any, y: Any) -> int:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from ._functional import called
 from ._objective import Objective
 from ._stage import STAGES, Batch, BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from ._targets import checked_losses, example_losses
@@ -194,8 +194,7 @@ def step(
             )
 
     def evaluate(w: Params, buffers: Params, rows: Any, raw: bool) -> tuple[Tensor, Params]:
-        buffers = {name: b.clone() for name, b in buffers.items()}  # updated in place below
-        output = functional_call(model, (w, buffers), (batch.x[rows],))  # model
+        output, buffers = called(model, w, buffers, batch.x[rows])  # model
         losses = checked_losses(
             recipe.criterion(output, batch.y[rows]), batch.x[rows], batch.y[rows]
         )

@@ -20,21 +20,39 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from . import _random, pipeline
 from ._checks import whole
-from ._functional import Network, named_values, plain_attention, unchanged
+from ._contracts import (
+    Network,
+    check_function,
+    check_model,
+    constant_attributes,
+    criterion_of,
+    explained,
+    no_random_numbers,
+    unchanged,
+)
+from ._functional import (
+    called,
+    evaluation,
+    inspecting,
+    named_values,
+    not_compiled,
+    over_rows,
+    plain_kernels,
+)
 from ._random import stream
 from ._targets import checked_losses, example_losses
 from ._tree import Params
@@ -60,6 +78,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Instrument = Callable[[Network, Params, Tensor, Tensor], Any]
+WAY_OUT = "fit(..., chunk_size=1) trains one run after another"
 Metric = Callable[[Any, Tensor], Tensor]
 
 
@@ -71,10 +90,10 @@ def error(output: Tensor, y: Tensor) -> Tensor:
 def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
     """The network that seed ``seed`` starts from: ``model()``, or a copy of ``model`` itself."""
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        return copy.deepcopy(not_compiled(model))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream(seed, "weights").initial_seed())
-        return model()
+        return not_compiled(model())
 
 
 def epoch_order(seed: int, epoch: int, n: int, purpose: str = "order") -> Tensor:
@@ -148,7 +167,10 @@ class Networks:
             rows = torch.arange(min(whole("examples", examples), part.size), device=like.device)
         x, y = part.take(seed_of_run, rows)
         instrument = _with_criterion(instrument, self.criterion)
-        found = _measure(self.template, instrument, self.params, self.buffers, x, y, part.dim)
+        way_out = "measure one of them, networks.select(...) or on(networks.module(...), ...)"
+        found = _measure(
+            self.template, instrument, self.params, self.buffers, x, y, part.dim, way_out
+        )
         arrays = {}
         for name, (dims, value) in named_values(instrument, found, runs=1).items():
             values = value.cpu().numpy().reshape(*self.shape, *value.shape[1:])
@@ -356,7 +378,7 @@ def fit(
             if progress is not None:
                 progress(steps * (plan.batch_size or plan.train_size))
 
-        with plain_attention():
+        with plain_kernels(plan.template), explained():
             parts = torch.arange(plan.runs).split(plan.chunk_size or plan.runs)
             chunks = [_Chunk(plan, runs).train(advance) for runs in parts]
     joined = {
@@ -446,7 +468,7 @@ class _Split(NamedTuple):
         x, y = (torch.stack(t) if per_seed else t[0] for t in zip(*parts, strict=True))
         # numbers in the precision of the weights, classes and tokens as they are
         cast = lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype)
-        return cls(cast(x).clone(), cast(y), per_seed)  # a model may change its input in place
+        return cls(cast(x).clone(), cast(y).clone(), per_seed)  # whatever is done with them
 
     @property
     def size(self) -> int:
@@ -526,7 +548,9 @@ class _Plan:
             steps = [] if named else np.atleast_1d(self.networks).tolist()
             self.kept_at = self._checked_steps("networks", "None, 'last', 'best' or ", steps)
         self._check_names()
-        self.template = initial_module(self.model, self.seeds[0]).to(self.device, self.dtype)
+        self.template = initial_module(self.model, self.seeds[0])
+        check_model(self.template)
+        self.template.to(self.device, self.dtype)
         for name, m in self.template.named_modules():
             if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", True):
                 raise ValueError(
@@ -696,6 +720,7 @@ class _Chunk:
     def train(self, advance: Callable[[int], None]) -> dict[str, Params]:
         """The values at all evaluated steps, and the networks that are kept."""
         plan, records, kept, best = self.plan, [], [], None
+        self._check_network()
         batches, draws = self._batches(), self._draws()
         for t in range(plan.steps + 1):
             if t in plan.evaluate_at:
@@ -722,6 +747,16 @@ class _Chunk:
             return result | tree_map(lambda *weights: torch.stack(weights, 1), *kept)
         return result | (kept[0] if kept else {})
 
+    def _check_network(self) -> None:
+        """Refuse a model or criterion whose results would depend on more than it is given."""
+        plan, train = self.plan, self.plan.parts["train"]
+        two = torch.arange(min(2, train.size), device=plan.device)[None]
+        x, y = train.take(self.seed_of_run[:1], two)
+        network = _network(self.model, _first(self.state.buffers))
+        in_pieces = plan.evaluation_batch_size < max(plan.parts[s].size for s in plan.splits)
+        criterion = plan.recipe.criterion
+        check_function(network, _first(self.state.params), x[0], y[0], criterion, in_pieces)
+
     def _step(self, batch: tuple[Tensor, ...], draw: Params, t: Step) -> None:
         """One step of the pipeline, for all runs at once."""
         plan = self.plan
@@ -736,9 +771,10 @@ class _Chunk:
 
         self.model.train()
         of_batch = 0 if plan.batch_size else plan.parts["train"].dim
-        stacked = vmap(one_run, in_dims=(0, 0, 0, of_batch))
-        with unchanged(batch[0]):
-            self.state, loss = stacked(self.state, self.hyper, draw, batch)
+        of_all = over_rows(one_run, (0, 0, 0, of_batch), WAY_OUT)
+        with unchanged("model", "input", batch[0]), unchanged("criterion", "targets", batch[1]):
+            with no_random_numbers(), constant_attributes(self.model):
+                self.state, loss = of_all(self.state, self.hyper, draw, batch)
         self._mark(~loss.isfinite(), t + 1)
 
     def _mark(self, broken: Tensor, t: int) -> None:
@@ -751,14 +787,15 @@ class _Chunk:
         finite = [w.reshape(len(w), -1).isfinite().all(1) for w in self.state.params.values()]
         self._mark(~torch.stack(finite).all(0), t)
         weights = self._evaluated()
-        self.model.eval()
         values: Params = {}
         for split in self.plan.splits:
             values |= self._means(split, **weights)
         train = self.plan.parts["train"]
         for name, instrument in self.plan.instruments.items():
             x, y = train.take(self.seed_of_run)
-            found = _measure(self.model, instrument, **weights, x=x, y=y, dim=train.dim)
+            found = _measure(
+                self.model, instrument, **weights, x=x, y=y, dim=train.dim, way_out=WAY_OUT
+            )
             for field, (dims, value) in named_values(instrument, found, runs=1).items():
                 variable = f"{name}_{field}" if field else name
                 if variable in values:
@@ -776,7 +813,7 @@ class _Chunk:
         size: list[float] = []
 
         def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
-            output = functional_call(self.model, (params, buffers), (x,))
+            output, _ = called(self.model, params, buffers, x)
             values = [metric(output, y) for metric in metrics.values()]
             checked_losses(values[0], x, y)
             for name, v in zip(metrics, values, strict=True):
@@ -790,14 +827,14 @@ class _Chunk:
             return [_at_least_single(v).sum() for v in values]
 
         part = self.plan.parts[split]
-        stacked = vmap(one_run, in_dims=(0, 0, part.dim, part.dim))
+        of_all = over_rows(one_run, (0, 0, part.dim, part.dim), WAY_OUT)
         sums = [torch.zeros((), dtype=torch.float64, device=part.x.device)] * len(metrics)
         for rows in torch.arange(part.size, device=part.x.device).split(
             self.plan.evaluation_batch_size
         ):
             x, y = part.take(self.seed_of_run, rows)
-            with unchanged(x):
-                found = stacked(params, buffers, x, y)
+            with evaluation(self.model):
+                found = of_all(params, buffers, x, y)
             sums = [total + value.double() for total, value in zip(sums, found, strict=True)]
         broken = sums[0].isnan()
         return {
@@ -833,9 +870,8 @@ class _Chunk:
             return {}
 
         def after_pass(params: Params, buffers: Params, x: Tensor) -> Params:
-            buffers = {name: b.clone() for name, b in buffers.items()}
-            functional_call(self.model, (params, buffers), (x,))
-            return {name: buffers[name] for name in names}
+            _, after = called(self.model, params, buffers, x)
+            return {name: after[name] for name in names}
 
         train = self.plan.parts["train"]
         x, _ = train.take(self.seed_of_run)
@@ -843,7 +879,8 @@ class _Chunk:
             self.model.train()
             for m in norms:
                 m.momentum = 1.0  # the statistics of this pass alone
-            return vmap(after_pass, in_dims=(0, 0, train.dim))(params, self.state.buffers, x)
+            of_all = over_rows(after_pass, (0, 0, train.dim), WAY_OUT)
+            return of_all(params, self.state.buffers, x)
         finally:
             self.model.eval()
             for m, momentum in zip(norms, momenta, strict=True):
@@ -914,21 +951,36 @@ class _Chunk:
 
 def _check_alike(modules: list[nn.Module]) -> None:
     """Only parameters and buffers are stacked: all else must be the same for all seeds."""
-    tensors = [
-        {
-            f"{path}.{name}".strip("."): value
-            for path, part in module.named_modules()
-            for name, value in vars(part).items()
-            if isinstance(value, Tensor)
-        }
-        for module in modules
-    ]
-    for name, value in tensors[0].items():
-        if not all(name in other and torch.equal(value, other[name]) for other in tensors):
-            raise ValueError(
-                f"model must keep a tensor that differs between seeds as a buffer, "
-                f"self.register_buffer(...), got the attribute {name!r}"
-            )
+    first, *others = [[*_description_of(module)] for module in modules]
+    for other in others:
+        pairs = itertools.zip_longest(first, other, fillvalue=("", None))
+        for (name, value), (its_name, its_value) in pairs:
+            if name != its_name or not _same(value, its_value):
+                raise ValueError(
+                    "model must keep what differs between seeds in parameters and buffers of one "
+                    f"shape, got {name or its_name!r}; for weight and spectral norm see "
+                    "torch.nn.utils.parametrizations"
+                )
+
+
+def _description_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Layers, shapes of weights, and attributes that are numbers, text or tensors."""
+    for path, part in module.named_modules():
+        yield path, type(part).__qualname__
+        for attribute, value in vars(part).items():
+            name = f"{path}.{attribute}".strip(".")
+            if attribute in ("_parameters", "_buffers"):
+                for key, w in value.items():
+                    yield f"{path}.{key}".strip("."), None if w is None else w.shape
+            elif not attribute.startswith("_"):
+                kinds = (Tensor, np.ndarray, str, Number)
+                yield from ((name, leaf) for leaf in tree_leaves(value) if isinstance(leaf, kinds))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(np.all(one == other))
 
 
 def _measure(
@@ -939,21 +991,34 @@ def _measure(
     x: Tensor,
     y: Tensor,
     dim: int | None,
+    way_out: str,
 ) -> Any:
     """What the instrument returns for each network; ``dim`` of x and y counts networks."""
 
     def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Any:
-        def network(params: Params, x: Tensor) -> Any:
-            with unchanged(x):
-                return functional_call(template, (params, buffers), (x,))
-
-        return instrument(network, params, x, y)
+        return instrument(_network(template, buffers), params, x, y)
 
     # half precision is too short for differences of losses
     params, buffers, x, y = tree_map(_at_least_single, (params, buffers, x, y))
-    template.eval()
-    with plain_attention():
-        return vmap(one_run, in_dims=(0, 0, dim, dim))(params, buffers, x, y)
+    criterion = criterion_of(instrument)
+    example = (x, y) if dim is None else (x[0], y[0])
+    with inspecting(template), explained():
+        check_function(_network(template, _first(buffers)), _first(params), *example, criterion)
+        return over_rows(one_run, (0, 0, dim, dim), way_out)(params, buffers, x, y)
+
+
+def _network(template: nn.Module, buffers: Params) -> Network:
+    """In evaluation mode."""
+
+    def network(params: Params, x: Tensor) -> Any:
+        with evaluation(template):
+            return called(template, params, buffers, x)[0]
+
+    return network
+
+
+def _first(stacked: Params) -> Params:
+    return {name: w[0] for name, w in stacked.items()}
 
 
 def _with_criterion(instrument: Any, criterion: Callable[[Any, Tensor], Tensor]) -> Instrument:

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad, grad_and_value
 from torch.utils._pytree import tree_map
 
 from .._ball import check_ball, dual_norm_perturbation
 from .._checks import whole
+from .._functional import over_rows
 from .._objective import Objective
 from .._stage import GradientStage
 from .._tree import Params, flatten, plus, unflatten
@@ -156,13 +157,11 @@ class SAM(GradientStage):
         one = lambda rows, buffers: self._one_shard(
             replace(objective, buffers=buffers), params, rows
         )
+        of_shards = over_rows(one, 0, "gradient.SAM(chunk_size=1) does without it")
         average: Result | None = None
-        for part in parts:
-            if len(part) == 1:
-                result = one(part[0], objective.buffers)
-            else:  # each shard has its own buffers, which it may change in place
-                own = {name: b.expand(len(part), *b.shape) for name, b in objective.buffers.items()}
-                result = tree_map(_average, vmap(one)(part, own))
+        for part in parts:  # each shard has its own buffers, which it may change in place
+            own = {name: b.expand(len(part), *b.shape) for name, b in objective.buffers.items()}
+            result = tree_map(_average, of_shards(part, own))
             average = _add(average, result, part.numel() / n)
         return average  # type: ignore[return-value]  # a batch has at least one part
 

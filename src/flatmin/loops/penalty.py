@@ -1,6 +1,7 @@
 """A gradient penalty for a training loop of your own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,14 @@ from torch import Tensor
 from .._checks import hyperparameter
 
 __all__ = ["gradient_penalty"]
+
+# The kernels whose second derivative PyTorch lacks, or has wrong.
+TWICE = {
+    "WeightNormInterface": "write the weight as g * v / v.norm(dim=1, keepdim=True)",
+    "ScaledDotProduct": "compute it in torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "CudnnRnn": "compute it in torch.backends.cudnn.flags(enabled=False)",
+    "CompiledFunction": "compute it with the model that was compiled, model._orig_mod",
+}
 
 
 def gradient_penalty(
@@ -31,6 +40,12 @@ def gradient_penalty(
     squared : bool
         As in :class:`flatmin.gradient.GradientPenalty`.
 
+    Raises
+    ------
+    ValueError
+        If the loss comes from a kernel that cannot be differentiated twice, or (weight norm) only
+        wrongly; the message names a kernel that can.
+
     Returns
     -------
     Tensor
@@ -50,6 +65,12 @@ def gradient_penalty(
         raise ValueError("parameters must include one that requires a gradient, got none")
     if loss.ndim:
         raise ValueError(f"loss must be one number, got shape {tuple(loss.shape)}")
+    for node in _graph(loss.grad_fn):
+        for kernel, way_out in TWICE.items():
+            if node.name().startswith(kernel):
+                raise ValueError(
+                    f"loss must be twice differentiable, got one with {node.name()}: {way_out}"
+                )
     gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     grads = [g.flatten() for g in gradients if g is not None]
     if not grads:
@@ -58,3 +79,14 @@ def gradient_penalty(
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     # Not g @ g, which autocast would compute in half precision.
     return penalty / 2 * g.square().sum() if squared else penalty * torch.linalg.vector_norm(g)
+
+
+def _graph(root: Any) -> Iterator[Any]:
+    """All nodes of an autograd graph, each once."""
+    seen, ahead = {root, None}, [root] if root is not None else []
+    while ahead:
+        node = ahead.pop()
+        yield node
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        ahead += new

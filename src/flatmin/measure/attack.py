@@ -19,7 +19,8 @@ from torch.func import grad, vmap
 
 from .._ball import dual_norm_perturbation, project
 from .._checks import hyperparameter, number, whole
-from .._functional import Loss, Network, evaluation
+from .._contracts import Loss, Network
+from .._functional import evaluation
 from .._targets import checked_losses, example_losses
 from .._tree import Params
 
@@ -200,6 +201,8 @@ def error_under_attack(
 
     def wrong(x: Tensor, y: Tensor) -> Tensor:
         logits = network(params, attack(model, x, y))
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"network must return logits, got {type(logits).__name__}")
         return torch.where(logits.isnan().any(-1), math.nan, logits.argmax(-1) != y)
 
     return torch.cat([wrong(*b) for b in zip(x.split(size), y.split(size))]).to(x.dtype).mean()

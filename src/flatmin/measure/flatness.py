@@ -16,7 +16,8 @@ from torch.func import grad_and_value
 
 from .._ball import check_ball, dual_norm_perturbation, project
 from .._checks import whole
-from .._functional import Loss, MeanLoss, Network, map_rows
+from .._contracts import Loss, Network
+from .._functional import MeanLoss, map_rows
 from .._targets import example_losses
 from .._tree import Params, flatten, unflatten
 

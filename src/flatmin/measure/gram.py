@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad
 from torch.overrides import TorchFunctionMode
 
 from .._checks import whole
-from .._functional import Loss, MeanLoss, Network, check_examples, dims
+from .._contracts import Loss, Network
+from .._functional import MeanLoss, check_examples, dims, over_rows
 from .._targets import checked_losses, example_losses
 from .._tree import Params, norm, plus
 
@@ -39,6 +40,7 @@ __all__ = [
     "within_classes",
 ]
 
+WAY_OUT = "batch_size=1 differentiates one example after another"
 MOST_NUMBERS = 2**26  # in the gradients of a chunk of examples
 
 
@@ -118,9 +120,8 @@ def stiffness(
 
     the 1 for the bias.  The gradients of all other parameters are formed, chunk by chunk.
 
-    All is done by :func:`torch.func.vmap` over examples; it refuses what it cannot run, such as
-    ``nn.LSTM`` or a branch that depends on data.  There, stack the gradients of a loop over
-    examples into a matrix G: ``G @ G.mT``.
+    All is done by :func:`torch.func.vmap` over examples.  What it cannot run, such as ``nn.LSTM``
+    or a branch that depends on data, needs ``batch_size=1``.
 
     Examples
     --------
@@ -232,7 +233,7 @@ def _example_gradients(
         # the gradient of a probe, which is added to the output of a layer, is its δ
         return grad(loss, argnums=(0, 1), has_aux=True)(others, probes)
 
-    (gradients, deltas), inputs = vmap(of_one)(x, y)
+    (gradients, deltas), inputs = over_rows(of_one, 0, WAY_OUT)(x, y)
     parts = [
         _Layer(_at_least_single(inputs[w]), bias is not None, _at_least_single(deltas[w]))
         for w, bias in layers.items()
@@ -260,14 +261,15 @@ def _linear_layers(network: Network, params: Params, x: Tensor) -> dict[str, str
             network(params, x[None])
         return x
 
-    vmap(run)(x)  # as later, so that the uses are the same
+    run(x[0])
     once = {name for name, count in uses.count.items() if count == 1}
     return {w: bias if bias in once else None for w, bias in uses.biases.items() if w in once}
 
 
 def _others(params: Params, layers: dict[str, str | None]) -> Params:
     """The parameters whose gradients are formed."""
-    return {k: p for k, p in params.items() if k not in {*layers, *layers.values()}}
+    known = {*layers, *layers.values()}
+    return {k: p for k, p in params.items() if k not in known and p.numel()}
 
 
 class _ParameterUses(TorchFunctionMode):

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from .._checks import number, whole
-from .._functional import Loss, MeanLoss, Network, dims
+from .._contracts import Loss, Network
+from .._functional import MeanLoss, dims
 from .._random import numpy_stream
 from .._targets import example_losses
 from .._tree import Params, flatten, unflatten

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._checks import number, whole
-from .._functional import Loss, MeanLoss, Network, dims, map_rows
+from .._contracts import Loss, Network
+from .._functional import MeanLoss, dims, map_rows
 from .._random import normals
 from .._targets import example_losses
 from .._tree import Params, plus
