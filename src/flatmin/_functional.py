@@ -252,8 +252,9 @@ class _PlainKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch._weight_norm:
-            v, g, *dim = args
-            return v * (g / torch.norm_except_dim(v, 2, *dim, **kwargs))
+            v, g, dim = args
+            others = [i for i in range(v.ndim) if i != dim]  # dim -1 is none: one norm for all
+            return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim >= 0))
         if func in (F.embedding, F.embedding_bag):
             kwargs = kwargs | {"sparse": False}
         return func(*args, **kwargs)

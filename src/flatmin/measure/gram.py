@@ -97,7 +97,8 @@ def stiffness(
         From output and targets to one loss per example, [n].
     batch_size : int, optional
         How many examples are differentiated at once; by default, as many as keep the gradients
-        that are formed (see below) in 256 MiB of single precision.
+        that are formed (see below) in 256 MiB of single precision.  1: one after another, without
+        ``vmap``, and all gradients are formed.
 
     Returns
     -------
@@ -146,16 +147,17 @@ def stiffness(
         raise ValueError("x2 and y2 must be given both or neither")
     if x2 is not None:
         check_examples("2", x2, y2)
-    layers = _linear_layers(network, params, x[:1])
+    loop = batch_size is not None and whole("batch_size", batch_size) == 1
+    layers = {} if loop else _linear_layers(network, params, x[:1])  # others for each example
     formed = sum(p.numel() for p in _others(params, layers).values())
     size = max(1, MOST_NUMBERS // formed) if formed else 250
-    size = size if batch_size is None else whole("batch_size", batch_size)
+    size = size if batch_size is None or loop else whole("batch_size", batch_size)
     sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
 
     @lru_cache(1 if formed else None)  # factors of outer products are small enough to keep
     def gradients(which: int, first: int) -> _Gradients:
         x, y = (t[first : first + size] for t in sets[which])
-        return _normalized(_example_gradients(network, params, layers, x, y, criterion))
+        return _normalized(_example_gradients(network, params, layers, x, y, criterion, loop))
 
     rows: list[list[Tensor]] = []
     lengths1, lengths2 = {}, {}
@@ -218,6 +220,7 @@ def _example_gradients(
     x: Tensor,
     y: Tensor,
     criterion: Loss,
+    loop: bool,
 ) -> list[_Layer]:
     """By one forward and one backward pass of each example, a batch of one."""
     others = _others(params, layers)
@@ -233,7 +236,7 @@ def _example_gradients(
         # the gradient of a probe, which is added to the output of a layer, is its δ
         return grad(loss, argnums=(0, 1), has_aux=True)(others, probes)
 
-    (gradients, deltas), inputs = over_rows(of_one, 0, WAY_OUT)(x, y)
+    (gradients, deltas), inputs = over_rows(of_one, 0, WAY_OUT, 1 if loop else None)(x, y)
     parts = [
         _Layer(_at_least_single(inputs[w]), bias is not None, _at_least_single(deltas[w]))
         for w, bias in layers.items()
