@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import INF, NORMS, dual, norm, random
 from torch import nn
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 from flatmin import dual_norm_perturbation, gradient, loops
 
@@ -133,6 +133,33 @@ def test_whole_gradients_near_the_ends_of_single_precision(p, size):
     in_recipe = gradient.SAM(rho=0.1, p=p).perturbation({"w": w.detach()}, {"w": single})["w"]
     for epsilon in (w.detach(), in_recipe):
         torch.testing.assert_close(epsilon.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_the_length_of_a_long_vector(p):
+    """On a CPU, one sum after the other is wrong by 1e-3 at this length (p = 3)."""
+    g = random(3_000_000).float()
+    exact = dual_norm_perturbation(g.double(), 1.0, p)
+    epsilon = dual_norm_perturbation(g, 1.0, p).double()
+    assert torch.linalg.vector_norm(epsilon, p).item() == pytest.approx(1, abs=3e-6)
+    assert (epsilon @ exact / (exact @ exact)).item() == pytest.approx(1, abs=3e-6)
+    stacked = vmap(lambda g: dual_norm_perturbation(g, 1.0, p))(g.view(2, -1))
+    for found, part in zip(stacked, g.view(2, -1), strict=True):
+        torch.testing.assert_close(found, dual_norm_perturbation(part, 1.0, p), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("p", [1.5, 2])
+def test_the_derivative_at_a_long_vector_with_many_zeros(p):
+    """ε̂ does not depend on the size of g, so its derivative along g is 0; across, by ratios."""
+    g = torch.cat([torch.zeros(40_000).double(), random(10_000)])
+    v = random(50_000, seed=1)
+    _, along = jvp(lambda g: dual_norm_perturbation(g, 0.5, p), (g,), (g,))
+    assert along.abs().max() < 1e-15
+    slope = grad(lambda g: dual_norm_perturbation(g, 0.5, p) @ v)(g)
+    assert slope.isfinite().all()
+    h, u = 1e-6 * g.abs().max(), torch.cat([g[:40_000], random(10_000, seed=2)])
+    high, low = (dual_norm_perturbation(g + s * h * u, 0.5, p) @ v for s in (1, -1))
+    assert (slope @ u).item() == pytest.approx(((high - low) / (2 * h)).item(), rel=1e-5)
 
 
 def test_naive_powers_would_fail_where_the_kernel_does_not():

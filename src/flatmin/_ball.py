@@ -11,6 +11,8 @@ from ._checks import hyperparameter
 
 Norm = Callable[[Tensor, float | Tensor], Tensor]  # ‖v‖_p as a function of v and p
 
+ROW = 2**14  # so many numbers a norm adds one after the other
+
 
 def check_ball(rho: float | Tensor, p: float | Tensor, eta: float | Tensor = 0.0) -> None:
     r"""Raise an error if the radius, the norm or :math:`\eta` is out of range."""
@@ -28,7 +30,13 @@ def norm(v: Tensor, p: float | Tensor) -> Tensor:
     if p == math.inf:
         low, high = torch.aminmax(v)  # many times faster on a CPU than vector_norm
         return torch.maximum(-low, high)
-    return torch.linalg.vector_norm(v, p)
+    if v.numel() <= ROW:
+        return torch.linalg.vector_norm(v, p)
+    # On a CPU long sums in float32 lose their small terms: hence the norm of the norms of rows.
+    v = v.flatten()
+    rows, rest = v[: len(v) // ROW * ROW].view(-1, ROW), v[len(v) // ROW * ROW :]
+    of_rows = torch.linalg.vector_norm(rows, p, dim=1)
+    return norm(torch.cat([of_rows, norm(rest, p)[None]]), p)
 
 
 def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2.0) -> Tensor:
