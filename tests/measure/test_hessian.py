@@ -251,6 +251,45 @@ def test_after_a_breakdown_lanczos_continues_with_an_orthogonal_vector():
     close(eigen.basis @ eigen.basis.mT, torch.eye(4).double(), 1e-12)
 
 
+def test_the_last_vectors_of_the_space_are_orthogonal_too():
+    """The random one after a breakdown lies almost in the span, in the end."""
+    for values in (random(200).sign(), torch.linspace(0, 1e-5, 200).double()):
+        values[:5] = 100
+        product = lambda v, values=values: v * values.float()
+        found = lanczos(product, random(200, seed=1).float(), 200)
+        close(found.basis @ found.basis.mT, torch.eye(200), 3e-6)
+        close(found.ritz()[0], values.sort().values, 1e-5)
+
+
+multiplicities = st.lists(
+    st.tuples(st.sampled_from([-2.0, 0.0, 1.0, 5.0]), st.integers(1, 4)), min_size=1, max_size=4
+)
+distances = st.sampled_from([0.0, 1e-14, 1e-9, 1e-6, 1e-3])
+
+
+@given(multiplicities, distances, st.integers(0, 10**6), st.integers(1, 16), st.booleans())
+@settings(max_examples=80)
+def test_multiple_and_nearly_multiple_eigenvalues(groups, distance, seed, steps, single):
+    """All steps find all copies; fewer never find too many, and the errors hold."""
+    dtype = torch.float32 if single else torch.float64
+    values = torch.tensor([v for v, times in groups for _ in range(times)]).double()
+    values = (values + distance * random(len(values), seed=seed)).sort().values
+    H, start = matrix(values, seed), random(len(values), seed=seed + 1).to(dtype)
+    product = lambda v: (H @ v.double()).to(dtype)
+    rounding = 100 * torch.finfo(dtype).eps * max(1, values.abs().max().item())
+    every = lanczos(product, start, len(values)).ritz()[0]
+    assert ((every - values).abs() <= rounding).all()
+    found, _, residuals = lanczos(product, start, steps).ritz()
+    assert ((found[:, None] - values).abs().amin(1) <= residuals + rounding).all()
+    k = len(found)  # Cauchy: the i-th Ritz value is not beyond the i-th eigenvalue of either end
+    assert (found <= values[-k:] + rounding).all() and (found >= values[:k] - rounding).all()
+
+
+def test_a_matrix_of_one_number():
+    found = lanczos(lambda v: -3 * v, torch.tensor([0.1]), 5)
+    assert (found.alpha, found.beta, found.basis) == (-3, 0, 1)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_a_matrix_of_low_rank(rank):
     values = torch.cat([torch.zeros(20 - rank), torch.arange(1.0, rank + 1)]).double()
@@ -318,6 +357,34 @@ def test_eigenvalues_of_a_network_are_those_of_its_dense_hessian(batch_size):
     assert not torch.equal(found.value, measure(batch_size=batch_size, seed=1).value)
     single = on(model.float(), eigenvalues, x.float(), y)
     assert abs(single.value[0] - exact[-1]) <= single.error[0] + 1e-6 * exact[-1]
+
+
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [(torch.float32, s) for s in (1e-33, 1e-25, 1e20, 1e36)]
+    + [(torch.float64, s) for s in (1e-290, 1e-160, 1e150, 1e300)],
+)
+def test_hessians_of_any_size(dtype, scale):
+    """Squares would leave the range of the type; the matrices of a stack differ in size."""
+    values = torch.linspace(-1, 5, 40).double()
+    H = (matrix(values) * scale).to(dtype)
+    tol = 20 * torch.finfo(dtype).eps
+    found = of_matrix(eigenvalues, H, top=2, bottom=1, steps=40)
+    close(found.value / scale, values[[-1, -2, 0]], tol)
+    assert (found.error / scale < 20 * tol).all()
+    stack = torch.stack([H, matrix(values).to(dtype), 0 * H])
+    start = random(40).to(dtype)
+    ritz = vmap(lambda h: lanczos(lambda v: h @ v, start, 40).ritz()[0])(stack)
+    close(ritz[0] / scale, values, tol)
+    close(ritz[1], values, tol)
+    assert (ritz[2] == 0).all()
+    of_one = {"steps": 20, "probes": 2}
+    density, unit = (of_matrix(spectral_density, h, **of_one) for h in (H, stack[1]))
+    close((density.weight * density.node / scale).sum(1), (unit.weight * unit.node).sum(1), tol)
+    for sketch in (0, 7):
+        estimate, unit = (of_matrix(trace, h, sketch=sketch) for h in (H, stack[1]))
+        close(estimate.value / scale, unit.value, tol)
+        close(estimate.standard_error / scale, unit.standard_error, tol)
 
 
 # ------------------------------------------------------------------------------------------- trace

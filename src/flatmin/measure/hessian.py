@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
+from .._ball import norm, over_largest
 from .._checks import number, whole
 from .._functional import Loss, MeanLoss, Network, dims
 from .._random import numpy_stream
@@ -210,7 +211,8 @@ def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
     """
     steps = min(whole("steps", steps), len(q))
     spare = torch.from_numpy(np.random.default_rng(0).standard_normal(len(q))).to(q)
-    q = q / q.norm()
+    q = over_largest(q)[0]
+    q = q / norm(q, 2)
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
     scale = q.new_zeros(())
@@ -221,7 +223,7 @@ def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
         basis[j] = q
         alpha.append(q @ Hq)
         r = Hq - alpha[j] * q - (beta[j - 1] * basis[j - 1] if j else 0)
-        scale = torch.maximum(scale, Hq.norm())
+        scale = torch.maximum(scale, _length(Hq))
         q, length = _next(r, spare.roll(j), basis[: j + 1], scale)
         beta.append(length)
     return Lanczos(torch.stack(alpha), torch.stack(beta), basis)
@@ -235,10 +237,17 @@ def _next(r: Tensor, spare: Tensor, Q: Tensor, scale: Tensor) -> tuple[Tensor, T
     """
     both = torch.stack([r, spare])
     orthogonal, other = both - (both @ Q.mT) @ Q
-    length = orthogonal.norm()
-    breakdown = length <= torch.maximum(r.norm() / 2, 10 * torch.finfo(r.dtype).eps * scale)
-    q = torch.where(breakdown, other, orthogonal)
-    return q / q.norm().clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, length)
+    length = _length(orthogonal)
+    breakdown = length <= torch.maximum(_length(r) / 2, 10 * torch.finfo(r.dtype).eps * scale)
+    q = over_largest(torch.where(breakdown, other, orthogonal))[0]
+    q = q - (q @ Q.mT) @ Q  # again: the spare one, too, may lie almost in the span
+    return q / norm(q, 2).clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, length)
+
+
+def _length(v: Tensor) -> Tensor:
+    """‖v‖, also where the squares would leave the range of the type."""
+    u, largest = over_largest(v)
+    return largest * norm(u, 2)
 
 
 # ------------------------------------------------------------------------------------- eigenvalues
@@ -398,10 +407,11 @@ def trace(
     quadratic = lambda vs: (vs * products(vs)).double().sum(1)  # v·Hv of each row
     Q = _signs(sketch, w, seed, "trace", 0)
     if sketch:
-        Q = torch.linalg.qr(products(Q).mT).Q.mT
+        Q = torch.linalg.qr(over_largest(products(Q).mT)[0]).Q.mT
     z = _signs(probes, w, seed, "trace", 1)
-    rest = quadratic(z - (z @ Q.mT) @ Q)
-    return Trace(quadratic(Q).sum() + rest.mean(), rest.std() / math.sqrt(probes))
+    rest, size = over_largest(quadratic(z - (z @ Q.mT) @ Q))
+    value = quadratic(Q).sum() + size * rest.mean()
+    return Trace(value, size * rest.std() / math.sqrt(probes))
 
 
 # ----------------------------------------------------------------------------------------- density
