@@ -2,13 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import INF, NORMS, dual, norm
+from problems import INF, NORMS, dual, norm, random
 from torch import nn
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 from flatmin import dual_norm_perturbation, gradient, loops
 
@@ -89,6 +90,78 @@ def test_any_size_of_gradient_gives_the_same_perturbation(dtype, scales, p):
         torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+def by_logarithms(g, rho, p):
+    """ε̂ from its formula, in logarithms, so that no power leaves the range."""
+    log, q = g.double().abs().log(), dual(p)
+    if p == 1:
+        return rho * g.double().sign() * (g.abs() == g.abs().max())  # one entry is the largest
+    size = (q - 1) * log - (q * log).logsumexp(0) / p
+    return g.sign() * (math.log(rho) + size).exp()
+
+
+@pytest.mark.parametrize("p", [1, 1.03, 1.5, 2, 3, 7, 50, INF])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 2e-5), (torch.bfloat16, 8e-3)])
+def test_one_gradient_over_60_orders_of_magnitude(dtype, rtol, p):
+    """Each entry of ε̂ that the type can represent has its value; the others are 0."""
+    sizes = torch.logspace(-30, 30, 121, dtype=torch.float64)
+    g = (sizes * (-1) ** torch.arange(121)).to(dtype)
+    w = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (60, 61)]
+    w[0].grad, w[1].grad = g.split([60, 61])
+    loops.SAM(torch.optim.SGD(w, lr=0.1), rho=0.5, p=p).first_step()
+    in_loop = torch.cat([x.detach() for x in w])
+    in_stack = vmap(lambda g, p: dual_norm_perturbation(g, 0.5, p))
+    single = torch.tensor([p], dtype=torch.float32)  # not quite p
+    for epsilon, norm_taken in (
+        (dual_norm_perturbation(g, 0.5, p), p),
+        (in_loop, p),
+        (in_stack(g[None], single)[0], single.item()),
+    ):
+        expected = by_logarithms(g, 0.5, norm_taken)
+        assert epsilon.dtype == dtype and expected.abs().max() > 0.01
+        torch.testing.assert_close(epsilon.double(), expected, rtol=rtol, atol=2e-38)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("p", NORMS)
+def test_whole_gradients_near_the_ends_of_single_precision(p, size):
+    g = random(50)
+    single = (g * size).float()
+    expected = dual_norm_perturbation(single.double(), 0.1, p)
+    w = nn.Parameter(torch.zeros(50))
+    w.grad = single.clone()
+    loops.SAM(torch.optim.SGD([w], lr=0.1), rho=0.1, p=p).first_step()
+    in_recipe = gradient.SAM(rho=0.1, p=p).perturbation({"w": w.detach()}, {"w": single})["w"]
+    for epsilon in (w.detach(), in_recipe):
+        torch.testing.assert_close(epsilon.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_the_length_of_a_long_vector(p):
+    """On a CPU, one sum after the other is wrong by 1e-3 at this length (p = 3)."""
+    g = random(3_000_000).float()
+    exact = dual_norm_perturbation(g.double(), 1.0, p)
+    epsilon = dual_norm_perturbation(g, 1.0, p).double()
+    assert torch.linalg.vector_norm(epsilon, p).item() == pytest.approx(1, abs=3e-6)
+    assert (epsilon @ exact / (exact @ exact)).item() == pytest.approx(1, abs=3e-6)
+    stacked = vmap(lambda g: dual_norm_perturbation(g, 1.0, p))(g.view(2, -1))
+    for found, part in zip(stacked, g.view(2, -1), strict=True):
+        torch.testing.assert_close(found, dual_norm_perturbation(part, 1.0, p), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("p", [1.5, 2])
+def test_the_derivative_at_a_long_vector_with_many_zeros(p):
+    """ε̂ does not depend on the size of g, so its derivative along g is 0; across, by ratios."""
+    g = torch.cat([torch.zeros(40_000).double(), random(10_000)])
+    v = random(50_000, seed=1)
+    _, along = jvp(lambda g: dual_norm_perturbation(g, 0.5, p), (g,), (g,))
+    assert along.abs().max() < 1e-15
+    slope = grad(lambda g: dual_norm_perturbation(g, 0.5, p) @ v)(g)
+    assert slope.isfinite().all()
+    h, u = 1e-6 * g.abs().max(), torch.cat([g[:40_000], random(10_000, seed=2)])
+    high, low = (dual_norm_perturbation(g + s * h * u, 0.5, p) @ v for s in (1, -1))
+    assert (slope @ u).item() == pytest.approx(((high - low) / (2 * h)).item(), rel=1e-5)
+
+
 def test_naive_powers_would_fail_where_the_kernel_does_not():
     g, q = torch.tensor([1e-6, -2e-6]), dual(1.1)
     naive = 0.05 * g.sign() * g.abs() ** (q - 1) / (g.abs() ** q).sum() ** (1 / 1.1)
@@ -124,6 +197,15 @@ def test_scaled_ball(g, p, data):
     if g.any():
         assert norm(epsilon / t, p).item() == pytest.approx(0.3, rel=1e-12)
         assert (g @ epsilon).item() == pytest.approx(0.3 * norm(t * g, dual(p)).item(), rel=1e-12)
+
+
+def test_empty_and_other_gradients():
+    assert dual_norm_perturbation(torch.zeros(0, 3), 0.1).shape == (0, 3)
+    for g in ([3.0, -4.0], np.array([3.0, -4.0]), {"w": torch.ones(2)}):
+        with pytest.raises(TypeError, match=f"g must be a tensor, got {type(g).__name__}"):
+            dual_norm_perturbation(g, 0.1)
+    with pytest.raises(TypeError, match="g must be floating point, got torch.complex64"):
+        dual_norm_perturbation(torch.ones(2, dtype=torch.complex64), 0.1)
 
 
 def test_whole_numbers_are_refused():

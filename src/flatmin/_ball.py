@@ -2,6 +2,7 @@ r"""The ball :math:`\|\epsilon\|_p\le\rho`, and where a linear function on it is
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from ._checks import hyperparameter
 
 Norm = Callable[[Tensor, float | Tensor], Tensor]  # ‖v‖_p as a function of v and p
+
+ROW = 2**14  # so many numbers a norm adds one after the other
 
 
 def check_ball(rho: float | Tensor, p: float | Tensor, eta: float | Tensor = 0.0) -> None:
@@ -27,7 +30,13 @@ def norm(v: Tensor, p: float | Tensor) -> Tensor:
     if p == math.inf:
         low, high = torch.aminmax(v)  # many times faster on a CPU than vector_norm
         return torch.maximum(-low, high)
-    return torch.linalg.vector_norm(v, p)
+    if v.numel() <= ROW:
+        return torch.linalg.vector_norm(v, p)
+    # On a CPU long sums in float32 lose their small terms: hence the norm of the norms of rows.
+    v = v.flatten()
+    rows, rest = v[: len(v) // ROW * ROW].view(-1, ROW), v[len(v) // ROW * ROW :]
+    of_rows = torch.linalg.vector_norm(rows, p, dim=1)
+    return norm(torch.cat([of_rows, norm(rest, p)[None]]), p)
 
 
 def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2.0) -> Tensor:
@@ -61,7 +70,7 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
     Raises
     ------
     TypeError
-        If ``g`` is not floating point.
+        If ``g`` is not a tensor of floating point numbers.
 
     Notes
     -----
@@ -82,10 +91,11 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
     (tensor([ 0.0000, -0.5000]), tensor([ 0.5000, -0.5000]))
     """
     check_ball(rho, p)
+    if not isinstance(g, Tensor):
+        raise TypeError(f"g must be a tensor, got {type(g).__name__}")
     if not g.is_floating_point():
         raise TypeError(f"g must be floating point, got {g.dtype}")
-    single = g.to(torch.promote_types(g.dtype, torch.float32))
-    v, step = direction(over_largest(single, p), rho, p)
+    v, step = direction(g.to(torch.promote_types(g.dtype, torch.float32)), rho, p)
     return (step * v).to(g.dtype)
 
 
@@ -96,24 +106,37 @@ def project(u: Tensor, rho: float | Tensor, p: float) -> Tensor:
     return u * (rho / norm(u, p).clamp_min(torch.finfo(u.dtype).tiny)).clamp_max(1)
 
 
-def over_largest(g: Tensor, p: float | Tensor, norm: Norm = norm) -> Tensor:
-    """g / max|g|: the scale cancels in ε̂, and all powers stay in range.  NaN if g is not finite."""
-    largest = norm(g, math.inf).detach()
-    u = g / (torch.where(largest > 0, largest, 1) + 0 * largest)
-    constant = not isinstance(p, Tensor) and p in (1, math.inf)
-    return u.detach() if constant else u  # the direction is constant almost everywhere
+def over_largest(v: Tensor, norm: Norm = norm) -> tuple[Tensor, Tensor]:
+    """v / max|v|, whose powers cannot overflow, and max|v|; 0 stays 0, with 1 for its maximum."""
+    largest = norm(v, math.inf).detach()
+    largest = torch.where(largest > 0, largest, 1)
+    return v / largest, largest
 
 
 def direction(
-    u: Tensor, rho: float | Tensor, p: float | Tensor, norm: Norm = norm
+    g: Tensor, rho: float | Tensor, p: float | Tensor, norm: Norm = norm
 ) -> tuple[Tensor, Tensor]:
-    """The kernel: v = sign(u) |u|^(q-1) and ρ / ‖v‖_p, whose product is ε̂.
+    r"""The kernel: v ∝ sign(g) |g|^(q-1) and ρ / ‖v‖_p, whose product is ε̂.
 
-    ``u`` may be a part of a longer vector, of which ``norm`` knows the rest.
+    The factor that v lacks cancels: its largest entry is 1.  ``g`` may be a part of a longer
+    vector, of which ``norm`` knows the rest.  The number is NaN if an entry is not finite.
     """
     if not isinstance(p, Tensor) and p == 2:
-        v = u
+        v = over_largest(g, norm)[0]
     else:
-        q_minus_1 = math.inf if not isinstance(p, Tensor) and p == 1 else 1 / (p - 1)
-        v = u.sign() * u.abs() ** q_minus_1 + 0 * u  # the sign of NaN is 0
+        if not isinstance(p, Tensor) and p in (1, math.inf):
+            g = g.detach()  # the direction is constant almost everywhere
+        # Exponents below 1 keep small entries in range, and come before the division; those
+        # above 1 come after it.
+        first, second = _split(p)
+        v = g.sign() * over_largest(g.abs() ** first, norm)[0] ** second
+    rho = rho + 0 * norm(g, math.inf).detach()  # for p = inf powers would hide a NaN
     return v, rho / norm(v, p).clamp_min(1e-30)  # a zero gradient gives no perturbation
+
+
+def _split(p: float | Tensor) -> tuple[Any, Any]:
+    """q - 1 = 1 / (p - 1) as a product of two exponents, at most 1 and at least 1."""
+    if isinstance(p, Tensor):
+        return (1 / (p - 1)).clamp(max=1), (1 / (p - 1)).clamp(min=1)
+    q_minus_1 = math.inf if p == 1 else 1 / (p - 1)
+    return min(q_minus_1, 1.0), max(q_minus_1, 1.0)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ball import direction, norm, over_largest
+from ._ball import direction, norm
 
 
 class Member(NamedTuple):
@@ -97,13 +97,13 @@ class FlatWeights:
         rho, *others = {m.group["rho"] for m in members}
         if others or any(m.group["adaptive"] for m in members):
             T = _joined([torch.cat([m.scale() for m in same]) for same in kinds.values()])
-            v, step = direction(over_largest(T * g, p, norm_of_all), 1, p, norm_of_all)
+            v, step = direction(T * g, 1, p, norm_of_all)
             return self.parts(T * v), step.item()
         if p == 2:
-            along_g = direction(g, rho, p, norm_of_all)[1].item()  # v is the gradient itself
-            if 1e-15 < along_g / rho < 1e15:  # no square left float32's range
-                return grads, along_g
-        v, step = direction(over_largest(g, p, norm_of_all), rho, p, norm_of_all)
+            length = norm_of_all(g, p).item()
+            if 1e-15 < length < 1e15:  # no square left float32's range
+                return grads, rho / length  # without a copy of the gradients
+        v, step = direction(g, rho, p, norm_of_all)
         return self.parts(v), step.item()
 
     def save(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import random
+from problems import INF, random
 from torch import nn
 from torch.func import functional_call, vmap
 
@@ -251,6 +251,45 @@ def test_after_a_breakdown_lanczos_continues_with_an_orthogonal_vector():
     close(eigen.basis @ eigen.basis.mT, torch.eye(4).double(), 1e-12)
 
 
+def test_the_last_vectors_of_the_space_are_orthogonal_too():
+    """The random one after a breakdown lies almost in the span, in the end."""
+    for values in (random(200).sign(), torch.linspace(0, 1e-5, 200).double()):
+        values[:5] = 100
+        product = lambda v, values=values: v * values.float()
+        found = lanczos(product, random(200, seed=1).float(), 200)
+        close(found.basis @ found.basis.mT, torch.eye(200), 3e-6)
+        close(found.ritz()[0], values.sort().values, 1e-5)
+
+
+multiplicities = st.lists(
+    st.tuples(st.sampled_from([-2.0, 0.0, 1.0, 5.0]), st.integers(1, 4)), min_size=1, max_size=4
+)
+distances = st.sampled_from([0.0, 1e-14, 1e-9, 1e-6, 1e-3])
+
+
+@given(multiplicities, distances, st.integers(0, 10**6), st.integers(1, 16), st.booleans())
+@settings(max_examples=80)
+def test_multiple_and_nearly_multiple_eigenvalues(groups, distance, seed, steps, single):
+    """All steps find all copies; fewer never find too many, and the errors hold."""
+    dtype = torch.float32 if single else torch.float64
+    values = torch.tensor([v for v, times in groups for _ in range(times)]).double()
+    values = (values + distance * random(len(values), seed=seed)).sort().values
+    H, start = matrix(values, seed), random(len(values), seed=seed + 1).to(dtype)
+    product = lambda v: (H @ v.double()).to(dtype)
+    rounding = 100 * torch.finfo(dtype).eps * max(1, values.abs().max().item())
+    every = lanczos(product, start, len(values)).ritz()[0]
+    assert ((every - values).abs() <= rounding).all()
+    found, _, residuals = lanczos(product, start, steps).ritz()
+    assert ((found[:, None] - values).abs().amin(1) <= residuals + rounding).all()
+    k = len(found)  # Cauchy: the i-th Ritz value is not beyond the i-th eigenvalue of either end
+    assert (found <= values[-k:] + rounding).all() and (found >= values[:k] - rounding).all()
+
+
+def test_a_matrix_of_one_number():
+    found = lanczos(lambda v: -3 * v, torch.tensor([0.1]), 5)
+    assert (found.alpha, found.beta, found.basis) == (-3, 0, 1)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_a_matrix_of_low_rank(rank):
     values = torch.cat([torch.zeros(20 - rank), torch.arange(1.0, rank + 1)]).double()
@@ -318,6 +357,88 @@ def test_eigenvalues_of_a_network_are_those_of_its_dense_hessian(batch_size):
     assert not torch.equal(found.value, measure(batch_size=batch_size, seed=1).value)
     single = on(model.float(), eigenvalues, x.float(), y)
     assert abs(single.value[0] - exact[-1]) <= single.error[0] + 1e-6 * exact[-1]
+
+
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [(torch.float32, s) for s in (1e-33, 1e-25, 1e20, 1e36)]
+    + [(torch.float64, s) for s in (1e-290, 1e-160, 1e150, 1e300)],
+)
+def test_hessians_of_any_size(dtype, scale):
+    """Squares would leave the range of the type; the matrices of a stack differ in size."""
+    values = torch.linspace(-1, 5, 40).double()
+    H = (matrix(values) * scale).to(dtype)
+    tol = 20 * torch.finfo(dtype).eps
+    found = of_matrix(eigenvalues, H, top=2, bottom=1, steps=40)
+    close(found.value / scale, values[[-1, -2, 0]], tol)
+    assert (found.error / scale < 20 * tol).all()
+    stack = torch.stack([H, matrix(values).to(dtype), 0 * H])
+    start = random(40).to(dtype)
+    ritz = vmap(lambda h: lanczos(lambda v: h @ v, start, 40).ritz()[0])(stack)
+    close(ritz[0] / scale, values, tol)
+    close(ritz[1], values, tol)
+    assert (ritz[2] == 0).all()
+    of_one = {"steps": 20, "probes": 2}
+    density, unit = (of_matrix(spectral_density, h, **of_one) for h in (H, stack[1]))
+    close((density.weight * density.node / scale).sum(1), (unit.weight * unit.node).sum(1), tol)
+    for sketch in (0, 7):
+        estimate, unit = (of_matrix(trace, h, sketch=sketch) for h in (H, stack[1]))
+        close(estimate.value / scale, unit.value, tol)
+        close(estimate.standard_error / scale, unit.standard_error, tol)
+
+
+def test_a_matrix_that_is_not_symmetric_is_refused():
+    symmetric, skew = matrix(random(100)).float(), random(100, 100, seed=1).float()
+    skew = skew - skew.mT
+    skew = skew / torch.linalg.matrix_norm(skew, 2) * torch.linalg.matrix_norm(symmetric, 2)
+    start = random(100, seed=2).float()
+    iterate = lambda H, steps=30: lanczos(lambda v: H @ v, start, steps)
+    message = r"matvec must be the product with a symmetric matrix, got one whose .* by \d+%"
+    for H in (symmetric + 0.1 * skew, skew, symmetric.triu(), torch.eye(100).roll(1, 0)):
+        with pytest.raises(ValueError, match=message):
+            iterate(H)
+    with pytest.raises(ValueError, match=message):
+        iterate(symmetric.triu(), steps=2)
+    assert iterate(symmetric).dropped < 1e-5
+    assert iterate(symmetric + 0.001 * skew).dropped > 1e-3  # below 1 %: in the residuals
+    stack = torch.stack([symmetric, symmetric + 0.1 * skew])
+    ritz = vmap(lambda H: iterate(H).ritz()[0])(stack)
+    close(ritz[0], iterate(symmetric).ritz()[0], 1e-5)
+    assert ritz[1].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [1, 100, 10_000])
+def test_networks_with_saturated_outputs_have_eigenvalues_in_single_precision(factor):
+    """Their products are mostly rounding, so not symmetric; the errors say so."""
+    model, x, _ = problem(lambda: MLP(4, 6, 3))
+    with torch.no_grad():
+        model[-1].weight *= factor
+    for y in (model(x).argmax(1), (model(x).argmax(1) + 1) % 3):
+        exact = torch.linalg.eigvalsh(dense(model, criterion, x, y))
+        single = copy.deepcopy(model).float()
+        found = on(single, eigenvalues, x.float(), y, top=2, bottom=1, steps=51)
+        assert found.value.isfinite().all()
+        rounding = 1e-5 * torch.linalg.matrix_norm(dense_factor(model, x), 2) ** 2
+        distance = (found.value[:, None] - exact).abs().amin(1)
+        assert (distance <= found.error + rounding).all()
+
+
+def dense_factor(model, x):
+    """The Jacobian of the outputs by the weights."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    jacobian = torch.func.jacrev(lambda w: functional_call(model, w, (x,)).flatten())(params)
+    return torch.cat([j.flatten(1) for j in jacobian.values()], 1)
+
+
+def test_a_wrong_second_derivative_shows_in_the_errors():
+    """PyTorch's of weight_norm: its products are not those of a symmetric matrix."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+    model, x, y = problem(lambda: nn.Sequential(layer, nn.Tanh(), nn.Linear(5, 3)))
+    H = on(model, products, x, y)
+    if (H - H.mT).abs().max() < 1e-6:
+        pytest.skip("this PyTorch has the right derivative")
+    found = on(model, eigenvalues, x, y)
+    assert found.error > 0.1 * found.value
 
 
 # ------------------------------------------------------------------------------------------- trace
@@ -532,6 +653,58 @@ BAD = [
 def test_bad_input_is_named(instrument, options, message):
     with pytest.raises(ValueError, match=message):
         of_matrix(instrument, torch.eye(5), **options)
+
+
+@pytest.mark.parametrize("instrument", [eigenvalues, trace, spectral_density])
+@pytest.mark.parametrize("bad", [math.nan, INF])
+def test_products_that_are_not_finite_give_nan(instrument, bad):
+    H = torch.eye(5)
+    H[1, 3] = H[3, 1] = bad
+    assert of_matrix(instrument, H)[0].isnan().all()
+
+
+def test_other_structures_are_refused():
+    f = lambda w: w["a"].sum() ** 3
+    params = {"a": torch.ones(2)}
+    for v in ([1.0, 1.0], np.ones(2), torch.ones(2), {"b": torch.ones(2)}, {"a": torch.ones(3)}):
+        message = r"v must have the structure of params, \{'a': \(2,\)\}, got "
+        with pytest.raises(ValueError, match=message):
+            hvp(f, params, v)
+    model, x, y = problem()
+    for batch_size in (None, 7):
+        product = on(model, hessian_product, x, y, batch_size=batch_size)
+        for v, got in (
+            ([1.0] * 51, "list"),
+            (np.ones(51), "ndarray"),
+            (torch.ones(50), r"torch.float32 of shape \(50,\)"),
+            (torch.ones(51, dtype=torch.int64), "torch.int64"),
+        ):
+            with pytest.raises(
+                ValueError, match="v must be a vector of 51 real numbers, got " + got
+            ):
+                product(v)
+
+
+def test_other_bad_input_of_lanczos_is_named():
+    for q, message in (
+        ([1.0, 2.0], "q must be a vector of real numbers, got list"),
+        (
+            torch.ones(2, 2),
+            r"q must be a vector of real numbers, got torch.float32 of shape \(2, 2\)",
+        ),
+        (torch.zeros(3), "q must not be 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lanczos(lambda v: v, q, 2)
+    with pytest.raises(
+        ValueError, match=r"matvec must be a vector of 3 real numbers, got .*\(2,\)"
+    ):
+        lanczos(lambda v: v[:2], torch.ones(3), 2)
+    zero = vmap(lambda q: lanczos(lambda v: 2 * v, q, 2).alpha)(
+        torch.eye(3) * torch.tensor([1, 0, 1])
+    )
+    close(zero[[0, 2]], torch.full((2, 2), 2.0), 1e-6)
+    assert zero[1].isnan().all()
 
 
 def test_other_bad_input_is_named():

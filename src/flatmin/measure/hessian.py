@@ -13,13 +13,14 @@ one network, the package *curvlinops* has other matrices, eigenvectors and stopp
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
+from .._ball import norm, over_largest
 from .._checks import number, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, dims
@@ -72,8 +73,19 @@ def hvp(f: Callable[[Point], Tensor], params: Point, v: Point) -> Point:
     >>> hvp(f, torch.tensor([3.0, 5.0]), torch.tensor([1.0, 0.0]))
     tensor([10.,  6.])
     """
+    if _layout(params) != _layout(v):
+        raise ValueError(
+            f"v must have the structure of params, {_layout(params)}, got {_layout(v)}"
+        )
     product = vjp(grad(f), params)[1]
     return product(v)[0]
+
+
+def _layout(point: Any) -> Any:
+    """The shape of a tensor, those of a dictionary's tensors, or the type of something else."""
+    if isinstance(point, dict):
+        return {name: _layout(x) for name, x in point.items()}
+    return tuple(point.shape) if isinstance(point, Tensor) else type(point).__name__
 
 
 def hessian_product(
@@ -122,9 +134,15 @@ def hessian_product(
     mean = MeanLoss(network, criterion, x, y, len(x) if batch_size is None else batch_size)
     loss_of = lambda batch: lambda w: mean.of(unflatten(w, shapes), *batch)
     if len(mean.batches) == 1:
-        product = vjp(grad(loss_of(mean.batches[0])), w)[1]
-        return lambda v: product(v)[0]
-    return lambda v: sum(hvp(loss_of(batch), w, v) for batch in mean.batches)  # type: ignore
+        once = vjp(grad(loss_of(mean.batches[0])), w)[1]
+
+    def product(v: Tensor) -> Tensor:
+        _check_vector("v", v, len(w))
+        if len(mean.batches) == 1:
+            return once(v)[0]
+        return sum(hvp(loss_of(batch), w, v) for batch in mean.batches)  # type: ignore
+
+    return product
 
 
 # ----------------------------------------------------------------------------------------- Lanczos
@@ -141,11 +159,15 @@ class Lanczos(NamedTuple):
         T's off-diagonal, and last the length of the remainder.
     basis : Tensor [k, P]
         Q: orthonormal rows.
+    dropped : Tensor
+        The norm of what T leaves out of HQᵀ, besides the last remainder: rounding, for a symmetric
+        H, and else as large as H - Hᵀ within the span of Q.
     """
 
     alpha: Tensor
     beta: Tensor
     basis: Tensor
+    dropped: Tensor
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         r"""The Ritz values :math:`\theta_i`, and their accuracy.
@@ -157,14 +179,15 @@ class Lanczos(NamedTuple):
         vectors : Tensor [k, k]
             T's eigenvectors :math:`s_i`, its columns; :math:`y_i=Q^\top s_i` is the Ritz vector.
         residuals : Tensor [k]
-            :math:`\|Hy_i-\theta_iy_i\|=\beta_k|s_{ki}|`: H has an eigenvalue within this
-            distance.
+            :math:`\|Hy_i-\theta_iy_i\|\le\beta_k|s_{ki}|+` ``dropped``: H has an eigenvalue
+            within this distance.
         """
         alpha, beta = self.alpha.double(), self.beta.double()
         T = torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
         finite = T.isfinite().all()
         values, vectors = torch.linalg.eigh(torch.where(finite, T, 0))  # eigh refuses NaN
-        return torch.where(finite, values, math.nan), vectors, beta[-1] * vectors[-1].abs()
+        residuals = beta[-1] * vectors[-1].abs() + self.dropped.double()
+        return torch.where(finite, values, math.nan), vectors, residuals
 
 
 def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
@@ -189,6 +212,14 @@ def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
     Returns
     -------
     Lanczos
+        Under ``vmap``, where nothing can be raised, NaN instead of an error.
+
+    Raises
+    ------
+    ValueError
+        If the first vector is 0, or if the products show an asymmetry: q_i·Hq_j and q_j·Hq_i differ
+        by more than 1 % of T's largest entry, all together.  A smaller asymmetry may be rounding (in
+        TF32, or where terms cancel); it is added to the residuals.  One product shows none.
 
     Notes
     -----
@@ -209,23 +240,46 @@ def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
     >>> lanczos(lambda v: H @ v, torch.ones(3), steps=3).ritz()[0].float().round(decimals=4)
     tensor([1., 2., 4.])
     """
-    steps = min(whole("steps", steps), len(q))
+    _check_vector("q", q)
+    whole("steps", steps)
+    if _known(~q.any()):
+        raise ValueError("q must not be 0")
+    found = _lanczos(matvec, q, steps)
+    # Of a symmetric matrix only rounding is dropped, some 10 eps of T's size; 1 % leaves room for
+    # products in TF32, or whose terms cancel.
+    size = torch.maximum(found.alpha.abs().max(), found.beta.max())
+    asymmetric = found.dropped > 0.01 * size
+    if _known(asymmetric):
+        raise ValueError(
+            "matvec must be the product with a symmetric matrix, got one whose q_i·Hq_j and "
+            f"q_j·Hq_i differ by {(found.dropped / size).item():.0%} of T's largest entry"
+        )
+    return found._replace(alpha=torch.where(asymmetric, math.nan, found.alpha))
+
+
+def _lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
+    """The iteration, which takes any products, as they come from a network."""
+    steps = min(steps, len(q))
     spare = torch.from_numpy(np.random.default_rng(0).standard_normal(len(q))).to(q)
-    q = q / q.norm()
+    q = over_largest(q)[0]
+    q = q / norm(q, 2)
     alpha: list[Tensor] = []
     beta: list[Tensor] = []
+    dropped: list[Tensor] = []
     scale = q.new_zeros(())
     for j in range(steps):
         Hq = matvec(q)
+        _check_vector("the result of matvec", Hq, len(q))
         if j == 0:
             basis = Hq.new_zeros(steps, len(q))  # under vmap Hq may have runs where q has none
         basis[j] = q
         alpha.append(q @ Hq)
         r = Hq - alpha[j] * q - (beta[j - 1] * basis[j - 1] if j else 0)
-        scale = torch.maximum(scale, Hq.norm())
+        scale = torch.maximum(scale, _length(Hq))
         q, length = _next(r, spare.roll(j), basis[: j + 1], scale)
         beta.append(length)
-    return Lanczos(torch.stack(alpha), torch.stack(beta), basis)
+        dropped.append(_length(r - length * q))
+    return Lanczos(torch.stack(alpha), torch.stack(beta), basis, _length(torch.stack(dropped)))
 
 
 def _next(r: Tensor, spare: Tensor, Q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,10 +290,34 @@ def _next(r: Tensor, spare: Tensor, Q: Tensor, scale: Tensor) -> tuple[Tensor, T
     """
     both = torch.stack([r, spare])
     orthogonal, other = both - (both @ Q.mT) @ Q
-    length = orthogonal.norm()
-    breakdown = length <= torch.maximum(r.norm() / 2, 10 * torch.finfo(r.dtype).eps * scale)
-    q = torch.where(breakdown, other, orthogonal)
-    return q / q.norm().clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, length)
+    length = _length(orthogonal)
+    breakdown = length <= torch.maximum(_length(r) / 2, 10 * torch.finfo(r.dtype).eps * scale)
+    q = over_largest(torch.where(breakdown, other, orthogonal))[0]
+    q = q - (q @ Q.mT) @ Q  # again: the spare one, too, may lie almost in the span
+    return q / norm(q, 2).clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, length)
+
+
+def _length(v: Tensor) -> Tensor:
+    """‖v‖, also where the squares would leave the range of the type."""
+    u, largest = over_largest(v)
+    return largest * norm(u, 2)
+
+
+def _check_vector(name: str, v: Any, length: int | None = None) -> None:
+    tensor = isinstance(v, Tensor)
+    good = tensor and v.dim() == 1 and v.is_floating_point() and length in (None, len(v))
+    if not good:
+        numbers = "" if length is None else f"{length} "
+        got = f"{v.dtype} of shape {tuple(v.shape)}" if tensor else type(v).__name__
+        raise ValueError(f"{name} must be a vector of {numbers}real numbers, got {got}")
+
+
+def _known(condition: Tensor) -> bool:
+    """Whether it holds; False under ``vmap``, where it may differ between runs."""
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return False
 
 
 # ------------------------------------------------------------------------------------- eigenvalues
@@ -298,7 +376,12 @@ def eigenvalues(
     without any assumption (and are at least 10 roundings of the largest).  For a symmetric matrix
     the value is better than that: its error is at most :math:`r^2` over the distance to the next
     eigenvalue.  No method that uses only products can exclude that the first vector misses a
-    direction.
+    direction.  A multiple eigenvalue (each one, of a linear regression with several outputs) is found
+    again only after the steps that find all distinct ones: with few steps copies are missing.
+
+    If the products are not those of a symmetric matrix, as through PyTorch's ``weight_norm``, whose
+    second derivative is wrong, or are mostly rounding, as in float32 where all probabilities are 0
+    or 1, the errors are as large as the asymmetry.
 
     Examples
     --------
@@ -321,7 +404,7 @@ def eigenvalues(
         raise ValueError(f"steps must be at least top + bottom = {k}, got {steps!r}")
     product = hessian_product(network, params, x, y, criterion=criterion, batch_size=batch_size)
     start = torch.as_tensor(_stream(seed, "eigenvalues").standard_normal(len(w))).to(w)
-    values, _, residuals = lanczos(product, start, steps).ritz()
+    values, _, residuals = _lanczos(product, start, steps).ritz()
     rounding = 10 * torch.finfo(w.dtype).eps * values.abs().max()
     outer = [*range(-1, -1 - top, -1), *range(bottom - 1, -1, -1)]
     return Eigenvalues(values[outer], torch.maximum(residuals, rounding)[outer])
@@ -399,10 +482,11 @@ def trace(
     quadratic = lambda vs: (vs * products(vs)).double().sum(1)  # v·Hv of each row
     Q = _signs(sketch, w, seed, "trace", 0)
     if sketch:
-        Q = torch.linalg.qr(products(Q).mT).Q.mT
+        Q = torch.linalg.qr(over_largest(products(Q).mT)[0]).Q.mT
     z = _signs(probes, w, seed, "trace", 1)
-    rest = quadratic(z - (z @ Q.mT) @ Q)
-    return Trace(quadratic(Q).sum() + rest.mean(), rest.std() / math.sqrt(probes))
+    rest, size = over_largest(quadratic(z - (z @ Q.mT) @ Q))
+    value = quadratic(Q).sum() + size * rest.mean()
+    return Trace(value, size * rest.std() / math.sqrt(probes))
 
 
 # ----------------------------------------------------------------------------------------- density
@@ -507,7 +591,8 @@ def spectral_density(
     w = flatten(params)
     product = hessian_product(network, params, x, y, criterion=criterion, batch_size=batch_size)
     starts = _signs(whole("probes", probes), w, seed, "density")
-    ritz = [lanczos(product, v, steps).ritz() for v in starts]
+    whole("steps", steps)
+    ritz = [_lanczos(product, v, steps).ritz() for v in starts]
     return Density(
         torch.stack([values for values, _, _ in ritz]),
         torch.stack([vectors[0] ** 2 for _, vectors, _ in ritz]),
