@@ -113,6 +113,12 @@ def over_largest(v: Tensor, norm: Norm = norm) -> tuple[Tensor, Tensor]:
     return v / largest, largest
 
 
+def length(v: Tensor) -> Tensor:
+    """‖v‖_2, also where squares would leave the range of the type."""
+    u, largest = over_largest(v)
+    return largest * norm(u, 2)
+
+
 def direction(
     g: Tensor, rho: float | Tensor, p: float | Tensor, norm: Norm = norm
 ) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,6 @@ def plus(w: Params, v: Params, a: float | Tensor | None = None) -> Params:
     return {name: x + (v[name] if a is None else a * v[name]) for name, x in w.items()}
 
 
-def norm(v: Params) -> Tensor:
-    """The norm of v as one vector."""
-    return torch.stack([torch.linalg.vector_norm(x) for x in v.values()]).norm()
-
-
 def flatten(params: Params) -> Tensor:
     """All numbers in one vector."""
     return torch.cat([p.flatten() for p in params.values()])

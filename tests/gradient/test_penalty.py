@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin import Recipe, fit, gradient_norm, gradient_penalty
 from flatmin.book import MLP, two_gaussians
@@ -336,3 +337,45 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="parameters"):
         gradient_penalty(w.sum(), [], 0.1)
     assert w.grad is None
+
+
+def test_kernels_without_a_right_second_derivative_are_refused_in_a_loop():
+    x = torch.randn(2, 3, 4)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    compiled = torch.compile(nn.Linear(4, 4), backend="aot_eager")
+    attention = lambda q: nn.functional.scaled_dot_product_attention(q, q, q)
+    losses = {
+        r"WeightNorm.*write the weight as g \* v / v.norm": lambda: layer(x),
+        "ScaledDotProduct.*SDPBackend.MATH": lambda: attention(layer.bias * x[:, None]),
+        "CompiledFunction.*model._orig_mod": lambda: compiled(x),
+    }
+    for message, output in losses.items():
+        with pytest.raises(ValueError, match=f"loss must be twice differentiable, got .*{message}"):
+            weights = [*layer.parameters(), *compiled.parameters()]
+            gradient_penalty(output().square().mean(), weights, 0.1)
+
+
+def test_the_ways_out_are_right():
+    """Weight norm by its formula, plain attention and the original of a compiled model."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    v, g = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (4, 1)))
+
+    def loss(v, g):
+        h = x @ (g * v / v.norm(dim=1, keepdim=True)).mT
+        with sdpa_kernel(SDPBackend.MATH):
+            return nn.functional.scaled_dot_product_attention(h, h, h).square().mean()
+
+    def penalized(v, g):
+        return gradient_penalty(loss(v, g), [v, g], 0.3)
+
+    weights = v.requires_grad_(), g.requires_grad_()
+    assert torch.autograd.gradcheck(penalized, weights)
+
+
+def test_a_tiny_gradient_has_a_length():
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    penalty = gradient_penalty((1e-25 * w).square().sum() * 1e25 / 2, [w], 1.0, squared=False)
+    penalty.backward()
+    torch.testing.assert_close(penalty.detach() * 1e25, torch.tensor(5.0))
+    torch.testing.assert_close(w.grad * 1e25, torch.tensor([0.6, 0.8]))

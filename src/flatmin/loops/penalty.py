@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ball import length
 from .._checks import hyperparameter
 
 __all__ = ["gradient_penalty"]
@@ -78,7 +79,7 @@ def gradient_penalty(
     g = torch.cat(grads)
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     # Not g @ g, which autocast would compute in half precision.
-    return penalty / 2 * g.square().sum() if squared else penalty * torch.linalg.vector_norm(g)
+    return penalty / 2 * g.square().sum() if squared else penalty * length(g)
 
 
 def _graph(root: Any) -> Iterator[Any]:

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.func import grad
 from torch.overrides import TorchFunctionMode
 
+from .._ball import length
 from .._checks import whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, check_examples, dims, over_rows
 from .._targets import checked_losses, example_losses
-from .._tree import Params, norm, plus
+from .._tree import Params, flatten, plus
 
 __all__ = [
     "ClassStiffness",
@@ -391,7 +392,8 @@ def gradient_norm(
     3.5355
     """
     mean = MeanLoss(network, criterion, x, y, batch_size)
-    return norm(reduce(plus, (grad(mean.of)(params, *batch) for batch in mean.batches)))
+    g = reduce(plus, (grad(mean.of)(params, *batch) for batch in mean.batches))
+    return length(flatten(g))
 
 
 # ------------------------------------------------------------------------------------ by class

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from .._ball import norm, over_largest
+from .._ball import length, norm, over_largest
 from .._checks import number, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, dims
@@ -275,11 +275,11 @@ def _lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
         basis[j] = q
         alpha.append(q @ Hq)
         r = Hq - alpha[j] * q - (beta[j - 1] * basis[j - 1] if j else 0)
-        scale = torch.maximum(scale, _length(Hq))
-        q, length = _next(r, spare.roll(j), basis[: j + 1], scale)
-        beta.append(length)
-        dropped.append(_length(r - length * q))
-    return Lanczos(torch.stack(alpha), torch.stack(beta), basis, _length(torch.stack(dropped)))
+        scale = torch.maximum(scale, length(Hq))
+        q, b = _next(r, spare.roll(j), basis[: j + 1], scale)
+        beta.append(b)
+        dropped.append(length(r - b * q))
+    return Lanczos(torch.stack(alpha), torch.stack(beta), basis, length(torch.stack(dropped)))
 
 
 def _next(r: Tensor, spare: Tensor, Q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,17 +290,11 @@ def _next(r: Tensor, spare: Tensor, Q: Tensor, scale: Tensor) -> tuple[Tensor, T
     """
     both = torch.stack([r, spare])
     orthogonal, other = both - (both @ Q.mT) @ Q
-    length = _length(orthogonal)
-    breakdown = length <= torch.maximum(_length(r) / 2, 10 * torch.finfo(r.dtype).eps * scale)
+    b = length(orthogonal)
+    breakdown = b <= torch.maximum(length(r) / 2, 10 * torch.finfo(r.dtype).eps * scale)
     q = over_largest(torch.where(breakdown, other, orthogonal))[0]
     q = q - (q @ Q.mT) @ Q  # again: the spare one, too, may lie almost in the span
-    return q / norm(q, 2).clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, length)
-
-
-def _length(v: Tensor) -> Tensor:
-    """‖v‖, also where the squares would leave the range of the type."""
-    u, largest = over_largest(v)
-    return largest * norm(u, 2)
+    return q / norm(q, 2).clamp_min(torch.finfo(q.dtype).tiny), torch.where(breakdown, 0, b)
 
 
 def _check_vector(name: str, v: Any, length: int | None = None) -> None:
@@ -379,9 +373,9 @@ def eigenvalues(
     direction.  A multiple eigenvalue (each one, of a linear regression with several outputs) is found
     again only after the steps that find all distinct ones: with few steps copies are missing.
 
-    If the products are not those of a symmetric matrix, as through PyTorch's ``weight_norm``, whose
-    second derivative is wrong, or are mostly rounding, as in float32 where all probabilities are 0
-    or 1, the errors are as large as the asymmetry.
+    Where the products are mostly rounding, as in float32 where all probabilities are 0 or 1, or not
+    those of a symmetric matrix, because a second derivative is wrong, the errors are as large as the
+    asymmetry.
 
     Examples
     --------
