@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import number, whole
+from .._checks import number, tensor, whole
 from ..data import Data
 from ._extras import needs
 
@@ -148,9 +148,16 @@ def flip_labels(
     >>> int((noisy != y).sum())
     4
     """
+    whole("num_classes", num_classes, 2)
+    if tensor("y", y).dtype != torch.int64 or y.ndim != 1:
+        raise ValueError(f"y must be labels, int64 [n], got {y.dtype} of shape {list(y.shape)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        raise ValueError(f"y must be in 0 … {num_classes - 1}, got {int(y.min())} … {int(y.max())}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     share = number("label_noise", label_noise, 0, 1)
     flipped = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
-    shift = torch.randint(1, whole("num_classes", num_classes, 2), y.shape, generator=generator)
+    shift = torch.randint(1, num_classes, y.shape, generator=generator)
     noisy = y.clone()
     noisy[flipped] = (y[flipped] + shift[flipped]) % num_classes
     return noisy
