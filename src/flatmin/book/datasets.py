@@ -420,16 +420,18 @@ def _download(folder: str, archive: str) -> Path:
     """The cached archive, downloaded if it is missing or its sum is wrong."""
     with needs("data", "a download"):
         import pooch
-        import requests
 
     address, sums = _ARCHIVES[folder]
     url = address.format(archive)
     cache, name = Path(pooch.os_cache("flatmin")) / folder, url.rsplit("/", 1)[1]
     try:  # into a temporary file, moved to its place only if its sum is right
         return Path(pooch.retrieve(url, sums[archive], name, cache, progressbar=True))
-    except (requests.RequestException, ValueError) as error:
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # of the network, of a cache that is read-only, of the sum
         raise OSError(
-            f"{name} could not be downloaded from {url}, and no part of it was kept: {error}. "
+            f"{cache / name} could not be downloaded from {url}, and no part of it was kept: {error}. "
             "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."
         ) from error
 
@@ -466,8 +468,8 @@ def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
     """
     name = f"{archive}-ubyte"
     path = _local(folder, f"{name}.gz", name) or _download(folder, archive)
+    raw = path.read_bytes()
     with _reading(path):
-        raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
         start = 4 * (2 + len(shape))
