@@ -62,7 +62,7 @@ CALLS = {
     "LabelSmoothing x": ("x", X, lambda v: stage_call(LabelSmoothing(), v, Y)),
     "LabelSmoothing y": ("y", Y, lambda v: stage_call(LabelSmoothing(), X, v)),
     "CutMix x": (r"batch\.x", X, lambda v: stage_call(CutMix(dimensions=1), v, Y)),
-    "CutMix y": (r"batch\.y", Y, lambda v: stage_call(CutMix(dimensions=1), X, v)),
+    "CutMix y": ("y", Y, lambda v: stage_call(CutMix(dimensions=1), X, v)),
     "BatchTransform x": ("x", X, lambda v: BatchTransform(Dirac(), 3)(v, Y)),
     "BatchTransform y": ("y", Y, lambda v: BatchTransform(Gaussian(), 3)(X, v)),
     "BatchTransform x2": ("x2", X, lambda v: BatchTransform(Mixup(), 3)(X, Y, v, Y)),

@@ -66,10 +66,7 @@ class CutMix(BatchStage):
         u, *center = torch.rand(1 + self.dimensions, generator=generator, dtype=torch.float64)
         half = 0.5 * (1 - beta_quantile(u, self.alpha, self.alpha)) ** (1 / self.dimensions)
         mask = self.box(float(half), map(float, center), batch.x.shape[-self.dimensions :])
-        return {
-            "mask": mask,
-            "partners": torch.randperm(len(tensor("batch.y", batch.y)), generator=generator),
-        }
+        return {"mask": mask, "partners": torch.randperm(len(batch.x), generator=generator)}
 
     @staticmethod
     def box(half: float, center: Iterable[float], sizes: Iterable[int]) -> Tensor:

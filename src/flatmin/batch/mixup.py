@@ -181,7 +181,7 @@ def mix_losses(
     pool = y if y_other is None else tensor("y_other", y_other)
     own, partners = criterion(tensor("logits", logits), y), criterion(logits, pool[permutation])
     if not isinstance(own, Tensor) or own.ndim:
-        checked_losses(own, logits, y)
+        checked_losses(own, y, y)
     if isinstance(lam, Tensor) and lam.ndim > own.ndim:
         raise ValueError(
             "criterion must return one loss per example if lam has one value per example "

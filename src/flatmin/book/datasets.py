@@ -426,10 +426,7 @@ def _download(folder: str, archive: str) -> Path:
     cache, name = Path(pooch.os_cache("flatmin")) / folder, url.rsplit("/", 1)[1]
     try:  # into a temporary file, moved to its place only if its sum is right
         return Path(pooch.retrieve(url, sums[archive], name, cache, progressbar=True))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # of the network, of a cache that is read-only, of the sum
+    except (OSError, ValueError) as error:  # the network, a read-only cache, the sum
         raise OSError(
             f"{cache / name} could not be downloaded from {url}, and no part of it was kept: {error}. "
             "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."

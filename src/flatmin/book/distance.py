@@ -15,8 +15,8 @@ __all__ = ["CriticalLength", "critical_length", "input_distance"]
 def input_distance(x: Tensor) -> Tensor:
     r"""Distance of all pairs of inputs on the unit sphere, :math:`1-\cos(X_1, X_2)`: [n, n].
 
-    Inputs of any shape [n, ...] and any type are flattened.  Distances lie in [0, 2].  An input that is all
-    zeros has no direction: its distances are NaN.
+    Inputs of any shape [n, ...] and any type are flattened.  Distances lie in [0, 2].  An input
+    that is all zeros has no direction: its distances are NaN.
 
     >>> input_distance(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
     tensor([[0., 1., 2.],

@@ -17,8 +17,9 @@ class BatchTransform:
     """A batch transform for a training loop of your own, also as a collate function.
 
     Called with a batch of inputs and labels, it returns inputs and (for mixup and label smoothing)
-    soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place (what a transform
-    leaves as it is comes back itself, not as a copy); the inputs keep their dtype and device.
+    soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place, and what a
+    transform leaves as it is comes back itself, not as a copy; the inputs keep their dtype and
+    device.
 
     With SAM, transform the batch before the step: called inside of a closure, it would draw anew in
     the second pass, and the two gradients would be of different batches.
