@@ -1,4 +1,4 @@
-"""Arrays, lists and numbers where tensors are meant: an error that says so, never a wrong number."""
+"""Arrays, lists and numbers where tensors are meant: an error that says so, no wrong number."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def stage_call(stage, x, y):
     return stage(batch, stage.draw(batch, generator()))
 
 
-# For each argument that is a tensor: its name, a good value, and a call with the value in its place.
+# For each argument that is a tensor: its name, a good value, a call with a value in its place.
 CALLS = {
     "flood": ("loss", X, lambda v: flood(v, 0.1)),
     "FloodingLoss": ("loss", X, lambda v: FloodingLoss(lambda: v, 0.1)()),

@@ -428,8 +428,9 @@ def _download(folder: str, archive: str) -> Path:
         return Path(pooch.retrieve(url, sums[archive], name, cache, progressbar=True))
     except (OSError, ValueError) as error:  # the network, a read-only cache, the sum
         raise OSError(
-            f"{cache / name} could not be downloaded from {url}, and no part of it was kept: {error}. "
-            "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."
+            f"{cache / name} could not be downloaded from {url}, and no part of it was kept: "
+            f"{error}. Try again, or unpack the archive yourself and set FLATMIN_DATA to that "
+            "folder."
         ) from error
 
 
