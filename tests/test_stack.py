@@ -30,10 +30,9 @@ from flatmin.stack import epoch_order, error, initial_module, stream
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    """Remove the influence of the environment and of other tests' claims."""
+    """Remove the influence of the environment."""
     for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(claims, "_texts", {})
 
 
 def make_data(seed=0, train=23, validation=9, test=17, features=5):

@@ -7,6 +7,15 @@ from typing import Any
 from torch import Tensor
 
 
+def tensor(name: str, value: Any) -> Tensor:
+    """``value`` itself, or an error that names it if it is no tensor."""
+    if not isinstance(value, Tensor):
+        array = isinstance(value, list | tuple | Real) or hasattr(value, "__array__")
+        hint = f"; torch.as_tensor({name}) makes one" if array else ""
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{hint}")
+    return value
+
+
 def whole(name: str, value: Any, least: int = 1) -> int:
     """``value`` as an int, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

@@ -36,7 +36,9 @@ def beta_quantile(u: Tensor, a: float, b: float) -> Tensor:
     """Beta(a, b) from uniform numbers, by the inverse of its distribution function; 1 for a = 0."""
     from scipy.special import betaincinv  # here, so that importing flatmin is fast
 
-    return torch.as_tensor(betaincinv(a, b, u.numpy())) if a > 0 else torch.ones_like(u)
+    if a == 0:
+        return torch.ones_like(u)
+    return torch.as_tensor(betaincinv(float(a), float(b), u.numpy()))
 
 
 def first_seed() -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ._checks import hyperparameter, whole
+from ._checks import hyperparameter, tensor, whole
 from ._stage import Batch
 
 
@@ -55,6 +55,7 @@ def soft_targets(
     Returns
     -------
     Tensor [n, K]
+        Probabilities that need no change are returned themselves, not a copy.
 
     Examples
     --------
@@ -62,6 +63,7 @@ def soft_targets(
     tensor([[0.0500, 0.0500, 0.8500, 0.0500],
             [0.8500, 0.0500, 0.0500, 0.0500]])
     """
+    tensor("y", y)
     hyperparameter("smoothing", smoothing, 0, 1)
     dtype = dtype or (y.dtype if y.is_floating_point() else torch.float32)
     if y.ndim == 1 and not y.is_floating_point():
@@ -79,11 +81,12 @@ def soft_targets(
 
 def target_dtype(x: Tensor) -> torch.dtype:
     """At least single precision, so that labels of half-precision inputs are not rounded."""
+    tensor("x", x)
     return torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else torch.float32
 
 
 def floating(name: str, v: Tensor) -> Tensor:
-    if not v.is_floating_point():
+    if not tensor(name, v).is_floating_point():
         raise TypeError(
             f"{name} must be floating point, got {v.dtype}: convert images first (x.float() / "
             "255); for tokens, mix the embeddings"

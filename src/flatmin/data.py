@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ._checks import whole
+from ._checks import tensor, whole
 
 __all__ = ["Data"]
 
@@ -76,7 +76,8 @@ class Data:
         Parameters
         ----------
         x, y : Tensor [n, ...]
-            The training set.
+            The training set.  It is kept, not copied: what changes these tensors in place changes
+            the data.
         validation, test : (x, y), optional
             Parts with the same shapes; without them there is nothing to evaluate there.
         num_classes : int, optional
@@ -96,19 +97,21 @@ class Data:
             tensors = pair and all(isinstance(t, Tensor) and t.ndim for t in part or ())
             if part is not None and not tensors:
                 got = [type(t).__name__ for t in part] if pair else type(part).__name__
-                raise TypeError(f"{what} must be two tensors [n, ...], got {got}")
+                raise TypeError(
+                    f"{what} must be two tensors [n, ...], got {got}; torch.as_tensor makes them"
+                )
         (x_v, y_v), (x_t, y_t) = (part or (x[:0], y[:0]) for part in (validation, test))
         if num_classes is None and y.dtype == torch.int64 and y.ndim == 1 and len(y):
             num_classes = max(2, 1 + max(int(part.max()) for part in (y, y_v, y_t) if len(part)))
-        return cls(name, num_classes, x, y, x_v, y_v, x_t, y_t, y, y_v)
+        clean = y.clone(), y_v.clone()  # so that noise added to y_train in place is noise
+        return cls(name, num_classes, x, y, x_v, y_v, x_t, y_t, *clean)
 
     def __post_init__(self) -> None:
         if self.num_classes is not None:
             whole("num_classes", self.num_classes, 2)
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{field.name} must be a tensor, got {type(value).__name__}")
+            tensor(field.name, value)
         for x_name, y_name in _SPLITS.values():
             x, y = getattr(self, x_name), getattr(self, y_name)
             self._check_like_training(x_name, x, self.x_train, "inputs", "x_train")

@@ -592,7 +592,7 @@ def test_transforms_do_not_touch_the_global_random_state():
         ),
         (
             lambda: BatchTransform(Mixup(), 3)(torch.ones(2, 1), torch.tensor([0])),
-            r"y must have one row for each of the 2 inputs, got 1",
+            r"y must have one row for each row of x, got shapes \[1\] and \[2, 1\]",
         ),
     ],
 )

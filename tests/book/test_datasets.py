@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import struct
 import tarfile
 import threading
@@ -667,6 +668,18 @@ class TestBrokenDownloads:
         site.files.clear()
         with pytest.raises(OSError, match=file):
             make()
+
+    def test_a_cache_that_cannot_be_written_is_named(self, site, make, file):
+        make()
+        (path,) = site.cache.rglob(file)
+        path.write_bytes(b"corrupt")
+        path.parent.chmod(0o500)
+        if os.access(path.parent, os.W_OK):  # as root: nor can it write where a file is in the way
+            shutil.rmtree(path.parent)
+            path.parent.touch()
+        with pytest.raises(OSError, match="could not be downloaded") as caught:
+            make()
+        assert str(path) in str(caught.value) and "FLATMIN_DATA" in str(caught.value)
 
     def test_an_interrupted_download_leaves_nothing(self, site, make, file, monkeypatch):
         def interrupt(*_, **__):

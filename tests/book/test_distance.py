@@ -28,6 +28,35 @@ def test_distance_is_one_minus_the_cosine(seed, scale):
     assert input_distance(torch.cat([x, 0 * x[:1]]))[5].isnan().all()
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 1e38])
+def test_distance_at_the_ends_of_single_precision(scale):
+    x = scale * torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]])
+    assert input_distance(x).tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+
+
+def test_distance_of_images_as_bytes():
+    pixels = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    expected = input_distance(pixels.double())
+    torch.testing.assert_close(
+        input_distance(pixels.to(torch.uint8)).double(), expected, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        ((torch.zeros(4, 1),), r"classes1 must be of shape \[n\], got \[4, 1\]"),
+        ((torch.zeros(4), torch.tensor(1)), r"classes2 must be of shape \[n\], got \[\]"),
+        ((torch.zeros(3),), r"values must have shape \(3, 3\), got \(4, 4\)"),
+    ],
+)
+def test_classes_of_other_shapes_are_named(classes, message):
+    with pytest.raises(ValueError, match=message):
+        critical_length(torch.rand(4, 4), torch.rand(4, 4), *classes)
+    with pytest.raises(ValueError, match=r"x must be of shape \[n, ...\], got \[3\]"):
+        input_distance(torch.rand(3))
+
+
 def arc(n=40, largest=2.0):
     angle = torch.linspace(0, largest, n).double()
     return input_distance(torch.stack([angle.cos(), angle.sin()], 1))

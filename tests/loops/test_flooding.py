@@ -1,6 +1,7 @@
 """Flooding in your own loop: the loss module, and gradients that are accumulated."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -48,6 +49,29 @@ def test_loss_module_in_a_training_step_ascends_below_the_level():
 
 def test_repr_of_the_loss_module_shows_its_level():
     assert "flood_level=0.25" in repr(FloodingLoss(nn.MSELoss(), 0.25))
+
+
+def test_a_tensor_level_moves_with_the_module_and_is_not_saved():
+    criterion = FloodingLoss(nn.CrossEntropyLoss(), torch.tensor(0.25))
+    assert criterion.state_dict() == {} and list(criterion.parameters()) == []
+    assert "flood_level=0.25" in repr(criterion)
+    model = nn.Sequential(criterion).double()
+    assert criterion.flood_level.dtype == torch.float64
+    assert copy.deepcopy(criterion).flood_level == 0.25
+    model.to("meta")
+    assert criterion.flood_level.is_meta and "flood_level=" in repr(criterion)
+    logits, y = torch.empty(4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    assert criterion(logits, y).is_meta
+    number = FloodingLoss(nn.MSELoss(), 0.25).double()
+    assert type(number.flood_level) is float
+
+
+def test_a_level_that_is_learned_stays_a_parameter():
+    level = nn.Parameter(tensor(1.0))
+    criterion = FloodingLoss(nn.MSELoss(), level)
+    assert [p is level for p in criterion.parameters()] == [True]
+    criterion(tensor([0.1]), tensor([0.0])).backward()
+    assert level.grad == 2  # of 2b - loss, below the level
 
 
 # ------------------------------------------------------------------------- accumulated gradients
@@ -102,6 +126,31 @@ def test_gradients_get_the_sign_in_place(loss, sign, level):
     assert with_grad.grad is stored
     assert (stored == sign * tensor([0.5, -4.0])).all()
     assert without.grad is None
+
+
+@pytest.mark.parametrize("loss", [math.nan, tensor(math.nan)], ids=["number", "tensor"])
+def test_gradients_of_a_loss_that_is_nan_are_nan(loss):
+    w = nn.Parameter(tensor([1.0, 2.0]))
+    w.grad = tensor([0.5, 0.0])
+    flood_gradients_([w], loss, 0.2)
+    assert w.grad.isnan().all()
+
+
+def test_an_infinite_loss_is_above_the_level():
+    w = nn.Parameter(tensor([1.0, 2.0]))
+    w.grad = tensor([0.5, -4.0])
+    flood_gradients_([w], math.inf, 0.2)
+    assert w.grad.tolist() == [0.5, -4.0]
+
+
+def test_a_parameter_alone_or_named_twice_gets_the_sign_once():
+    """As clip_grad_norm_ takes one; with tied weights, two parts of a model name the same."""
+    w, v = nn.Parameter(tensor([1.0])), nn.Parameter(tensor([1.0]))
+    for parameters in (w, [w, v, w]):
+        w.grad, v.grad = tensor([0.5]), tensor([2.0])
+        flood_gradients_(parameters, 0.1, 0.2)
+        assert w.grad.item() == -0.5
+    assert v.grad.item() == -2
 
 
 def test_scale_of_a_grad_scaler_commutes():

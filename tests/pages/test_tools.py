@@ -2,6 +2,7 @@
 
 import importlib.util
 import subprocess
+from importlib.machinery import PathFinder
 from importlib.metadata import version
 
 import claims
@@ -170,6 +171,33 @@ def test_bootstrap_installs_only_without_flatmin_and_keeps_torch(monkeypatch):
         [f"flatmin[all] @ {notebooks.source()}", *kept],
         ["flatmin-0.1.0-py3-none-any.whl", *kept],
     ]
+
+
+@pytest.mark.parametrize(
+    "beside, installs",
+    [
+        (None, True),
+        ("flatmin/readme.txt", True),  # a folder, which Python takes for a namespace
+        ("flatmin/src/flatmin/__init__.py", True),  # a checkout
+        ("flatmin/__init__.py", False),
+        ("flatmin.py", False),  # importing from it fails, and the error names the file
+    ],
+)
+def test_a_folder_beside_the_notebook_is_no_installation(tmp_path, monkeypatch, beside, installs):
+    if beside:
+        (tmp_path / beside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / beside).touch()
+    commands, find = [], importlib.util.find_spec
+    monkeypatch.setattr(subprocess, "check_call", commands.append)
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (
+            PathFinder.find_spec(name, [str(tmp_path)]) if name == "flatmin" else find(name)
+        ),
+    )
+    exec(bootstrap(), {})
+    assert len(commands) == installs
 
 
 def test_a_notebook_installs_its_own_version():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import hyperparameter, whole
+from .._checks import hyperparameter, tensor, whole
 from .._random import beta_quantile
 from .._stage import Batch, BatchStage
 from .._targets import classes_of, soft_targets, target_dtype
@@ -58,7 +58,7 @@ class CutMix(BatchStage):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Params:
         """The mask, bool with the shape of the last dimensions, and the partners, int64 [n]."""
-        if batch.x.ndim <= self.dimensions:
+        if tensor("batch.x", batch.x).ndim <= self.dimensions:
             raise ValueError(
                 f"batch.x must have a dimension of examples and {self.dimensions} others for "
                 f"dimensions={self.dimensions}, got shape {list(batch.x.shape)}"
@@ -66,7 +66,7 @@ class CutMix(BatchStage):
         u, *center = torch.rand(1 + self.dimensions, generator=generator, dtype=torch.float64)
         half = 0.5 * (1 - beta_quantile(u, self.alpha, self.alpha)) ** (1 / self.dimensions)
         mask = self.box(float(half), map(float, center), batch.x.shape[-self.dimensions :])
-        return {"mask": mask, "partners": torch.randperm(len(batch.y), generator=generator)}
+        return {"mask": mask, "partners": torch.randperm(len(batch.x), generator=generator)}
 
     @staticmethod
     def box(half: float, center: Iterable[float], sizes: Iterable[int]) -> Tensor:

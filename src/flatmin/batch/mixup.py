@@ -9,14 +9,15 @@ and the same objects fill the batch stage of a :class:`~flatmin.Recipe` and, wra
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .._checks import hyperparameter, whole
+from .._checks import hyperparameter, tensor, whole
 from .._random import beta_quantile
 from .._stage import Batch, BatchStage
-from .._targets import classes_of, floating, soft_targets, target_dtype
+from .._targets import checked_losses, classes_of, floating, soft_targets, target_dtype
 from .._tree import Params
 
 __all__ = ["Mixup", "combine", "dirichlet_weights", "mix", "mix_losses"]
@@ -46,13 +47,23 @@ def combine(weights: Sequence[float | Tensor] | Tensor, values: Sequence[Tensor]
     TypeError
         If a value is not floating point: convert integer images first, and mix the embeddings of
         tokens, not the tokens.
+    ValueError
+        If the values differ in shape, which would broadcast, or the weights do not fit.
 
     Examples
     --------
     >>> combine([0.5, 0.25, 0.25], [torch.tensor([4.0]), torch.tensor([8.0]), torch.tensor([0.0])])
     tensor([4.])
     """
-    dtype = floating("values", values[0]).dtype
+    if not len(weights) == len(values) > 0:
+        raise ValueError(
+            f"weights must be as many as values, and at least one, got {len(weights)} for "
+            f"{len(values)}"
+        )
+    shapes = [list(floating("values", v).shape) for v in values]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"values must be alike in shape, got {shapes}")
+    dtype = values[0].dtype
     values = [v.to(torch.promote_types(dtype, torch.float32)) for v in values]
     first, *rest = [v * _per_example(w, v) for w, v in zip(weights, values, strict=True)]
     return sum(rest, first).to(dtype)
@@ -60,8 +71,9 @@ def combine(weights: Sequence[float | Tensor] | Tensor, values: Sequence[Tensor]
 
 def _per_example(w: float | Tensor, v: Tensor) -> float | Tensor:
     """A weight in the dtype of ``v``, and in a shape that broadcasts with it."""
-    if not isinstance(w, Tensor):
+    if isinstance(w, Real):
         return w
+    w = tensor("weights", w)
     if w.ndim > 1 or (w.ndim == 1 and w.shape != v.shape[:1]):
         raise ValueError(
             f"weights must be one number, or one for each of the {v.shape[:1].numel()} examples, "
@@ -116,8 +128,9 @@ def mix(
     >>> logits = head(mix(torch.relu(encoder(x)), 0.75, pi))
     """
     hyperparameter("lam", lam, 0, 1)
-    _check_permutation(permutation, len(values))
-    return combine((lam, 1 - lam), (values, (values if other is None else other)[permutation]))
+    _check_permutation(permutation, tensor("values", values))
+    pool = values if other is None else tensor("other", other)
+    return combine((lam, 1 - lam), (values, pool[permutation]))
 
 
 def mix_losses(
@@ -153,7 +166,7 @@ def mix_losses(
     ------
     ValueError
         If there is one λ per example and the criterion returns one number: use
-        ``reduction="none"``.
+        ``reduction="none"``.  If it returns neither one number nor one loss per example.
 
     Examples
     --------
@@ -164,9 +177,11 @@ def mix_losses(
     True
     """
     hyperparameter("lam", lam, 0, 1)
-    _check_permutation(permutation, len(y))
-    own = criterion(logits, y)
-    partners = criterion(logits, (y if y_other is None else y_other)[permutation])
+    _check_permutation(permutation, tensor("y", y))
+    pool = y if y_other is None else tensor("y_other", y_other)
+    own, partners = criterion(tensor("logits", logits), y), criterion(logits, pool[permutation])
+    if not isinstance(own, Tensor) or own.ndim:
+        checked_losses(own, y, y)
     if isinstance(lam, Tensor) and lam.ndim > own.ndim:
         raise ValueError(
             "criterion must return one loss per example if lam has one value per example "
@@ -206,6 +221,9 @@ def dirichlet_weights(u: Tensor, alpha: float) -> Tensor:
     >>> dirichlet_weights(u, 0.0)[0]
     tensor([1., 1., 1.], dtype=torch.float64)
     """
+    hyperparameter("alpha", alpha, 0)
+    if not tensor("u", u).is_floating_point() or not u.ndim:
+        raise ValueError(f"u must be floating point, [k-1, ...], got {u.dtype} {list(u.shape)}")
     rest, weights = torch.ones_like(u[0]), []
     for j, uniform in enumerate(u, 1):
         share = beta_quantile(uniform, alpha, (len(u) + 1 - j) * alpha)
@@ -283,7 +301,7 @@ class Mixup(BatchStage):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Params:
         """Weights [k, n], float64, and the k−1 partners of each example, int64 [k−1, n]."""
-        y, n = batch.y, len(batch.y)
+        y, n = batch.y, len(tensor("batch.y", batch.y))
         examples = n if self.per_example else 1
         u = torch.rand(self.k - 1, examples, generator=generator, dtype=torch.float64)
         weights = dirichlet_weights(u, self.alpha).expand(self.k, n)
@@ -319,9 +337,9 @@ def _partners_by_class(
     which: str, y: Tensor, pool: Tensor, k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """k partners for each example, of its class or of another, and whether any exist."""
-    y, pool = (labels.argmax(1) if labels.ndim == 2 else labels for labels in (y, pool))
-    pool, order = pool.cpu().sort()  # each class is contiguous; the others follow it cyclically
-    first, after = (torch.searchsorted(pool, y.cpu(), right=right) for right in (False, True))
+    y, pool = (v.cpu().double().argmax(1) if v.ndim == 2 else v.cpu().long() for v in (y, pool))
+    pool, order = pool.sort()  # each class is contiguous; the others follow it cyclically
+    first, after = (torch.searchsorted(pool, y, right=right) for right in (False, True))
     start, count = (first, after - first)
     if which == "different":
         start, count = after, len(pool) - count
@@ -329,9 +347,10 @@ def _partners_by_class(
     return order[(start + steps.long()) % len(pool)], count > 0
 
 
-def _check_permutation(permutation: Tensor, n: int) -> None:
-    if permutation.dtype != torch.int64 or permutation.shape != (n,):
+def _check_permutation(permutation: Tensor, values: Tensor) -> None:
+    shape = values.shape[:1]
+    if tensor("permutation", permutation).dtype != torch.int64 or permutation.shape != shape:
         raise ValueError(
-            f"permutation must be int64 of shape [{n}], got {permutation.dtype} of shape "
+            f"permutation must be int64 of shape {list(shape)}, got {permutation.dtype} of shape "
             f"{list(permutation.shape)}"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._checks import hyperparameter
+from .._checks import hyperparameter, tensor
 from .._stage import Batch, BatchStage
 from .._targets import classes_of, floating, soft_targets, target_dtype
 from .._tree import Params
@@ -61,7 +61,8 @@ class Gaussian(BatchStage):
         hyperparameter("sigma", self.sigma, 0)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> Params:
-        return {"noise": torch.randn(batch.x.shape, generator=generator, dtype=torch.float32)}
+        shape = tensor("batch.x", batch.x).shape
+        return {"noise": torch.randn(shape, generator=generator, dtype=torch.float32)}
 
     def __call__(self, batch: Batch, draw: Params) -> Batch:
         x = floating("x", batch.x)

@@ -17,7 +17,8 @@ from ..stack import unexpectedly_diverged
 
 __all__ = ["claim"]
 
-_texts: dict[str, str] = {}
+# IPython keeps the results of cells under these names, also of a cell that has been run again.
+_HISTORY = re.compile(r"_{1,3}|_\d+|_oh|Out")
 
 
 def claim(id: str, text: str, condition: Any) -> None:
@@ -26,7 +27,8 @@ def claim(id: str, text: str, condition: Any) -> None:
     Parameters
     ----------
     id : str
-        A permanent name, in lower case with hyphens: ``"flooding-holds-level"``.
+        A permanent name, in lower case with hyphens: ``"flooding-holds-level"``.  That no two
+        claims of the book share one is checked where the list of claims is made.
     text : str
         The statement as in the prose, without numbers that change with the seed.
     condition : bool
@@ -38,12 +40,13 @@ def claim(id: str, text: str, condition: Any) -> None:
         If the condition is false, or if the caller holds results of ``fit`` in which a run
         diverged without being expected to: its NaNs might have been averaged away.
     TypeError, ValueError
-        If the condition is not one truth value, or the id is malformed or taken by another text.
+        If the condition is not one truth value, or the id is malformed.
 
     Notes
     -----
     Results are searched for in the caller's variables, and in their lists, tuples and dictionaries.
-    Those that the caller no longer holds are not found; ``fit`` warned of them.
+    Those that the caller no longer holds are not found; ``fit`` warned of them.  So a cell may be
+    run again with a better setting: its claim is about the results that replaced the old ones.
 
     If the environment variable ``FLATMIN_CLAIMS_LOG`` names a file, the outcome is appended to it
     as a line of JSON and nothing is raised: ``make claims`` collects the outcomes of all claims for
@@ -56,13 +59,13 @@ def claim(id: str, text: str, condition: Any) -> None:
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", id):
         raise ValueError(f"id must be lower-case words joined by hyphens, got {id!r}")
-    if _texts.setdefault(id, text) != text:
-        raise ValueError(f"id must be unique, but {id!r} already says: {_texts[id]}")
     value = np.asarray(condition.cpu() if hasattr(condition, "cpu") else condition)
     if value.dtype != bool or value.size != 1:
         raise TypeError(f"condition must be one truth value, got {condition!r}")
     caller = sys._getframe(1)
-    diverged = list(dict.fromkeys(_diverged({**caller.f_globals, **caller.f_locals})))
+    held = {**caller.f_globals, **caller.f_locals}
+    held = {name: value for name, value in held.items() if not _HISTORY.fullmatch(name)}
+    diverged = list(dict.fromkeys(_diverged(held)))
     holds = bool(value.item()) and not diverged
     if log := os.environ.get("FLATMIN_CLAIMS_LOG"):
         with open(log, "a", encoding="utf-8") as file:

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import number, whole
+from .._checks import number, tensor, whole
 from ..data import Data
 from ._extras import needs
 
@@ -148,9 +148,16 @@ def flip_labels(
     >>> int((noisy != y).sum())
     4
     """
+    whole("num_classes", num_classes, 2)
+    if tensor("y", y).dtype != torch.int64 or y.ndim != 1:
+        raise ValueError(f"y must be labels, int64 [n], got {y.dtype} of shape {list(y.shape)}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+        raise ValueError(f"y must be in 0 … {num_classes - 1}, got {int(y.min())} … {int(y.max())}")
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     share = number("label_noise", label_noise, 0, 1)
     flipped = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
-    shift = torch.randint(1, whole("num_classes", num_classes, 2), y.shape, generator=generator)
+    shift = torch.randint(1, num_classes, y.shape, generator=generator)
     noisy = y.clone()
     noisy[flipped] = (y[flipped] + shift[flipped]) % num_classes
     return noisy
@@ -413,17 +420,17 @@ def _download(folder: str, archive: str) -> Path:
     """The cached archive, downloaded if it is missing or its sum is wrong."""
     with needs("data", "a download"):
         import pooch
-        import requests
 
     address, sums = _ARCHIVES[folder]
     url = address.format(archive)
     cache, name = Path(pooch.os_cache("flatmin")) / folder, url.rsplit("/", 1)[1]
     try:  # into a temporary file, moved to its place only if its sum is right
         return Path(pooch.retrieve(url, sums[archive], name, cache, progressbar=True))
-    except (requests.RequestException, ValueError) as error:
+    except (OSError, ValueError) as error:  # the network, a read-only cache, the sum
         raise OSError(
-            f"{name} could not be downloaded from {url}, and no part of it was kept: {error}. "
-            "Try again, or unpack the archive yourself and set FLATMIN_DATA to that folder."
+            f"{cache / name} could not be downloaded from {url}, and no part of it was kept: "
+            f"{error}. Try again, or unpack the archive yourself and set FLATMIN_DATA to that "
+            "folder."
         ) from error
 
 
@@ -459,8 +466,8 @@ def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
     """
     name = f"{archive}-ubyte"
     path = _local(folder, f"{name}.gz", name) or _download(folder, archive)
+    raw = path.read_bytes()
     with _reading(path):
-        raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
         start = 4 * (2 + len(shape))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import whole
+from .._checks import tensor, whole
 from .._random import stream
 
 __all__ = ["CriticalLength", "critical_length", "input_distance"]
@@ -15,15 +15,18 @@ __all__ = ["CriticalLength", "critical_length", "input_distance"]
 def input_distance(x: Tensor) -> Tensor:
     r"""Distance of all pairs of inputs on the unit sphere, :math:`1-\cos(X_1, X_2)`: [n, n].
 
-    Inputs of any shape [n, ...] are flattened.  Distances lie in [0, 2].  An input that is all
-    zeros has no direction: its distances are NaN.
+    Inputs of any shape [n, ...] and any type are flattened.  Distances lie in [0, 2].  An input
+    that is all zeros has no direction: its distances are NaN.
 
     >>> input_distance(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
     tensor([[0., 1., 2.],
             [1., 0., 1.],
             [2., 1., 0.]])
     """
+    if tensor("x", x).ndim < 2:
+        raise ValueError(f"x must be of shape [n, ...], got {list(x.shape)}")
     x = x.flatten(1)
+    x = x / x.abs().amax(1, keepdim=True)  # so that no square overflows or vanishes
     x = x / x.norm(dim=1, keepdim=True)
     return 1 - (x @ x.mT).clamp(-1, 1)
 
@@ -102,9 +105,13 @@ def critical_length(
     >>> round(result.xi, 4), round(result.low, 4), round(result.high, 4), result.crossing
     (0.5, 0.5, 0.5, 1.0)
     """
+    others = {} if classes2 is None else {"classes2": classes2}
+    for name, classes in {"classes1": classes1, **others}.items():
+        if tensor(name, classes).ndim != 1:
+            raise ValueError(f"{name} must be of shape [n], got {list(classes.shape)}")
     sizes = (len(classes1), len(classes1 if classes2 is None else classes2))
     for name, matrix in {"values": values, "distance": distance}.items():
-        if matrix.shape != sizes:
+        if tensor(name, matrix).shape != sizes:
             raise ValueError(f"{name} must have shape {sizes}, got {tuple(matrix.shape)}")
     whole("resamples", resamples)
     same = classes2 is None

@@ -1,12 +1,13 @@
 """Flooding for a training loop of your own: a loss module, and accumulated gradients."""
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import hyperparameter
+from .._checks import hyperparameter, tensor
 from ..loss.flooding import flood
 
 __all__ = ["FloodingLoss", "flood_gradients_"]
@@ -21,7 +22,8 @@ class FloodingLoss(nn.Module):
         Any loss, e.g. ``nn.CrossEntropyLoss()``.  With ``reduction="none"`` every example is
         flooded by itself (iFlood), and then the mean is taken.
     flood_level : float or Tensor
-        The level, see :func:`flood`.
+        The level, see :func:`flood`.  A tensor moves with the module, ``criterion.to(device)``,
+        and is not in its ``state_dict()``.
 
     Notes
     -----
@@ -36,11 +38,18 @@ class FloodingLoss(nn.Module):
     tensor(1.)
     """
 
+    flood_level: float | Tensor
+
     def __init__(self, loss: Callable[..., Tensor], flood_level: float | Tensor) -> None:
         super().__init__()
         hyperparameter("flood_level", flood_level, 0)
+        if not callable(loss):
+            raise TypeError(f"loss must be a function, such as nn.MSELoss(), got {loss!r}")
         self.loss = loss
-        self.flood_level = flood_level
+        if isinstance(flood_level, Tensor) and not isinstance(flood_level, nn.Parameter):
+            self.register_buffer("flood_level", flood_level, persistent=False)
+        else:
+            self.flood_level = flood_level
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return flood(self.loss(*args, **kwargs), self.flood_level).mean()
@@ -51,7 +60,7 @@ class FloodingLoss(nn.Module):
 
 @torch.no_grad()
 def flood_gradients_(
-    parameters: Iterable[Tensor], loss: Tensor, flood_level: float | Tensor
+    parameters: Tensor | Iterable[Tensor], loss: float | Tensor, flood_level: float | Tensor
 ) -> None:
     r"""Turn accumulated gradients of the raw loss into those of the flooded loss, in place.
 
@@ -62,12 +71,13 @@ def flood_gradients_(
 
     Parameters
     ----------
-    parameters : iterable of Tensor
+    parameters : Tensor or iterable of Tensor
         Those whose ``.grad`` holds the gradient of the mean loss of the whole batch and nothing
         else (a penalty that is not to be flooded, such as weight decay, is added afterwards).
-        Parameters without a gradient are skipped.
-    loss : Tensor
+        Parameters without a gradient are skipped; one that is named twice counts once.
+    loss : float or Tensor
         Scalar: the raw mean loss of the whole batch; in a distributed run, after ``all_reduce``.
+        If it is NaN, so are the gradients.
     flood_level : float or Tensor
         The level, see :func:`flood`.
 
@@ -84,13 +94,22 @@ def flood_gradients_(
     tensor([-0.2000])
     """
     hyperparameter("flood_level", flood_level, 0)
-    sign = torch.sign(torch.as_tensor(loss).detach() - flood_level)
-    if sign.ndim:
+    loss = torch.as_tensor(loss) if isinstance(loss, Real) else tensor("loss", loss)
+    above = loss.detach() - flood_level
+    if above.ndim:
         raise ValueError(
             "loss must be one number, the mean over the whole batch, and flood_level too, got "
-            f"shapes {tuple(torch.as_tensor(loss).shape)} and "
-            f"{tuple(torch.as_tensor(flood_level).shape)}"
+            f"shapes {tuple(loss.shape)} and {tuple(torch.as_tensor(flood_level).shape)}"
         )
-    for parameter in parameters:
+    sign = torch.where(above.isnan(), above, above.sign())  # the sign of NaN would be 0
+    alone = isinstance(parameters, Tensor) or not isinstance(parameters, Iterable)
+    of: list[Any] = [parameters] if alone else list(parameters)
+    for parameter in of:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                "parameters must be tensors, such as model.parameters(), got "
+                f"{type(parameter).__name__}"
+            )
+    for parameter in dict.fromkeys(of):
         if parameter.grad is not None:
             parameter.grad.mul_(sign.to(parameter.grad.device, parameter.grad.dtype))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
-from .._checks import whole
+from .._checks import tensor, whole
 from .._random import stream
 from .._stage import Batch, BatchStage
 
@@ -17,8 +17,12 @@ class BatchTransform:
     """A batch transform for a training loop of your own, also as a collate function.
 
     Called with a batch of inputs and labels, it returns inputs and (for mixup and label smoothing)
-    soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place; the inputs keep
-    their dtype and device.
+    soft targets, which ``nn.CrossEntropyLoss`` takes.  Nothing is changed in place, and what a
+    transform leaves as it is comes back itself, not as a copy; the inputs keep their dtype and
+    device.
+
+    With SAM, transform the batch before the step: called inside of a closure, it would draw anew in
+    the second pass, and the two gradients would be of different batches.
 
     Parameters
     ----------
@@ -40,8 +44,9 @@ class BatchTransform:
     Raises
     ------
     TypeError
-        For inputs that are not floating point, samples that are not pairs, or a missing second
-        batch if the transform's ``second_stream`` is true.
+        For anything but tensors, inputs that are not floating point, samples that are not pairs, a
+        missing second batch if the transform's ``second_stream`` is true, or a second batch for a
+        transform that would ignore it.
     ValueError
         For labels outside 0 … K−1 (checked on a CPU only: the check would wait for a GPU).  For
         labels with an ``ignore_index``, mix the inputs with :func:`~flatmin.mix` and the losses
@@ -68,26 +73,32 @@ class BatchTransform:
     """
 
     def __init__(self, transform: BatchStage, num_classes: int, seed: int = 0) -> None:
+        if isinstance(transform, type) or not hasattr(transform, "draw"):
+            raise TypeError(
+                f"transform must be a batch stage, such as Mixup(0.2), got {transform!r}"
+            )
         self.transform = transform
         self.num_classes = whole("num_classes", num_classes)
         self.seed = whole("seed", seed, 0)
         self.count = 0
 
     def __call__(self, x: Tensor, y: Tensor, *other: Tensor) -> tuple[Tensor, Tensor]:
-        if len(x) != len(y):
-            raise ValueError(f"y must have one row for each of the {len(x)} inputs, got {len(y)}")
         if len(other) not in (0, 2):
             raise TypeError("other must be the inputs and the labels of a second batch")
         if getattr(self.transform, "second_stream", False) and not other:
             raise TypeError(
                 "other must be a second batch if second_stream is True: transform(x, y, x2, y2)"
             )
-        for labels in (y, *other[1:]):
-            self._check_labels(labels)
+        if other and not hasattr(self.transform, "second_stream"):
+            raise TypeError(f"other must not be given: {self.transform!r} takes one batch")
+        self._check("x", x, "y", y)
+        if other:
+            self._check("x2", other[0], "y2", other[1])
         second = Batch(other[0], other[1]) if other else None
         batch = Batch(x, y, num_classes=self.num_classes, other=second)
         draw = self.transform.draw(batch, self._generator())
         batch = self.transform(batch, {name: v.to(x.device) for name, v in draw.items()})
+        self.count += 1
         return batch.x, batch.y
 
     def collate(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
@@ -100,14 +111,19 @@ class BatchTransform:
     def _generator(self) -> torch.Generator:
         worker = get_worker_info()
         purpose = "batch" if worker is None else f"batch/{worker.seed}"
-        self.count += 1
-        return stream(self.seed, purpose, self.count - 1)
+        return stream(self.seed, purpose, self.count)
 
-    def _check_labels(self, y: Tensor) -> None:
+    def _check(self, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+        n = tensor(x_name, x).shape[:1]
+        if n != tensor(y_name, y).shape[:1] or not n:
+            raise ValueError(
+                f"{y_name} must have one row for each row of {x_name}, got shapes {list(y.shape)} "
+                f"and {list(x.shape)}"
+            )
         if y.ndim == 1 and y.device.type == "cpu" and len(y) and not y.is_floating_point():
             low, high = int(y.min()), int(y.max())
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
-                    f"y must be in 0 … {self.num_classes - 1}, got {low} … {high}; for an "
+                    f"{y_name} must be in 0 … {self.num_classes - 1}, got {low} … {high}; for an "
                     "ignore_index, mix inputs with mix() and losses with mix_losses()"
                 )

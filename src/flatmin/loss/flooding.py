@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._checks import hyperparameter
+from .._checks import hyperparameter, tensor
 from .._stage import LossStage
 
 __all__ = ["Flooding", "flood"]
@@ -31,6 +31,8 @@ def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
 
     Raises
     ------
+    TypeError
+        If ``loss`` is no tensor.
     ValueError
         If ``flood_level`` is a number that is negative, infinite or NaN.
 
@@ -45,7 +47,7 @@ def flood(loss: Tensor, flood_level: float | Tensor) -> Tensor:
     tensor([0.5000, 0.3000, 0.4000])
     """
     hyperparameter("flood_level", flood_level, 0)
-    return (loss - flood_level).abs() + flood_level
+    return (tensor("loss", loss) - flood_level).abs() + flood_level
 
 
 @dataclass(frozen=True)
@@ -77,4 +79,4 @@ class Flooding(LossStage):
     def __call__(self, losses: Tensor, rows: Tensor | None = None) -> Tensor:
         if self.per_example:
             return flood(losses, self.flood_level).mean()
-        return flood(losses.mean(), self.flood_level)
+        return flood(tensor("losses", losses).mean(), self.flood_level)
