@@ -61,6 +61,13 @@ def on(
     **options
         Of the instrument.
 
+    Raises
+    ------
+    ValueError, TypeError
+        If the model changes its input in place, draws random numbers, lets an example depend on
+        others of its batch, or cannot be differentiated by ``torch.func``; the message says what to
+        do.
+
     Examples
     --------
     >>> from flatmin.measure import gradient_norm

@@ -290,7 +290,8 @@ def fit(
     model : callable or Module
         Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once per seed; or a
         network, from whose weights every run starts.  The only random layer allowed is
-        :class:`flatmin.layers.Dropout`.
+        :class:`flatmin.layers.Dropout`.  What differs between seeds, or is changed by a forward
+        pass, must be a parameter or a buffer.
     data : Data, a sequence of Data, or (x, y)
         One for all runs, or one per seed, of equal shapes: then the data are random, too.  A pair
         of tensors is a training set alone.
@@ -323,7 +324,9 @@ def fit(
     select_by : str
         The variable that "best" minimizes, e.g. ``"validation_error"`` or ``"validation_loss"``.
     chunk_size : int
-        How many runs to train at once, to bound memory.  Results do not depend on it.
+        How many runs to train at once, to bound memory.  Results depend on it only by rounding.
+        1 does without ``vmap``, for what that cannot run: ``nn.LSTM``, a branch that depends on
+        data.
     evaluation_batch_size : int
         How many examples to evaluate at once; bounds memory too.
     device, dtype
@@ -347,7 +350,8 @@ def fit(
     ------
     ValueError
         For a grid that is empty or names no hyperparameter of the recipe, values out of range,
-        sizes or shapes that disagree.
+        sizes or shapes that disagree, and for a model that does what would go wrong in silence; the
+        message says what, and what to do.
 
     Notes
     -----

@@ -745,7 +745,7 @@ def test_batch_norm_with_batch_statistics_is_refused():
 def test_what_vmap_cannot_run_needs_a_loop():
     x, y = torch.randn(2, 3, 4).double(), torch.tensor([0, 1])
     recurrent = Module(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(4, 3, batch_first=True))
-    branch = Module(lambda m, x: m.a(x[:, 0] if x.sum() > 0 else x[:, 1]), a=nn.Linear(4, 3))
+    branch = Module(lambda m, x: m.a(x[:, 0] * (1 if x.sum() > 0 else 1.0)), a=nn.Linear(4, 3))
     for model in (recurrent.double(), branch.double()):
         with pytest.raises(
             ValueError, match="must run under .*vmap.*; batch_size=1 differentiates"
