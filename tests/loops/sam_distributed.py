@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -265,7 +266,7 @@ class Unsupported(Exception):
     pass
 
 
-def fsdp(rank, bad=1.0, **settings):
+def fsdp(rank, bad=1.0, steps=STEPS, **settings):
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
@@ -280,7 +281,7 @@ def fsdp(rank, bad=1.0, **settings):
     optimizer = SAM(base(model), **settings)
     x, y = mine(rank)
     closure = closure_of(model, optimizer, x * (bad if rank else 1.0), y)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.step(closure)
     return model, optimizer
 
@@ -303,6 +304,17 @@ def fsdp_skips_together(rank):
         model, optimizer = fsdp(rank, bad=math.nan, rho=0.3)
     assert optimizer.skipped == STEPS
     return difference(model.parameters(), network().parameters())
+
+
+def fsdp_checkpoints(rank):
+    """Half of the steps, and the other half by a fresh SAM from torch.distributed.checkpoint."""
+    model, optimizer = fsdp(rank, steps=STEPS // 2, rho=0.3)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    model, optimizer = fsdp(rank, steps=0, rho=0.1)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for _ in range(STEPS - STEPS // 2):
+        optimizer.step(closure_of(model, optimizer, *mine(rank)))
+    return difference(model.parameters(), alone(rho=0.3))
 
 
 def fsdp1_is_refused(rank):
@@ -334,6 +346,7 @@ CHECKS = [
     fsdp_norm,
     fsdp_any_p,
     fsdp_skips_together,
+    fsdp_checkpoints,
     fsdp1_is_refused,
 ]
 

@@ -1473,6 +1473,7 @@ def distributed(tmp_path_factory):
         "fsdp_norm",
         "fsdp_any_p",
         "fsdp_skips_together",
+        "fsdp_checkpoints",
         "fsdp1_is_refused",
     ],
 )
