@@ -980,6 +980,35 @@ def test_scaler_goes_into_step():
     assert not same(weights_of(model), before)
 
 
+@pytest.mark.parametrize("phases", [1, 2])
+def test_autocast_may_surround_both_passes(phases):
+    """Its cache of the weights in bfloat16 must not outlive them."""
+
+    def train(surround):
+        model = network().float()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
+        for step in range(3):
+            x, y = batch(seed=step)
+            autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+            def run(x=x.float(), y=y):
+                with nullcontext() if surround else autocast():
+                    loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+
+            with autocast() if surround else nullcontext():
+                if phases == 1:
+                    optimizer.step(run)
+                else:
+                    run()
+                    optimizer.first_step(zero_grad=True)
+                    run()
+                    optimizer.second_step(zero_grad=True)
+        return weights_of(model)
+
+    assert same(train(True), train(False))
+
+
 def test_bfloat16_weights():
     model = network().bfloat16()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.2, p=1.5)

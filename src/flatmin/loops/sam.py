@@ -266,6 +266,7 @@ class SAM(torch.optim.Optimizer):
         try:
             for flat, (v, step) in zip(self._flat.values(), moves if finite else []):
                 flat.move(v, step)
+            _forget_casts()
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -289,6 +290,7 @@ class SAM(torch.optim.Optimizer):
         """Back to the weights that :meth:`first_step` found, bitwise, without a step."""
         for flat in self._flat.values() if self._phase is not None else ():
             flat.restore()
+        _forget_casts()
         if self._after is not None:
             self._after.restore()
         self._phase = self._before = self._after = None
@@ -468,6 +470,12 @@ class SAM(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"SAM around {self.base_optimizer!r}"
+
+
+@torch.compiler.disable
+def _forget_casts() -> None:
+    """Where autocast surrounds both passes, it keeps the weights of the first in low precision."""
+    torch.clear_autocast_cache()
 
 
 @torch.no_grad()  # in which to_local() makes no view
