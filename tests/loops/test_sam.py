@@ -20,7 +20,8 @@ from problems import INF, climb, closure_of, flatten, norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatmin import SAM, dual_norm_perturbation
+from flatmin import SAM, BatchTransform, dual_norm_perturbation
+from flatmin.batch import Gaussian, Mixup
 from flatmin.layers import Dropout
 
 
@@ -989,9 +990,10 @@ def test_autocast_may_surround_both_passes(phases):
         optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
         for step in range(3):
             x, y = batch(seed=step)
+            x = x.float()
             autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
 
-            def run(x=x.float(), y=y):
+            def run(x=x, y=y):
                 with nullcontext() if surround else autocast():
                     loss = nn.functional.cross_entropy(model(x), y)
                 loss.backward()
@@ -1348,6 +1350,38 @@ def test_passes_without_gradients_do_not_count(when, what, microbatches):
                 another("between the passes")
         assert seen[0] == seen[1] and len(seen[0]) == 2 * microbatches
         assert same(list(model.buffers()), of_first)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
+def test_only_a_dropout_with_buffers_needs_the_model(dropout):
+    for given in (True, False):
+        model = Noisy(dropout)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model if given else None)
+        x, y = batch()
+        optimizer.step(closure_of(model, optimizer, x.float(), y))
+        assert (model.seen[:2] == model.seen[2:]) == (given or dropout is nn.Dropout)
+
+
+@pytest.mark.parametrize("transform", [Mixup(), Gaussian(0.5)])
+def test_a_batch_is_transformed_before_the_step(transform):
+    """A BatchTransform has a generator of its own, which a closure would draw from twice."""
+    model, seen = network(), []
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mix, count = BatchTransform(transform, 3), 0
+    for x, y in (batch(seed=step) for step in range(3)):
+        x, y = mix(x, y)
+        optimizer.step(closure_of(model, optimizer, x, y))
+        count += 1
+        assert mix.count == count and len(seen) == 2 * count
+        assert torch.equal(*seen[-2:]) and torch.equal(seen[-1], x)
+
+    def closure():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((mixed := mix(*batch()))[0]), mixed[1]).backward()
+
+    optimizer.step(closure)
+    assert mix.count == count + 2 and not torch.equal(*seen[-2:])
 
 
 def test_a_model_outlives_its_optimizer():
