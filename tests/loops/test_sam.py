@@ -1202,6 +1202,31 @@ def test_no_other_loop_is_warned_about_gradients(loop):
         steps_of(loop)
 
 
+class Calls(TorchDispatchMode):
+    """The names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+def test_gradients_are_read_only_if_somebody_else_has_changed_them(by):
+    """On a GPU, to read them would be to wait for them."""
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()), 0.2)
+    with Calls() as calls:
+        for _ in range(3):
+            optimizer.step(closure_of(model, optimizer, *batch()))
+            {"optimizer": optimizer, "model": model}[by].zero_grad(set_to_none=False)
+    assert calls.names.count("_foreach_add_") > 0
+    assert ("any" in calls.names) == (by == "model")
+
+
 # Batch statistics and random numbers
 
 
