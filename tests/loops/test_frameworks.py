@@ -103,7 +103,7 @@ def test_the_page_names_the_versions_that_it_was_tried_with():
     pins = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.M))
     assert (
         f"with PyTorch {pins['torch']}, Lightning {pins['lightning']} "
-        f"and Accelerate {pins['accelerate']}."
+        f"and Accelerate {pins['accelerate']},"
     ) in PAGE
 
 
@@ -232,6 +232,16 @@ def test_accelerate_as_on_the_page(accelerate):
     model, losses = plain()
     assert same(names["model"], model)
     assert names["losses"][0].item() == losses[-1].item() and len(names["losses"]) == 2
+
+
+def test_sam_around_a_prepared_optimizer(accelerate):
+    code = ACCELERATE.replace("optimizer = SAM(base, rho=0.05, model=model)\n", "").replace(
+        "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
+        "model, base, loader = accelerator.prepare(model, base, loader)\n"
+        "optimizer = SAM(base, rho=0.05, model=model)",
+    )
+    assert code.index("prepare") < code.index("SAM(")
+    assert same(run(code)["model"], plain()[0])
 
 
 def with_a_scaler_on_a_cpu(code):

@@ -131,7 +131,8 @@ class SAM(torch.optim.Optimizer):
         self._after: _Snapshot | None = None
         self._warned = False  # that gradients are dropped
         for optimizer in (self, base_optimizer):  # which may also step alone
-            optimizer.register_step_post_hook(_note_gradients)
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):  # Accelerate's wrapper has none
+                optimizer.register_step_post_hook(_note_gradients)
         for group in self.param_groups:
             self._complete_settings(group)
             if any(hasattr(w, "_fsdp_flattened") for w in group["params"]):
