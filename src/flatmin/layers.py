@@ -36,9 +36,10 @@ class Dropout(nn.Module):
     Notes
     -----
     Passes that start from the same buffers drop the same units, such as the two gradients of a
-    SAM step. The mask depends on the position in the batch, so ``vmap`` over the *examples* of a
-    batch gives all of them the same mask. Processes of a distributed run that share buffers use the
-    same mask for their parts of the batch.
+    SAM step (of :class:`flatmin.SAM` if it is given the ``model``). The mask depends on the
+    position in the batch, so ``vmap`` over the *examples* of a batch gives all of them the same
+    mask. Processes of a distributed run that share buffers use the same mask for their parts of the
+    batch.
 
     References
     ----------

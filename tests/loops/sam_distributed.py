@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -176,6 +177,65 @@ def ddp_scalers_agree(rank):
     return difference(model.parameters(), before)
 
 
+def ddp_static_graph(rank):
+    """With its own INTERNAL ASSERT after a first pass without communication."""
+    model = DistributedDataParallel(network(), static_graph=True)
+    try:
+        SAM(base(model), model=model, per_rank=True)
+    except ValueError as error:
+        assert "per_rank must be False" in str(error)
+    else:
+        raise AssertionError("not refused")
+    optimizer = SAM(base(model), rho=0.3, model=model)
+    for _ in range(STEPS):
+        optimizer.step(closure_of(model, optimizer, *mine(rank)))
+    return difference(model.parameters(), alone(rho=0.3))
+
+
+def ddp_compiled(rank):
+    errors = []
+    for backend in ("eager", "aot_eager"):
+        inside = DistributedDataParallel(torch.compile(network(), backend=backend))
+        outside = torch.compile(DistributedDataParallel(network()), backend=backend)
+        for model in (inside, outside):
+            for per_rank in (True, False):
+                start(model)
+                optimizer = SAM(base(model), rho=0.3, model=model, per_rank=per_rank)
+                for _ in range(STEPS):
+                    optimizer.step(closure_of(model, optimizer, *mine(rank)))
+                expected = m_sam(0.3) if per_rank else alone(rho=0.3)
+                errors.append(difference(model.parameters(), expected))
+    return max(errors)
+
+
+def start(model):
+    """The weights of a new network()."""
+    with torch.no_grad():
+        for w, new in zip(model.parameters(), network().parameters(), strict=True):
+            w.copy_(new)
+            w.grad = None
+
+
+def dropped_gradients_are_seen(rank):
+    """In a loop of closures nothing is; a backward() before a step is, also onto a shard."""
+    models = [DistributedDataParallel(network(), gradient_as_bucket_view=v) for v in (True, False)]
+    pairs = [(m, SAM(base(m), rho=0.3, model=m)) for m in models]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="step.closure. drops")
+        for model, optimizer in pairs:
+            for _ in range(STEPS):
+                optimizer.step(closure_of(model, optimizer, *mine(rank)))
+        pairs.append(fsdp(rank, rho=0.3))
+    for model, optimizer in pairs:
+        x, y = mine(rank)
+        nn.functional.mse_loss(model(x), y).backward()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            optimizer.step(closure_of(model, optimizer, x, y))
+        assert [str(w.message)[:19] for w in seen] == ["step(closure) drops"], seen
+    return 0.0
+
+
 def dtensor_placements(rank):
     """Sharded (unevenly) by rows or columns, or replicated: one norm over all parts."""
     mesh = init_device_mesh("cpu", (RANKS,))
@@ -206,7 +266,7 @@ class Unsupported(Exception):
     pass
 
 
-def fsdp(rank, bad=1.0, **settings):
+def fsdp(rank, bad=1.0, steps=STEPS, **settings):
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
@@ -221,7 +281,7 @@ def fsdp(rank, bad=1.0, **settings):
     optimizer = SAM(base(model), **settings)
     x, y = mine(rank)
     closure = closure_of(model, optimizer, x * (bad if rank else 1.0), y)
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.step(closure)
     return model, optimizer
 
@@ -246,6 +306,17 @@ def fsdp_skips_together(rank):
     return difference(model.parameters(), network().parameters())
 
 
+def fsdp_checkpoints(rank):
+    """Half of the steps, and the other half by a fresh SAM from torch.distributed.checkpoint."""
+    model, optimizer = fsdp(rank, steps=STEPS // 2, rho=0.3)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    model, optimizer = fsdp(rank, steps=0, rho=0.1)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    for _ in range(STEPS - STEPS // 2):
+        optimizer.step(closure_of(model, optimizer, *mine(rank)))
+    return difference(model.parameters(), alone(rho=0.3))
+
+
 def fsdp1_is_refused(rank):
     for original in (True, False):
         model = FullyShardedDataParallel(
@@ -268,10 +339,14 @@ CHECKS = [
     ddp_closure_that_does_not_zero,
     ddp_skips_together,
     ddp_scalers_agree,
+    ddp_static_graph,
+    ddp_compiled,
+    dropped_gradients_are_seen,
     dtensor_placements,
     fsdp_norm,
     fsdp_any_p,
     fsdp_skips_together,
+    fsdp_checkpoints,
     fsdp1_is_refused,
 ]
 

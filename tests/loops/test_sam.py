@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from problems import INF, climb, closure_of, flatten, norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatmin import SAM, dual_norm_perturbation
+from flatmin import SAM, BatchTransform, dual_norm_perturbation
+from flatmin.batch import Gaussian, Mixup
 from flatmin.layers import Dropout
 
 
@@ -55,6 +57,9 @@ BASES = {
 
 def weights_of(model):
     return [w.detach().clone() for w in model.parameters()]
+
+
+DROPPED = r"step\(closure\) drops the gradients from before the step"
 
 
 def same(a, b):
@@ -154,7 +159,8 @@ def test_a_closure_need_not_zero_the_gradients(zeroing):
     for step in range(4):
         x, y = batch(seed=step)
         model(x).sum().backward()  # somebody else's
-        optimizer.step(closure)
+        with pytest.warns(UserWarning, match=DROPPED) if step == 0 else nullcontext():
+            optimizer.step(closure)
         first = torch.autograd.grad(
             nn.functional.cross_entropy(twin(x), y), list(twin.parameters())
         )
@@ -318,7 +324,8 @@ def test_resume_is_bitwise(base, foreach):
             torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if a[k] is not None
         )
     assert second[1].param_groups[0]["rho"] == 0.2 and second[1].param_groups[0]["p"] == 1.5
-    train(*first, range(5, 10))
+    with pytest.warns(UserWarning, match=DROPPED):  # the half of a batch
+        train(*first, range(5, 10))
     assert same(weights_of(first[0]), weights_of(whole[0]))
 
 
@@ -430,6 +437,38 @@ def test_distributed_checkpoints_are_those_of_the_base_optimizer():
     assert same(weights_of(model), weights_of(twin))
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("given", ["sam", "base"])
+def test_distributed_checkpoints_resume_bitwise(base, given):
+    """Into a fresh SAM; from a fresh one, too, whose weights and buffers stay as they are."""
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    of = lambda optimizer: optimizer if given == "sam" else optimizer.base_optimizer
+    model, twin = network(), network(seed=1)
+    optimizer, other = (SAM(BASES[base](m.parameters()), 0.2, model=m) for m in (model, twin))
+    before = weights_of(model)
+    state_dict.get_optimizer_state_dict(model, of(optimizer))
+    assert same(weights_of(model), before) and optimizer.param_groups[0]["lr"] > 0
+    for step in range(3):
+        optimizer.step(closure_of(model, optimizer, *batch(seed=step)))
+    saved = copy.deepcopy(state_dict.get_state_dict(model, of(optimizer)))
+    state_dict.set_state_dict(twin, of(other), model_state_dict=saved[0], optim_state_dict=saved[1])
+    for step in range(3, 6):
+        for m, o in ((model, optimizer), (twin, other)):
+            o.step(closure_of(m, o, *batch(seed=step)))
+    assert same(weights_of(model), weights_of(twin))
+
+
+@pytest.mark.parametrize("lr, gradient", [(0.0, 1.0), (0.1, 0.0), (0.0, None)])
+def test_a_forgotten_closure_is_an_error(lr, gradient):
+    """Also while the learning rate is zero, as at the start of a warm-up."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = SAM(torch.optim.AdamW([w], lr=lr))
+    w.grad = None if gradient is None else torch.full((2,), gradient)
+    with pytest.raises(RuntimeError, match=r"step\(\) must get a closure"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_compiled_step_is_the_same():
     model, twin = network(), network()
     optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2) for m in (model, twin))
@@ -443,6 +482,34 @@ def test_compiled_step_is_the_same():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("given", ["original", "compiled", None])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_compiled_model_makes_the_same_steps(backend, given, phases):
+    """With batch statistics and dropout, which repeat only if SAM sees the model that is called."""
+    torch.manual_seed(0)
+    model = Noisy().double()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend)
+    models = {"original": model, "compiled": compiled, None: None}
+    if phases == 2 and given is None:
+        model.drop.p = twin.drop.p = 0.0  # without model=, two phases do not repeat it
+    optimizer = SAM(BASES["sgd"](model.parameters()), 0.2, model=models[given])
+    other = SAM(BASES["sgd"](twin.parameters()), 0.2, model=None if given is None else twin)
+    for m, o in ((compiled, optimizer), (twin, other)):
+        torch.manual_seed(1)
+        for step in range(3):
+            x, y = batch(seed=step)
+            if phases == 2:
+                two_phases(m, o, x, y)
+            else:
+                o.step(closure_of(m, o, x, y))
+    torch._dynamo.reset()
+    assert model.norm.num_batches_tracked == twin.norm.num_batches_tracked
+    assert model.norm.num_batches_tracked == (6 if given is None else 3)
+    torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-13)
+
+
 def test_phases_out_of_order_are_named():
     model = network()
     optimizer = SAM(BASES["sgd"](model.parameters()))
@@ -452,16 +519,21 @@ def test_phases_out_of_order_are_named():
             RuntimeError, match=r"step\(\) must get a closure, or come after first_step"
         ):
             call()
-    with pytest.raises(TypeError, match=r"closure must be a function .*, got \[\]"):
-        optimizer.step([])
+    for value in ([], model(batch()[0]).sum()):
+        with pytest.raises(TypeError, match=r"closure must be a function .*, got (\[\]|tensor)"):
+            optimizer.step(value)
     model(batch()[0]).sum().backward()
     optimizer.first_step()
     with pytest.raises(RuntimeError, match="first_step.. was called twice"):
         optimizer.first_step()
     optimizer.restore()
     assert same(weights_of(model), before)
-    optimizer.first_step()  # discarded by the next step(closure)
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"step\(closure\) must not come after first_step\(\)"):
+        optimizer.step(lambda: 0.0)
+    optimizer.restore()
     optimizer.step(lambda: 0.0)
+    assert same(weights_of(model), before)
 
 
 def test_bad_base_optimizers_are_named():
@@ -470,6 +542,10 @@ def test_bad_base_optimizers_are_named():
     for bad in (torch.optim.SGD, w, SAM(good)):
         with pytest.raises(TypeError, match="base_optimizer must be an instance of an optimizer"):
             SAM(bad)
+    with pytest.raises(
+        TypeError, match=r"an optimizer that has its own settings.*\['lr', 'momentum'\]"
+    ):
+        SAM(w, torch.optim.SGD, lr=0.1, momentum=0.9)  # as in other packages
 
     class WithRho(torch.optim.SGD):
         def __init__(self, params):
@@ -893,6 +969,7 @@ def test_scaler_goes_into_step():
     with pytest.raises(AssertionError, match="_scale is None"):
         torch.amp.GradScaler("cpu").step(optimizer, lambda: 0.0)
     disabled = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer.zero_grad()
     x, y = batch()
     run = lambda: (optimizer.zero_grad(), overflowing(model, x.float(), y, disabled))[1]
     before = weights_of(model)
@@ -902,6 +979,36 @@ def test_scaler_goes_into_step():
     run()
     disabled.step(optimizer)
     assert not same(weights_of(model), before)
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_autocast_may_surround_both_passes(phases):
+    """Its cache of the weights in bfloat16 must not outlive them."""
+
+    def train(surround):
+        model = network().float()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
+        for step in range(3):
+            x, y = batch(seed=step)
+            x = x.float()
+            autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+            def run(x=x, y=y):
+                with nullcontext() if surround else autocast():
+                    loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+
+            with autocast() if surround else nullcontext():
+                if phases == 1:
+                    optimizer.step(run)
+                else:
+                    run()
+                    optimizer.first_step(zero_grad=True)
+                    run()
+                    optimizer.second_step(zero_grad=True)
+        return weights_of(model)
+
+    assert same(train(True), train(False))
 
 
 def test_bfloat16_weights():
@@ -936,6 +1043,188 @@ def test_microbatches_in_the_closure_are_the_whole_batch():
             whole.step(closure_of(twin, whole, x, y)).item()
         )
     torch.testing.assert_close(weights_of(model), weights_of(twin), rtol=1e-12, atol=1e-14)
+
+
+def steps_of(loop, first=lambda model, optimizer: None, make=network, **settings):
+    """Three steps of a loop, after something else before the first."""
+    model = make()
+    optimizer = SAM(BASES["sgd"](model.parameters()), 0.2, **settings)
+    first(model, optimizer)
+    for step in range(3):
+        loop(model, optimizer, closure_of(model, optimizer, *batch(seed=step)))
+    return weights_of(model)
+
+
+def test_gradients_from_before_the_step_are_dropped_with_one_warning():
+    """As in the README of the best-known package: backward(), then step(closure)."""
+
+    def as_elsewhere(model, optimizer, closure):
+        closure()
+        optimizer.step(closure)
+
+    with pytest.warns(UserWarning, match=DROPPED) as seen:
+        found = steps_of(as_elsewhere)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    assert same(found, steps_of(lambda model, optimizer, closure: optimizer.step(closure)))
+
+
+def kept(model, optimizer, closure):
+    optimizer.step(closure)
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()  # onto what it left
+    optimizer.step(closure)
+
+
+def to_zero(model, optimizer, closure):
+    model.zero_grad(set_to_none=False)
+    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    optimizer.step(closure)
+
+
+@pytest.mark.parametrize("loop", [kept, to_zero])
+def test_gradients_added_to_those_that_exist_are_seen(loop):
+    with pytest.warns(UserWarning, match=DROPPED) as seen:
+        steps_of(loop)
+    assert len(seen) == 1
+
+
+def every_second(model, optimizer, closure):
+    optimizer.step(closure)
+    closure()
+    optimizer.base_optimizer.step()
+
+
+def clipping(model, optimizer, closure):
+    optimizer.step(lambda: (closure(), nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
+
+
+def in_a_hook(model, optimizer, closure):
+    hook = optimizer.base_optimizer.register_step_pre_hook(
+        lambda *_: nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+    )
+    optimizer.step(closure)
+    hook.remove()
+
+
+def without_zeroing(model, optimizer, closure):
+    optimizer.step(lambda: nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward())
+
+
+def with_a_scaler(model, optimizer, closure):
+    for size in (1.0, INF):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        x, y = batch()
+        optimizer.step(lambda s=scaler, x=x * size: overflowing(model, x, y, s), scaler)
+
+
+def two_phases_and_a_scaler(model, optimizer, closure):
+    for size in (1.0, INF):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        x, y = batch()
+        for step in (optimizer.first_step, lambda s=scaler: s.step(optimizer)):
+            model.zero_grad()
+            overflowing(model, x * size, y, scaler)
+            step()
+        optimizer.step(closure)
+
+
+def mixed_with_two_phases(model, optimizer, closure):
+    two_phases(model, optimizer, *batch())
+    closure()
+    optimizer.first_step()
+    closure()
+    optimizer.second_step()
+    optimizer.step(closure)
+
+
+def given_up(model, optimizer, closure):
+    closure()
+    optimizer.first_step()
+    optimizer.restore()
+    optimizer.step(closure)
+
+
+def failing(model, optimizer, closure):
+    for calls in ([], [1]):
+
+        def fail():
+            closure()
+            if calls:
+                raise KeyError
+            calls.append(1)
+
+        with pytest.raises(KeyError):
+            optimizer.step(fail)
+        optimizer.step(closure)
+
+
+def zeroing(model, optimizer, closure):
+    for zero in (optimizer.zero_grad, optimizer.base_optimizer.zero_grad, model.zero_grad):
+        for to_none in (True, False):
+            closure()
+            zero(set_to_none=to_none)
+            optimizer.step(closure)
+
+
+def loading(model, optimizer, closure):
+    optimizer.step(closure)
+    model.load_state_dict(model.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(closure)
+
+
+def copying(model, optimizer, closure):
+    optimizer.step(closure)
+    twin, other = copy.deepcopy((model, optimizer))
+    other.step(closure_of(twin, other, *batch()))
+
+
+LOOPS = [
+    every_second,
+    clipping,
+    in_a_hook,
+    without_zeroing,
+    with_a_scaler,
+    two_phases_and_a_scaler,
+    mixed_with_two_phases,
+    given_up,
+    failing,
+    zeroing,
+    loading,
+    copying,
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_other_loop_is_warned_about_gradients(loop):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=DROPPED)
+        warnings.filterwarnings("ignore", message="a gradient is infinite")
+        steps_of(loop)
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("by", ["optimizer", "model"])
+def test_gradients_are_read_only_if_somebody_else_has_changed_them(by):
+    """On a GPU, to read them would be to wait for them."""
+    model = network()
+    optimizer = SAM(BASES["sgd"](model.parameters()), 0.2)
+    with Calls() as calls:
+        for _ in range(3):
+            optimizer.step(closure_of(model, optimizer, *batch()))
+            {"optimizer": optimizer, "model": model}[by].zero_grad(set_to_none=False)
+    assert calls.names.count("_foreach_add_") > 0
+    assert ("any" in calls.names) == (by == "model")
 
 
 # Batch statistics and random numbers
@@ -1088,6 +1377,38 @@ def test_passes_without_gradients_do_not_count(when, what, microbatches):
         assert same(list(model.buffers()), of_first)
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
+def test_only_a_dropout_with_buffers_needs_the_model(dropout):
+    for given in (True, False):
+        model = Noisy(dropout)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model if given else None)
+        x, y = batch()
+        optimizer.step(closure_of(model, optimizer, x.float(), y))
+        assert (model.seen[:2] == model.seen[2:]) == (given or dropout is nn.Dropout)
+
+
+@pytest.mark.parametrize("transform", [Mixup(), Gaussian(0.5)])
+def test_a_batch_is_transformed_before_the_step(transform):
+    """A BatchTransform has a generator of its own, which a closure would draw from twice."""
+    model, seen = network(), []
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mix, count = BatchTransform(transform, 3), 0
+    for x, y in (batch(seed=step) for step in range(3)):
+        x, y = mix(x, y)
+        optimizer.step(closure_of(model, optimizer, x, y))
+        count += 1
+        assert mix.count == count and len(seen) == 2 * count
+        assert torch.equal(*seen[-2:]) and torch.equal(seen[-1], x)
+
+    def closure():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((mixed := mix(*batch()))[0]), mixed[1]).backward()
+
+    optimizer.step(closure)
+    assert mix.count == count + 2 and not torch.equal(*seen[-2:])
+
+
 def test_a_model_outlives_its_optimizer():
     model = Noisy()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
@@ -1233,10 +1554,14 @@ def distributed(tmp_path_factory):
         "ddp_closure_that_does_not_zero",
         "ddp_skips_together",
         "ddp_scalers_agree",
+        "ddp_static_graph",
+        "ddp_compiled",
+        "dropped_gradients_are_seen",
         "dtensor_placements",
         "fsdp_norm",
         "fsdp_any_p",
         "fsdp_skips_together",
+        "fsdp_checkpoints",
         "fsdp1_is_refused",
     ],
 )

@@ -42,7 +42,8 @@ class SAM(torch.optim.Optimizer):
     model : Module, optional
         The network, as it is called (if wrapped in ``DistributedDataParallel``, the wrapper).  With
         it, only the first pass updates buffers (batch statistics), and the second pass repeats the
-        random numbers of the first in two-phase use, too.
+        random numbers of the first in two-phase use, too.  :class:`flatmin.layers.Dropout` needs it
+        in any use, since its random numbers are a function of its buffers.
     per_rank : bool
         Under ``DistributedDataParallel``: ``True`` gives every process the perturbation of its own
         part of the batch (m-SAM) and saves an all-reduce; ``False``: that of the whole batch.
@@ -62,7 +63,7 @@ class SAM(torch.optim.Optimizer):
     ...     loss = nn.functional.mse_loss(model(x), y)
     ...     loss.backward()
     ...     return loss
-    >>> before = closure()
+    >>> before = nn.functional.mse_loss(model(x), y)
     >>> loss = optimizer.step(closure)            # the loss at w, not at the worst point
     >>> bool(loss == before), bool(closure() < before)
     (True, True)
@@ -89,7 +90,13 @@ class SAM(torch.optim.Optimizer):
         *,
         model: nn.Module | None = None,
         per_rank: bool = False,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(
+                "SAM must get an optimizer that has its own settings, as in SAM(torch.optim.SGD("
+                f"model.parameters(), lr=0.1), rho=0.05), got the keyword arguments {[*unknown]}"
+            )
         if not isinstance(base_optimizer, torch.optim.Optimizer) or isinstance(base_optimizer, SAM):
             raise TypeError(
                 "base_optimizer must be an instance of an optimizer, such as "
@@ -109,6 +116,11 @@ class SAM(torch.optim.Optimizer):
                 "model must be the DistributedDataParallel module if per_rank is True, "
                 f"got {type(model).__name__}"
             )
+        if per_rank and getattr(model, "static_graph", False):
+            raise ValueError(
+                "per_rank must be False if DistributedDataParallel has static_graph=True, which "
+                "does not allow a pass without communication, got True"
+            )
         # As in unpickling: sets up an optimizer's hooks, but no parameters of its own.
         super().__setstate__({"base_optimizer": base_optimizer})
         self.model, self.per_rank, self.skipped = model, per_rank, 0
@@ -117,6 +129,10 @@ class SAM(torch.optim.Optimizer):
         self._flat: dict[float, FlatWeights] = {}  # by p
         self._before: _Snapshot | None = None  # of the first pass
         self._after: _Snapshot | None = None
+        self._warned = False  # that gradients are dropped
+        for optimizer in (self, base_optimizer):  # which may also step alone
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):  # Accelerate's wrapper has none
+                optimizer.register_step_post_hook(_note_gradients)
         for group in self.param_groups:
             self._complete_settings(group)
             if any(hasattr(w, "_fsdp_flattened") for w in group["params"]):
@@ -151,6 +167,7 @@ class SAM(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any optimizer; the next forward pass is then the first of a step."""
         self.base_optimizer.zero_grad(set_to_none)
+        _note_gradients(self)
         if self._phase is None:
             self._before = None
 
@@ -180,13 +197,17 @@ class SAM(torch.optim.Optimizer):
         if closure is None:
             return self._finish()
         if not callable(closure):
-            raise TypeError(f"closure must be a function that computes the loss, got {closure!r}")
+            raise TypeError(
+                "closure must be a function that computes the loss, calls backward() and returns "
+                f"the loss, got {closure!r}"
+            )
         if hasattr(self, "found_inf"):
             del self.found_inf, self.grad_scale
             raise RuntimeError(
                 "step(closure) must get the scaler itself: "
                 "optimizer.step(closure, scaler), then scaler.update()"
             )
+        self._check_before_closure(closure)
         loss, finite = self._both_passes(closure)
         scaled = scaler is not None and scaler.is_enabled()
         if not finite:
@@ -203,13 +224,12 @@ class SAM(torch.optim.Optimizer):
 
     def _both_passes(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """The loss of the first pass, and whether the gradients of both are finite."""
-        self.restore()  # if a step was given up
         self._drop_gradients()
         before = self._snapshot()
-        with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
-            loss = closure()
-        self._before = before
         try:
+            with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
+                loss = closure()
+            self._before = before
             self.first_step()
             if self._phase == "perturbed":
                 self._drop_gradients()
@@ -247,6 +267,7 @@ class SAM(torch.optim.Optimizer):
         try:
             for flat, (v, step) in zip(self._flat.values(), moves if finite else []):
                 flat.move(v, step)
+            _forget_casts()
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -270,11 +291,15 @@ class SAM(torch.optim.Optimizer):
         """Back to the weights that :meth:`first_step` found, bitwise, without a step."""
         for flat in self._flat.values() if self._phase is not None else ():
             flat.restore()
+        _forget_casts()
         if self._after is not None:
             self._after.restore()
         self._phase = self._before = self._after = None
+        _note_gradients(self)
 
     def _finish(self) -> None:
+        if self._phase is None and self._is_primed():
+            return self.base_optimizer.step()
         if self._phase is None:
             for name in ("found_inf", "grad_scale"):
                 self.__dict__.pop(name, None)
@@ -321,6 +346,43 @@ class SAM(torch.optim.Optimizer):
                 kinds = to_move.setdefault(float(group["p"]), {})
                 kinds.setdefault(member.kind, []).append(member)
         return to_move
+
+    def _check_before_closure(self, closure: Callable[[], Any]) -> None:
+        """That ``step(closure)`` drops nothing that somebody has computed."""
+        if self._phase is not None:
+            raise RuntimeError(
+                "step(closure) must not come after first_step(): second_step() ends the step, "
+                "restore() gives it up (Lightning's step() passes a closure of its own: call "
+                "optimizer.optimizer.second_step())"
+            )
+        for module in (self.model, *getattr(closure, "args", ())):  # Lightning's closure has it
+            trainer = getattr(module, "_trainer", None)
+            if (parts := getattr(trainer, "accumulate_grad_batches", 1)) != 1:
+                raise ValueError(
+                    f"accumulate_grad_batches must be 1, got {parts}: Lightning's closure computes "
+                    "the last microbatch only; use manual optimization, all microbatches in the "
+                    "closure"
+                )
+        if not self._warned and self._has_new_gradients():
+            self._warned = True
+            warnings.warn(
+                "step(closure) drops the gradients from before the step; all microbatches belong "
+                "into the closure (Lightning's accumulate_grad_batches must be 1)",
+                stacklevel=4,
+            )
+
+    def _has_new_gradients(self) -> bool:
+        """Whether gradients were computed since the last step or zero_grad().
+
+        Only if somebody else has changed them, maybe to zero, their values are looked at.
+        """
+        new = [g for g in _gradients(self) if getattr(g, "_noted", None) != g._version]
+        return bool(new) and any(g.layout is not torch.strided or bool(g.any()) for g in new)
+
+    def _is_primed(self) -> bool:
+        """torch.distributed.checkpoint makes the state by a step from zero gradients, at lr 0."""
+        grads = _gradients(self) if all(g.get("lr") == 0 for g in self.param_groups) else []
+        return bool(grads) and not any(g.any() for g in grads)
 
     def _drop_gradients(self) -> None:
         """So that a closure need not zero them; those that somebody has kept stay as they are."""
@@ -409,6 +471,23 @@ class SAM(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"SAM around {self.base_optimizer!r}"
+
+
+# Where autocast surrounds both passes, it keeps the weights of the first in low precision.
+_forget_casts = torch.compiler.disable(torch.clear_autocast_cache)
+
+
+@torch.no_grad()  # in which to_local() makes no view
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What is in ``.grad``; of a sharded parameter (DTensor), the local part."""
+    grads = [w.grad for group in optimizer.param_groups for w in group["params"]]
+    return [g.to_local() if hasattr(g, "placements") else g for g in grads if g is not None]
+
+
+def _note_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """These have had their step: to drop them loses nothing, until somebody adds to them."""
+    for g in _gradients(optimizer):
+        g._noted = g._version  # type: ignore[attr-defined]
 
 
 class _Snapshot:
