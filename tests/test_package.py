@@ -46,11 +46,13 @@ def python(code, **options):
 
 
 def test_importing_flatmin_imports_little_but_torch():
-    """pandas and scipy.stats would take as long as torch itself."""
+    """pandas, scipy.stats and torch._dynamo would each take as long as torch itself."""
     heavy = ["pandas", "scipy", "xarray", *EXTRAS]
     code = "import sys, torch; had = {*sys.modules}; import flatmin; print(*({*sys.modules} - had))"
-    loaded = {name.split(".")[0] for name in python(code).split()}
+    modules = python(code).split()
+    loaded = {name.split(".")[0] for name in modules}
     assert "flatmin" in loaded and loaded & {*heavy} == set()
+    assert "torch._dynamo" not in modules
 
 
 def test_methods_and_fit_need_no_extra():

@@ -473,8 +473,9 @@ class SAM(torch.optim.Optimizer):
         return f"SAM around {self.base_optimizer!r}"
 
 
-# Where autocast surrounds both passes, it keeps the weights of the first in low precision.
-_forget_casts = torch.compiler.disable(torch.clear_autocast_cache)
+def _forget_casts() -> None:
+    """Where autocast surrounds both passes, it keeps the weights of the first in low precision."""
+    torch.clear_autocast_cache()
 
 
 @torch.no_grad()  # in which to_local() makes no view
