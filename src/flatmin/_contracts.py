@@ -1,12 +1,16 @@
 """What is asked of a model and a criterion; what they or torch.func cannot do is an error."""
 
 import inspect
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ._targets import checked_losses
 from ._tree import Params
@@ -22,17 +26,25 @@ def check_model(model: nn.Module) -> None:
             f"model must be the module that the {type(model).__name__} was made from: "
             "torch.func cannot see into it"
         )
+    if torch.nn.utils.parametrize._cache_enabled:
+        raise ValueError("model must be used outside of parametrize.cached(), which keeps weights")
     parameters = dict(model.named_parameters())
     for name, w in parameters.items():
         if nn.parameter.is_lazy(w) or w.is_meta:
             raise ValueError(f"model must have weights with values, got none for {name!r}")
+        if w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"model must have parameters without gradient hooks, which torch.func does not call, "
+                f"got one on {name!r}"
+            )
         if w.is_complex():
             raise TypeError(
                 f"model must have real parameters, got {name!r} of {w.dtype}: keep its real and "
                 "imaginary parts, and torch.view_as_complex"
             )
     for path, m in model.named_modules():
-        if getattr(m, "max_norm", None) or getattr(m, "scale_grad_by_freq", False):
+        embedding = isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+        if embedding and (m.max_norm is not None or m.scale_grad_by_freq):
             raise ValueError(
                 "model must have embeddings without max_norm, which changes weights in the forward "
                 f"pass, and scale_grad_by_freq, which changes gradients, got {m} at {path!r}"
@@ -47,32 +59,45 @@ def check_function(
     x: Tensor,
     y: Tensor,
     criterion: Loss | None,
-    in_pieces: bool = True,
+    alone: bool = True,
 ) -> None:
     """Refuse a network that is no function of weights and inputs, on the first two examples.
 
-    If the mean of the criterion is taken in pieces, also refuse an example whose loss depends on
-    other examples.
+    ``alone``: also refuse a criterion of an example that depends on other examples.
     """
     x, y = x[:2].clone(), y[:2].clone()
-    try:
-        with no_random_numbers(), unchanged("model", "input", x):
-            output = network(params, x)
-    except RuntimeError as error:
+
+    def values(w: Params, x: Tensor, y: Tensor) -> list[Tensor]:
+        try:
+            with no_random_numbers(), unchanged("model", "input", x):
+                output = network(w, x)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model must take examples of the type {x.dtype}, here of shape {tuple(x.shape)}, "
+                f"which {where(error)} does not ({first_line(error)})"
+            ) from error
+        if criterion is None:
+            return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        with no_random_numbers(), unchanged("criterion", "targets", y):
+            return [checked_losses(criterion(output, y), x, y)]
+
+    with torch.enable_grad():
+        first = values({name: w.detach().requires_grad_() for name, w in params.items()}, x, y)
+    if criterion is not None and not any(v.requires_grad for v in first):
         raise ValueError(
-            f"model must take examples of the type {x.dtype}, here of shape {tuple(x.shape)}, which "
-            f"{where(error)} does not ({first_line(error)})"
-        ) from error
-    if criterion is None:
-        return
-    with unchanged("criterion", "targets", y):
-        together = checked_losses(criterion(output, y), x, y)
-    if not in_pieces:
+            "model and criterion must be differentiable by the parameters, got no gradient: is "
+            "there an argmax, detach() or no_grad()?"
+        )
+    if not alike(first, values(params, x, y)):
+        raise ValueError(
+            "model and criterion must give the same for the same weights, buffers and examples, "
+            "got two different results: is something random, or kept from pass to pass?"
+        )
+    if not alone or criterion is None:
         return
     try:
-        singles = [(network(params, a), a, b) for a, b in zip(x.split(1), y.split(1), strict=True)]
-        alone = torch.cat([checked_losses(criterion(output, b), a, b) for output, a, b in singles])
-        good = torch.allclose(together, alone, rtol=1e-2, atol=1e-3, equal_nan=True)
+        each = [values(params, *one) for one in zip(x.split(1), y.split(1), strict=True)]
+        good = alike(first, [torch.cat([v for (v,) in each])])
     except ValueError:  # batch norm wants more than one example
         good = False
     if not good:
@@ -82,10 +107,26 @@ def check_function(
         )
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Up to rounding, also that of TF32 on a GPU."""
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        single = 1e-4 if a.device.type == "cpu" else 1e-2
+        rounding = 1e-6 if a.dtype == torch.float64 else single
+        return torch.allclose(a, b.to(a.dtype), rounding, rounding, equal_nan=True)
+
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(close(*pair) for pair in pairs if isinstance(pair[0], Tensor))
+
+
 def criterion_of(instrument: Callable[..., Any]) -> Loss | None:
-    """The criterion that an instrument will use; None if it takes none."""
-    parameter = inspect.signature(instrument).parameters.get("criterion")
-    return None if parameter is None else parameter.default
+    """The criterion whose gradient an instrument will use; None if it needs none."""
+    parameters = inspect.signature(instrument).parameters
+    transferred = "source" in parameters and parameters["source"].default is not None
+    if "criterion" not in parameters or transferred:
+        return None
+    criterion: Loss = parameters["criterion"].default
+    return criterion
 
 
 @contextmanager
@@ -101,39 +142,86 @@ def unchanged(who: str, what: str, *tensors: Tensor) -> Iterator[None]:
         )
 
 
+HOLDERS = (dict, list, set, deque)
+
+
+class Attributes:
+    """All attributes of every submodule, and what lists and dictionaries among them hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules())
+        self.values = [dict(vars(module)) for _, module in self.modules]
+        self.held = [
+            [
+                (v, list(v.items()) if isinstance(v, dict) else list(v))
+                for v in values.values()
+                if isinstance(v, HOLDERS)
+            ]
+            for values in self.values
+        ]
+        self.listed = [*self._listing()]
+
+    def restore(self) -> None:
+        for (_, module), values, held in zip(self.modules, self.values, self.held, strict=True):
+            vars(module).clear()
+            vars(module).update(values)
+            for holder, content in held:
+                holder.clear()
+                (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
+
+    def changed(self) -> str | None:
+        """The name of one that is, or holds, another object now."""
+        for before, now in itertools.zip_longest(self.listed, self._listing()):
+            if before is None or now is None or before[-1] is not now[-1]:
+                path, name, key, _ = now or before
+                return f"{path}.{key if name == '_buffers' else name}".strip(".")
+        return None
+
+    def _listing(self) -> Iterator[tuple[str, str, Any, Any]]:
+        """(path, attribute, key or None, value), but for PyTorch's own layers."""
+        for path, module in self.modules:
+            own = type(module).__module__.startswith("torch.")
+            for name, value in () if own else vars(module).items():
+                if name == "training" or "hooks" in name:
+                    continue
+                yield path, name, None, value
+                if isinstance(value, HOLDERS):
+                    items = value.items() if isinstance(value, dict) else enumerate(value)
+                    yield from ((path, name, key, v) for key, v in items)
+
+
 @contextmanager
 def constant_attributes(model: nn.Module) -> Iterator[None]:
     """Context: an error if a forward pass changes an attribute that is no parameter or buffer."""
-    before = [dict(vars(module)) for module in model.modules()]
+    attributes = Attributes(model)
     yield
-    for (path, module), attributes in zip(model.named_modules(), before, strict=True):
-        own = type(module).__module__.startswith("torch.")  # PyTorch's layers know what they do
-        for name, value in vars(module).items():
-            if not own and attributes.get(name, before) is not value:
-                raise ValueError(
-                    "model must keep what its forward pass changes in buffers, "
-                    f"self.register_buffer(...), got the attribute {f'{path}.{name}'.strip('.')!r}"
-                )
+    if name := attributes.changed():
+        attributes.restore()
+        raise ValueError(
+            "model must keep what its forward pass changes in buffers that are tensors from the "
+            f"start, self.register_buffer(...), got the attribute {name!r}"
+        )
+
+
+RANDOM = (
+    "random numbers must come from flatmin.layers.Dropout or the draws of a batch stage, which can be "
+    "repeated, got others; nn.Dropout, the dropout inside of attention and LSTM, torch.rand, NumPy "
+    "and Python draw them"
+)
 
 
 @contextmanager
 def no_random_numbers() -> Iterator[None]:
-    """Context: an error if random numbers were drawn from PyTorch's global generators."""
-    before = _random_states()
+    """Context: an error if numbers were drawn from PyTorch's global generators."""
+    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    generators: list[Any] = [torch.random, *[torch.cuda] * on_cuda]
+    states = [g.get_rng_state() for g in generators]
     yield
-    if _random_states() != before:
-        raise ValueError(
-            "model and criterion must draw no random numbers, which no other pass would see again, "
-            "but by flatmin.layers.Dropout, got others; torch.nn.functional.dropout, the dropout "
-            "inside of attention and LSTM, and torch.rand draw them"
-        )
-
-
-def _random_states() -> list[bytes]:
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return [state.numpy().tobytes() for state in states]
+    now = [g.get_rng_state() for g in generators]
+    if any(map(np.any, (a.numpy() != b.numpy() for a, b in zip(states, now, strict=True)))):
+        for g, state in zip(generators, states, strict=True):
+            g.set_rng_state(state)
+        raise ValueError(RANDOM)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ._checks import whole
 from ._contracts import (
+    RANDOM,
+    Attributes,
     Loss,
     Network,
     check_function,
@@ -114,6 +116,9 @@ def named_values(instrument: Any, found: Any, runs: int = 0) -> dict[str, tuple[
     names = getattr(instrument, "dims", None)
     named = {}
     for field, value in values.items():
+        if not isinstance(value, Tensor):
+            got = type(value).__name__
+            raise TypeError(f"instrument must return a tensor or named tensors, got a {got}")
         count = value.ndim - runs
         of_field = names.get(field) if isinstance(names, dict) else names
         of_field = [f"dim_{i}" for i in range(count)] if of_field is None else of_field
@@ -217,26 +222,26 @@ def inspecting(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluation(model: Any) -> Iterator[None]:
     """Context: evaluation mode; afterwards all attributes of every submodule are as before."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []  # or a function
-    before = [dict(vars(module)) for module in modules]
+    attributes = Attributes(model) if isinstance(model, nn.Module) else None  # or a function
     try:
-        if modules:
+        if attributes is not None:
             model.eval()
         yield
     finally:
-        for module, attributes in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
+        if attributes is not None:
+            attributes.restore()
 
 
 @contextmanager
 def plain_kernels(model: nn.Module) -> Iterator[None]:
-    """Context: the kernels that support vmap and second derivatives, and no compiled ones."""
+    """Context: kernels that support vmap and second derivatives, not compiled, without autocast."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as contexts:
             contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for device in ("cpu", "cuda"):
+                contexts.enter_context(torch.autocast(device, enabled=False))
             if "torch._dynamo" in sys.modules:  # else nothing is compiled
                 contexts.enter_context(torch.compiler.set_stance("force_eager"))
             if any(_has_special_kernel(module) for module in model.modules()):
@@ -260,8 +265,10 @@ class _PlainKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch._weight_norm:
             v, g, dim = args
-            others = [i for i in range(v.ndim) if i != dim]  # dim -1 is none: one norm for all
-            return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim >= 0))
+            if dim == -1:  # one norm for all
+                return v * (g / torch.linalg.vector_norm(v))
+            others = [i for i in range(v.ndim) if i != dim % v.ndim]
+            return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
         if func in (F.embedding, F.embedding_bag):
             kwargs = kwargs | {"sparse": False}
         return func(*args, **kwargs)
@@ -290,6 +297,8 @@ def over_rows(
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            if "random" in str(error):
+                raise ValueError(RANDOM) from error
             with no_random_numbers():
                 of_row(0, args)  # if it fails alone, that error comes first
             raise ValueError(

@@ -12,6 +12,11 @@ from ._stage import Batch
 
 def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each example, in nats: logits [n, K], classes [n] or soft targets [n, K]."""
+    if target.is_floating_point() and target.shape != logits.shape:
+        raise ValueError(
+            f"targets must be probabilities of each class, {tuple(logits.shape)}, got "
+            f"{tuple(target.shape)}; num_classes of Data.of says how many there are"
+        )
     return cross_entropy(logits, target, reduction="none")
 
 

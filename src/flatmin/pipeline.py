@@ -94,6 +94,10 @@ class Recipe:
             raise TypeError(
                 f"criterion must be a function of outputs and targets, got {self.criterion!r}"
             )
+        if isinstance(self.criterion, nn.Module) and [*self.criterion.parameters()]:
+            raise ValueError(
+                f"criterion must have no parameters, which belong in the model, got {self.criterion}"
+            )
 
     def hyperparameters(self) -> dict[str, Any]:
         """Every number in the tree of stages, by its path: ``{"optimizer.lr": 0.1, …}``."""
@@ -155,6 +159,8 @@ def _check_stage(stage: str, part: Any) -> None:
 def _numbers(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for f in dataclasses.fields(part):
         value = getattr(part, f.name)
+        if f.name == "criterion":  # which evaluates all runs alike
+            continue
         if isinstance(value, Real) and not isinstance(value, bool):
             yield path + f.name, value
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -206,6 +212,18 @@ def step(
 
     objective = Objective(evaluate, len(batch.x), state.buffers)
     direction, gradient = recipe.gradient(objective, state.params, state.gradient, t)  # gradient
+    _check_like("gradient", direction, state.params)
     loss, buffers = objective.first_pass(state.params)
     params, optimizer = recipe.optimizer(direction, state.params, state.optimizer, t)  # optimizer
+    _check_like("optimizer", params, state.params)
     return State(params, buffers, gradient, optimizer), loss
+
+
+def _check_like(stage: str, found: Params, params: Params) -> None:
+    kind = lambda named: {name: (w.shape, w.dtype) for name, w in named.items()}
+    if kind(found) != kind(params):
+        wrong = {*kind(found).items()} ^ {*kind(params).items()}
+        raise ValueError(
+            f"{stage} must return a tensor for each parameter, of its shape and type, got others "
+            f"for {sorted({name for name, _ in wrong})}"
+        )

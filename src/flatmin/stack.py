@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral, Number
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import stack_module_state, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from . import _random, pipeline
 from ._checks import whole
 from ._contracts import (
     Network,
+    alike,
     check_function,
     check_model,
     constant_attributes,
@@ -84,16 +84,35 @@ Metric = Callable[[Any, Tensor], Tensor]
 
 def error(output: Tensor, y: Tensor) -> Tensor:
     """Whether the largest logit is that of another class: logits [n, ..., K], classes [n, ...]."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if not isinstance(output, Tensor) or output.shape[:-1] != y.shape or output.shape[-1] < 2:
+        raise ValueError(
+            f"metrics must be given, metrics={{}} or your own, unless the output has K logits for "
+            f"each of the classes {tuple(y.shape)}, got {shape}"
+        )
     return output.argmax(-1) != y
 
 
 def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:
     """The network that seed ``seed`` starts from: ``model()``, or a copy of ``model`` itself."""
     if isinstance(model, nn.Module):
-        return copy.deepcopy(not_compiled(model))
+        return _copied(not_compiled(model))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream(seed, "weights").initial_seed())
-        return not_compiled(model())
+        made = model()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"model must be or make a torch.nn.Module, got {type(made).__name__}")
+    return not_compiled(made)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # of a tensor that is no leaf
+        raise ValueError(
+            "model must hold no result of a forward pass, which cannot be copied; for weight and "
+            "spectral norm see torch.nn.utils.parametrizations"
+        ) from error
 
 
 def epoch_order(seed: int, epoch: int, n: int, purpose: str = "order") -> Tensor:
@@ -201,18 +220,26 @@ class Networks:
             raise ValueError(
                 f"module() needs a value for each of {list(self.coords)}, got {coords}"
             )
+        for name, value in coords.items():
+            if np.ndim(value):
+                raise ValueError(f"module() takes one value of {name}, got {value!r}")
         one = self.select(**coords)
-        module = copy.deepcopy(self.template)
+        module = _copied(self.template)
         with torch.no_grad():
             for name, w in [*module.named_parameters(), *module.named_buffers()]:
                 w.copy_((one.params | one.buffers)[name][0])
         return module
 
     def _index_of(self, name: str, value: float) -> int:
-        hits = np.flatnonzero(np.isclose(self.coords[name], value, rtol=1e-9, atol=0))
-        if not len(hits):
+        values = self.coords[name]  # seeds and steps are whole numbers, all else has been rounded
+        same = partial(np.isclose, rtol=1e-9, atol=0)
+        whole_numbers = isinstance(values[0], int)
+        hits = [
+            i for i, v in enumerate(values) if (v == value if whole_numbers else same(v, value))
+        ]
+        if not hits:
             raise ValueError(f"{name} must be one of {list(self.coords[name])}, got {value!r}")
-        return int(hits[0])
+        return hits[0]
 
 
 class Runs:
@@ -314,7 +341,7 @@ def fit(
     instruments : mapping of str to callable
         Further measurements at those steps: ``instrument(network, params, x, y)`` gets the
         training split, see :meth:`Networks.measure`.  Named values become variables
-        ``{instrument}_{value}``.
+        ``{instrument}_{value}``; dimensions without names, ``{variable}_dim_0``.
     metrics : mapping of str to callable
         ``metric(output, y)``, a tensor whose mean is reported for each split beside the loss.
         Default: ``{"error": error}`` if the targets are classes, else none.
@@ -463,10 +490,11 @@ class _Split(NamedTuple):
         cls, data: Any, name: str, seeds: int, device: torch.device, dtype: torch.dtype
     ) -> _Split:
         parts = [d.split(name) for d in _for_seeds(data, seeds)]
-        shapes = {tuple(x.shape) for x, _ in parts}
-        if len(shapes) > 1:
+        kinds = {(tuple(x.shape), x.dtype, tuple(y.shape), y.dtype) for x, y in parts}
+        if len(kinds) > 1:
             raise ValueError(
-                f"data of all seeds must have one shape, got {sorted(shapes)} for {name}"
+                f"data of all seeds must have one shape and type, got {sorted(map(str, kinds))} "
+                f"for {name}"
             )
         per_seed = not isinstance(data, Data)
         x, y = (torch.stack(t) if per_seed else t[0] for t in zip(*parts, strict=True))
@@ -535,6 +563,17 @@ class _Plan:
 
     def __post_init__(self) -> None:
         self.dims: dict[str, tuple[str, ...]] = {}  # of what the instruments return
+        self.sizes: dict[str, int] = {}
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, got {self.recipe!r}")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating point, got {self.dtype!r}")
+        for name in ("instruments", "metrics"):
+            parts = getattr(self, name) or {}
+            if not isinstance(parts, Mapping) or not all(map(callable, parts.values())):
+                raise TypeError(
+                    f"{name} must be functions by name, {{name: function}}, got {parts!r}"
+                )
         self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         for name in ("steps", "evaluation_batch_size", "batch_size", "chunk_size"):
             value = getattr(self, name)
@@ -548,19 +587,51 @@ class _Plan:
         self.evaluate_at = self._checked_steps("evaluate_at", "", self.evaluate_at)
         named = self.networks is None or isinstance(self.networks, str)
         self.kept_at = [self.steps] if named and self.networks == "last" else []
-        if not named or self.networks not in (None, "last", "best"):
+        if not named or (named and self.networks not in (None, "last", "best")):
             steps = [] if named else np.atleast_1d(self.networks).tolist()
             self.kept_at = self._checked_steps("networks", "None, 'last', 'best' or ", steps)
         self._check_names()
-        self.template = initial_module(self.model, self.seeds[0])
-        check_model(self.template)
-        self.template.to(self.device, self.dtype)
-        for name, m in self.template.named_modules():
-            if isinstance(m, (_DropoutNd, nn.RReLU)) and getattr(m, "p", True):
-                raise ValueError(
-                    "model must have no random layer but flatmin.layers.Dropout, "
-                    f"got {m} at {name!r}"
+        self._make_networks()
+
+    def _make_networks(self) -> None:
+        """The template, and the weights and buffers of each seed, [S, ...]."""
+        modules = [initial_module(self.model, seed) for seed in self.seeds]
+        for module in modules:
+            check_model(module)
+        shapes = [[(name, w.shape) for name, w in _tensors(module)] for module in modules]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError("model must have the same parameters and buffers for all seeds")
+        self.template = _copied(modules[0]).to(self.device, self.dtype)
+        params, buffers = stack_module_state(modules)
+        for name in [name for name, w in params.items() if not w.requires_grad]:
+            buffers[name] = params.pop(name)  # frozen
+        cast = lambda w: w.detach().to(
+            self.device, self.dtype if w.is_floating_point() else w.dtype
+        )
+        self.start = tree_map(cast, (params, buffers))
+        with torch.no_grad():
+            self._check_networks(modules)
+
+    def _check_networks(self, modules: list[nn.Module]) -> None:
+        """Refuse what would depend on more than weights, buffers and examples."""
+        in_pieces = self.evaluation_batch_size < max(self.parts[s].size for s in self.splits)
+        train, criterion = self.parts["train"], self.recipe.criterion
+        two = torch.arange(min(2, train.size), device=self.device)[None]
+        for i, module in enumerate(modules):
+            params, buffers = tree_map(lambda w: w[i], self.start)
+            x, y = (v[0] for v in train.take(torch.tensor([i], device=self.device), two))
+            for training in (False, True):
+                own, common = (
+                    partial(_pass, model, training, buffers) for model in (module, self.template)
                 )
+                if i == 0:
+                    check_function(common, params, x, y, criterion, in_pieces and not training)
+                elif not alike(own(params, x), common(params, x)):
+                    raise ValueError(
+                        "model must keep what differs between seeds in parameters and buffers, "
+                        f"self.register_buffer(...), got networks of seeds {self.seeds[0]} and "
+                        f"{self.seeds[i]} that differ in something else"
+                    )
 
     def _check_runs(self) -> None:
         """Seeds and grid: which runs there are, in row-major order."""
@@ -602,7 +673,8 @@ class _Plan:
         first = _for_seeds(self.data, len(self.seeds))[0]
         if self.splits is None:
             known = ("train", "validation", "test")
-            self.splits = [split for split in known if len(first.split(split)[0])]
+            every = _for_seeds(self.data, len(self.seeds))
+            self.splits = [s for s in known if any(len(d.split(s)[0]) for d in every)]
         if self.metrics is None:
             self.metrics = {} if first.num_classes is None else {"error": error}
         self.parts = {
@@ -634,13 +706,22 @@ class _Plan:
             for name, instrument in (self.instruments or {}).items()
         }
         names = [f"{s}_{m}" for s in self.splits for m in ("loss", *self.metrics)]
-        if taken := {*names, "diverged_at"} & {*self.instruments}:
+        if taken := {*names, *self.coords, "diverged_at", "step", "epoch"} & {*self.instruments}:
             raise ValueError(f"instruments must have names of their own, got {sorted(taken)}")
         names += self.instruments
         chosen = isinstance(self.networks, str) and self.networks == "best"
         stem = [name for name in self.instruments if self.select_by.startswith(f"{name}_")]
         if chosen and self.select_by not in names and not stem:
             raise ValueError(f"select_by must be one of {names}, got {self.select_by!r}")
+
+    def check_dims(self, variable: str, dims: Sequence[str], shape: torch.Size) -> None:
+        for name, size in zip(dims, shape, strict=True):
+            taken = name in (*self.coords, "step", "epoch") or dims.count(name) > 1
+            if taken or self.sizes.setdefault(name, size) != size:
+                raise ValueError(
+                    f"instruments must have names of their own for dimensions of {variable!r}, "
+                    f"got {name!r} of size {size}"
+                )
 
     def bound(self, values: Mapping[str, Any]) -> Recipe:
         """The recipe with the hyperparameters of a run."""
@@ -709,22 +790,13 @@ class _Chunk:
 
     def _initial_state(self) -> State:
         plan = self.plan
-        modules = [initial_module(plan.model, s) for s in plan.seeds]
-        _check_alike(modules)
-        params, buffers = stack_module_state(modules)
-        for name in [name for name, w in params.items() if not w.requires_grad]:
-            buffers[name] = params.pop(name)  # frozen
-        cast = lambda w: w.to(plan.device, plan.dtype if w.is_floating_point() else w.dtype)
-        for_runs = lambda named: {
-            name: cast(w.detach())[self.seed_of_run] for name, w in named.items()
-        }
+        params, buffers = tree_map(lambda w: w[self.seed_of_run], plan.start)
         start = lambda params, buffers, hyper: State.init(plan.bound(hyper), params, buffers)
-        return vmap(start)(for_runs(params), for_runs(buffers), self.hyper)
+        return vmap(start)(params, buffers, self.hyper)
 
     def train(self, advance: Callable[[int], None]) -> dict[str, Params]:
         """The values at all evaluated steps, and the networks that are kept."""
         plan, records, kept, best = self.plan, [], [], None
-        self._check_network()
         batches, draws = self._batches(), self._draws()
         for t in range(plan.steps + 1):
             if t in plan.evaluate_at:
@@ -751,16 +823,6 @@ class _Chunk:
             return result | tree_map(lambda *weights: torch.stack(weights, 1), *kept)
         return result | (kept[0] if kept else {})
 
-    def _check_network(self) -> None:
-        """Refuse a model or criterion whose results would depend on more than it is given."""
-        plan, train = self.plan, self.plan.parts["train"]
-        two = torch.arange(min(2, train.size), device=plan.device)[None]
-        x, y = train.take(self.seed_of_run[:1], two)
-        network = _network(self.model, _first(self.state.buffers))
-        in_pieces = plan.evaluation_batch_size < max(plan.parts[s].size for s in plan.splits)
-        criterion = plan.recipe.criterion
-        check_function(network, _first(self.state.params), x[0], y[0], criterion, in_pieces)
-
     def _step(self, batch: tuple[Tensor, ...], draw: Params, t: Step) -> None:
         """One step of the pipeline, for all runs at once."""
         plan = self.plan
@@ -776,9 +838,16 @@ class _Chunk:
         self.model.train()
         of_batch = 0 if plan.batch_size else plan.parts["train"].dim
         of_all = over_rows(one_run, (0, 0, 0, of_batch), WAY_OUT)
-        with unchanged("model", "input", batch[0]), unchanged("criterion", "targets", batch[1]):
-            with no_random_numbers(), constant_attributes(self.model):
-                self.state, loss = of_all(self.state, self.hyper, draw, batch)
+        x, y, *_ = batch
+        weights = self.state.params.values()
+        with (
+            unchanged("model or batch stage", "input", x),
+            unchanged("criterion or batch stage", "targets", y),
+            unchanged("gradient or optimizer", "weights", *weights),
+            no_random_numbers(),
+            constant_attributes(self.model),
+        ):
+            self.state, loss = of_all(self.state, self.hyper, draw, batch)
         self._mark(~loss.isfinite(), t + 1)
 
     def _mark(self, broken: Tensor, t: int) -> None:
@@ -802,10 +871,12 @@ class _Chunk:
             )
             for field, (dims, value) in named_values(instrument, found, runs=1).items():
                 variable = f"{name}_{field}" if field else name
+                dims = tuple(f"{variable}_{d}" if d.startswith("dim_") else d for d in dims)
                 if variable in values:
                     raise ValueError(
                         f"instruments must return values with names of their own, got {variable!r}"
                     )
+                self.plan.check_dims(variable, dims, value.shape[1:])
                 values[variable], self.plan.dims[variable] = value.double(), dims
         healthy = self.diverged_at < 0
         where = lambda v: torch.where(healthy.view(-1, *[1] * (v.ndim - 1)), v, torch.nan)
@@ -818,7 +889,8 @@ class _Chunk:
 
         def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> list[Tensor]:
             output, _ = called(self.model, params, buffers, x)
-            values = [metric(output, y) for metric in metrics.values()]
+            copied = partial(tree_map, lambda v: v.clone() if isinstance(v, Tensor) else v)
+            values = [metric(copied(output), copied(y)) for metric in metrics.values()]
             checked_losses(values[0], x, y)
             for name, v in zip(metrics, values, strict=True):
                 if not isinstance(v, Tensor) or v.shape[:1] != x.shape[:1]:
@@ -837,7 +909,7 @@ class _Chunk:
             self.plan.evaluation_batch_size
         ):
             x, y = part.take(self.seed_of_run, rows)
-            with evaluation(self.model):
+            with evaluation(self.model), no_random_numbers():
                 found = of_all(params, buffers, x, y)
             sums = [total + value.double() for total, value in zip(sums, found, strict=True)]
         broken = sums[0].isnan()
@@ -941,50 +1013,18 @@ class _Chunk:
         for step, rows in enumerate(self._rows()):
             y, *other = (labels[seeds, some] for some in rows)
             x = torch.empty(y.shape[1], *shape, device="meta")  # only the shape is known here
-            draws = [
-                transform.draw(
-                    Batch(x, y[s], rows[0][s], plan.num_classes, *(Batch(x, o[s]) for o in other)),
-                    stream(plan.seeds[s], "batch", step),
-                )
-                for s, transform in distinct
+            seen = [
+                Batch(x, y[s], rows[0][s], plan.num_classes, *(Batch(x, o[s]) for o in other))
+                for s in range(len(plan.seeds))
             ]
+            with no_random_numbers():
+                draws = [
+                    transform.draw(seen[s], stream(plan.seeds[s], "batch", step))
+                    for s, transform in distinct
+                ]
             yield {
                 name: cast(torch.stack([draw[name] for draw in draws]))[of_run] for name in draws[0]
             }
-
-
-def _check_alike(modules: list[nn.Module]) -> None:
-    """Only parameters and buffers are stacked: all else must be the same for all seeds."""
-    first, *others = [[*_description_of(module)] for module in modules]
-    for other in others:
-        pairs = itertools.zip_longest(first, other, fillvalue=("", None))
-        for (name, value), (its_name, its_value) in pairs:
-            if name != its_name or not _same(value, its_value):
-                raise ValueError(
-                    "model must keep what differs between seeds in parameters and buffers of one "
-                    f"shape, got {name or its_name!r}; for weight and spectral norm see "
-                    "torch.nn.utils.parametrizations"
-                )
-
-
-def _description_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Layers, shapes of weights, and attributes that are numbers, text or tensors."""
-    for path, part in module.named_modules():
-        yield path, type(part).__qualname__
-        for attribute, value in vars(part).items():
-            name = f"{path}.{attribute}".strip(".")
-            if attribute in ("_parameters", "_buffers"):
-                for key, w in value.items():
-                    yield f"{path}.{key}".strip("."), None if w is None else w.shape
-            elif not attribute.startswith("_"):
-                kinds = (Tensor, np.ndarray, str, Number)
-                yield from ((name, leaf) for leaf in tree_leaves(value) if isinstance(leaf, kinds))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return bool(np.all(one == other))
 
 
 def _measure(
@@ -1000,25 +1040,36 @@ def _measure(
     """What the instrument returns for each network; ``dim`` of x and y counts networks."""
 
     def one_run(params: Params, buffers: Params, x: Tensor, y: Tensor) -> Any:
-        return instrument(_network(template, buffers), params, x, y)
+        found = instrument(_network(template, buffers), params, x, y)
+        if wrong := [leaf for leaf in tree_leaves(found) if not isinstance(leaf, Tensor)]:
+            raise TypeError(
+                f"instrument must return a tensor or named tensors, got a {type(wrong[0]).__name__}"
+            )
+        return found
 
     # half precision is too short for differences of losses
-    params, buffers, x, y = tree_map(_at_least_single, (params, buffers, x, y))
+    copied = lambda v: _at_least_single(v).clone()  # an instrument may change them
+    params, buffers, x, y = tree_map(copied, (params, buffers, x, y))
     criterion = criterion_of(instrument)
     example = (x, y) if dim is None else (x[0], y[0])
-    with inspecting(template), explained():
+    with inspecting(template), explained(), no_random_numbers():
         check_function(_network(template, _first(buffers)), _first(params), *example, criterion)
         return over_rows(one_run, (0, 0, dim, dim), way_out)(params, buffers, x, y)
 
 
+def _pass(model: nn.Module, training: bool, buffers: Params, params: Params, x: Tensor) -> Any:
+    """The output in training or evaluation mode."""
+    with evaluation(model):
+        model.train(training)
+        return called(model, params, buffers, x)[0]
+
+
 def _network(template: nn.Module, buffers: Params) -> Network:
-    """In evaluation mode."""
+    return partial(_pass, template, False, buffers)
 
-    def network(params: Params, x: Tensor) -> Any:
-        with evaluation(template):
-            return called(template, params, buffers, x)[0]
 
-    return network
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from itertools.chain(module.named_parameters(), module.named_buffers())
 
 
 def _first(stacked: Params) -> Params:

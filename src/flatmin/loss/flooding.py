@@ -78,5 +78,5 @@ class Flooding(LossStage):
 
     def __call__(self, losses: Tensor, rows: Tensor | None = None) -> Tensor:
         if self.per_example:
-            return flood(losses, self.flood_level).mean()
+            return flood(losses.reshape(len(losses), -1).mean(1), self.flood_level).mean()
         return flood(tensor("losses", losses).mean(), self.flood_level)
