@@ -316,9 +316,9 @@ def fit(
     ----------
     model : callable or Module
         Makes a network, ``lambda: MLP(40, 100, 100, 10)``, and is called once per seed; or a
-        network, from whose weights every run starts.  The only random layer allowed is
-        :class:`flatmin.layers.Dropout`.  What differs between seeds, or is changed by a forward
-        pass, must be a parameter or a buffer.
+        network, from whose weights and buffers every run starts.  What differs between seeds, or
+        is changed by a forward pass, must be a parameter or a buffer.  The only random layer
+        allowed is :class:`flatmin.layers.Dropout`, whose masks are a function of its buffers.
     data : Data, a sequence of Data, or (x, y)
         One for all runs, or one per seed, of equal shapes: then the data are random, too.  A pair
         of tensors is a training set alone.
@@ -382,6 +382,8 @@ def fit(
 
     Notes
     -----
+    A parameter that the loss does not depend on has the gradient 0; weight decay acts on it.
+
     One call trains on one device.  Under ``torchrun`` the experiments of
     :mod:`flatmin.book.experiments` are sharded over the ranks: each rank calls ``fit`` for its own
     stacks.
@@ -587,14 +589,18 @@ class _Plan:
         self.evaluate_at = self._checked_steps("evaluate_at", "", self.evaluate_at)
         named = self.networks is None or isinstance(self.networks, str)
         self.kept_at = [self.steps] if named and self.networks == "last" else []
-        if not named or (named and self.networks not in (None, "last", "best")):
-            steps = [] if named else np.atleast_1d(self.networks).tolist()
+        if not named:
+            self.networks = np.atleast_1d(self.networks).tolist()
+        if self.networks not in (None, "last", "best"):
+            steps = [] if named else self.networks
             self.kept_at = self._checked_steps("networks", "None, 'last', 'best' or ", steps)
         self._check_names()
         self._make_networks()
 
     def _make_networks(self) -> None:
         """The template, and the weights and buffers of each seed, [S, ...]."""
+        if isinstance(self.model, nn.Module):
+            check_model(self.model)  # before a copy loses its hooks
         modules = [initial_module(self.model, seed) for seed in self.seeds]
         for module in modules:
             check_model(module)
@@ -612,6 +618,17 @@ class _Plan:
         with torch.no_grad():
             self._check_networks(modules)
 
+    def _check_loss(self, rows: Tensor) -> None:
+        """Refuse a loss stage whose result is not one number with a gradient."""
+        with torch.enable_grad():
+            losses = torch.ones(len(rows), device=self.device, requires_grad=True)
+            loss = self.recipe.loss(losses, rows)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+            raise ValueError(
+                "loss must return one number that depends on the losses of the examples, got "
+                f"{'no gradient' if isinstance(loss, Tensor) and not loss.ndim else loss!r}"
+            )
+
     def _check_networks(self, modules: list[nn.Module]) -> None:
         """Refuse what would depend on more than weights, buffers and examples."""
         in_pieces = self.evaluation_batch_size < max(self.parts[s].size for s in self.splits)
@@ -625,6 +642,7 @@ class _Plan:
                     partial(_pass, model, training, buffers) for model in (module, self.template)
                 )
                 if i == 0:
+                    self._check_loss(two[0])
                     check_function(common, params, x, y, criterion, in_pieces and not training)
                 elif not alike(own(params, x), common(params, x)):
                     raise ValueError(
