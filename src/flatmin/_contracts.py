@@ -112,7 +112,7 @@ def alike(one: Any, other: Any) -> bool:
 
     def close(a: Tensor, b: Tensor) -> bool:
         single = 1e-4 if a.device.type == "cpu" else 1e-2
-        rounding = 1e-6 if a.dtype == torch.float64 else single
+        rounding = {torch.float64: 1e-6, torch.float32: single}.get(a.dtype, 5e-2)
         return torch.allclose(a, b.to(a.dtype), rounding, rounding, equal_nan=True)
 
     pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
@@ -149,58 +149,45 @@ class Attributes:
     """All attributes of every submodule, and what lists and dictionaries among them hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.named_modules())
-        self.values = [dict(vars(module)) for _, module in self.modules]
+        self.values = [(vars(module), dict(vars(module))) for module in model.modules()]
         self.held = [
-            [
-                (v, list(v.items()) if isinstance(v, dict) else list(v))
-                for v in values.values()
-                if isinstance(v, HOLDERS)
-            ]
-            for values in self.values
+            (v, list(v.items() if isinstance(v, dict) else v))
+            for _, values in self.values
+            for name, v in values.items()
+            if isinstance(v, HOLDERS) and "hooks" not in name
         ]
-        self.listed = [*self._listing()]
 
     def restore(self) -> None:
-        for (_, module), values, held in zip(self.modules, self.values, self.held, strict=True):
-            vars(module).clear()
-            vars(module).update(values)
-            for holder, content in held:
-                holder.clear()
-                (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
-
-    def changed(self) -> str | None:
-        """The name of one that is, or holds, another object now."""
-        for before, now in itertools.zip_longest(self.listed, self._listing()):
-            if before is None or now is None or before[-1] is not now[-1]:
-                path, name, key, _ = now or before
-                return f"{path}.{key if name == '_buffers' else name}".strip(".")
-        return None
-
-    def _listing(self) -> Iterator[tuple[str, str, Any, Any]]:
-        """(path, attribute, key or None, value), but for PyTorch's own layers."""
-        for path, module in self.modules:
-            own = type(module).__module__.startswith("torch.")
-            for name, value in () if own else vars(module).items():
-                if name == "training" or "hooks" in name:
-                    continue
-                yield path, name, None, value
-                if isinstance(value, HOLDERS):
-                    items = value.items() if isinstance(value, dict) else enumerate(value)
-                    yield from ((path, name, key, v) for key, v in items)
+        for now, before in [*self.values, *self.held]:
+            now.clear()
+            (now.extend if isinstance(now, (list, deque)) else now.update)(before)
 
 
 @contextmanager
 def constant_attributes(model: nn.Module) -> Iterator[None]:
     """Context: an error if a forward pass changes an attribute that is no parameter or buffer."""
-    attributes = Attributes(model)
+    before = [*_attributes(model)]
     yield
-    if name := attributes.changed():
-        attributes.restore()
-        raise ValueError(
-            "model must keep what its forward pass changes in buffers that are tensors from the "
-            f"start, self.register_buffer(...), got the attribute {name!r}"
-        )
+    for old, new in itertools.zip_longest(before, _attributes(model), fillvalue=("", before)):
+        if old[1] is not new[1]:
+            raise ValueError(
+                "model must keep what its forward pass changes in buffers that are tensors from the "
+                f"start, self.register_buffer(...), got the attribute {new[0] or old[0]!r}"
+            )
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and values, also of what is held, but for PyTorch's own layers."""
+    for path, module in model.named_modules():
+        own = type(module).__module__.startswith("torch.")
+        for name, value in () if own else vars(module).items():
+            if name == "training" or "hooks" in name:
+                continue
+            yield f"{path}.{name}".strip("."), value
+            if isinstance(value, HOLDERS):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, v in items:
+                    yield f"{path}.{key if name == '_buffers' else name}".strip("."), v
 
 
 RANDOM = (
