@@ -16,7 +16,7 @@ from flatmin import Data, Recipe, fit
 from flatmin.batch import Mixup
 from flatmin.gradient import PlainGradient
 from flatmin.loss import Flooding
-from flatmin.measure import gradient_norm, on, sharpness
+from flatmin.measure import gradient_norm, loss_slice, on, sharpness
 from flatmin.optimizer import EMA, SGD
 from flatmin.pipeline import BatchStage, LossStage, OptimizerStage
 
@@ -394,3 +394,22 @@ def test_a_loss_stage_without_a_gradient_is_refused():
 
     with pytest.raises(ValueError, match="no gradient"):
         fit(make, DATA, Recipe(loss=Detached()), **HOW)
+
+
+def test_networks_that_vmap_cannot_run_are_measured_one_by_one():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.r = nn.LSTM(1, 3, batch_first=True)
+
+        def forward(self, x):
+            return self.r(x[..., None])[0][:, -1]
+
+    networks = fit(Recurrent, DATA, networks="last", chunk_size=1, **HOW).networks
+    line = partial(loss_slice, points=3, chunk_size=1)
+    with pytest.raises(ValueError, match=r"type LSTM does not .*; measure one.*networks.select"):
+        networks.measure(line, DATA, "train")
+    for seed in HOW["seeds"]:
+        one = networks.select(seed=seed).measure(line, DATA, "train")
+        alone = on(networks.module(seed=seed), line, X, Y)
+        np.testing.assert_allclose(one[0], alone, rtol=1e-12)
