@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._ball import length
 from .._checks import hyperparameter, tensor
@@ -22,6 +23,7 @@ TWICE = {
     "Cdist": "compute the distances as (x[:, None] - y).norm(dim=-1)",
     "Pdist": "compute the distances as (x[:, None] - x).norm(dim=-1)",
 }
+ONCE = once_differentiable(lambda: None).__code__
 
 
 def gradient_penalty(
@@ -82,6 +84,12 @@ def gradient_penalty(
             )
     weights = [w for w in of if w.requires_grad]
     for node in _graph(loss.grad_fn):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is ONCE:
+            raise ValueError(
+                f"loss must be twice differentiable, got one with {node.name()}: remove its "
+                "once_differentiable, if its backward() can itself be differentiated"
+            )
         for kernel, way_out in TWICE.items():
             if node.name().startswith(kernel):
                 raise ValueError(

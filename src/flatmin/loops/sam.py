@@ -257,7 +257,7 @@ class SAM(torch.optim.Optimizer):
             self.first_step()
             if self._phase == "perturbed":
                 self._drop_gradients()
-                self._replay()
+                self._before = None  # first_step() has restored it
                 with torch.enable_grad():
                     closure()
             finite = self._phase == "perturbed"
@@ -292,6 +292,8 @@ class SAM(torch.optim.Optimizer):
             for flat, (v, step) in zip(self._flat.values(), moves if finite else []):
                 flat.move(v, step)
             _forget_casts()
+            if finite and self._before is not None:
+                self._before.restore()  # here, too: checkpoint notes it before the forward pass
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -449,7 +451,9 @@ class SAM(torch.optim.Optimizer):
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         """The model is called; in training mode and for a gradient it may be a step's pass."""
         self._called = None
-        if not module.training or not torch.is_grad_enabled():
+        recomputed = torch._C._current_graph_task_id() != -1  # in backward(), by checkpoint
+        training = any(m.training for m in module.modules())
+        if recomputed or not training or not torch.is_grad_enabled():
             return
         if self._phase is not None:
             return self._replay()
