@@ -590,7 +590,7 @@ class _Hook:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
         self.method, self.args = method, args
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         owner = self.owner()
         if owner is not None:
