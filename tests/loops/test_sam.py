@@ -584,6 +584,10 @@ def test_bad_base_optimizers_are_named():
     for group in ({}, {"adaptive": 0.01}):  # eta in the place of adaptive
         with pytest.raises(ValueError, match="adaptive must be True or False, got 0.01"):
             SAM(torch.optim.SGD([{"params": w} | group], lr=0.1), 0.1, 2.0, 0.01)
+    base = torch.optim.SGD(w, lr=0.1)
+    with pytest.raises(ValueError, match="adaptive must be True or False"):
+        SAM(base, adaptive=0.01)
+    assert "adaptive" not in base.param_groups[0]  # the next attempt starts anew
     other = {"params": [nn.Parameter(torch.ones(2))], "maximize": True}
     with pytest.raises(ValueError, match="maximize must be False in all groups"):
         SAM(torch.optim.SGD(w, lr=0.1)).add_param_group(other)
@@ -1516,13 +1520,15 @@ def test_new_settings_replace_those_of_an_earlier_sam():
     model = network()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}]
     base = torch.optim.SGD(groups, lr=0.1)
-    SAM(base, rho=0.05).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    earlier = SAM(base, rho=0.05)
+    base.add_param_group({"params": [nn.Parameter(torch.ones(2))], "rho": 0.3})
+    earlier.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     optimizer = SAM(base, rho=0.5, adaptive=True)
-    assert [g["rho"] for g in base.param_groups] == [0.5, 0.0, 0.5]
+    assert [g["rho"] for g in base.param_groups] == [0.5, 0.0, 0.3, 0.5]
     assert all(g["adaptive"] for g in base.param_groups)
     base.load_state_dict(optimizer.state_dict())
     assert SAM(base).param_groups[0]["rho"] == 0.05
-    assert [g["rho"] for g in base.param_groups] == [0.05, 0.0, 0.05]
+    assert [g["rho"] for g in base.param_groups] == [0.05, 0.0, 0.3, 0.05]
 
 
 def test_settings_of_a_checkpoint_are_kept():

@@ -110,8 +110,8 @@ class SAM(torch.optim.Optimizer):
             )
         if isinstance(base_optimizer, torch.optim.LBFGS):
             raise TypeError("base_optimizer must step without a closure, got LBFGS")
-        check_ball(rho, p, eta)
-        settings = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
+        settings: dict[str, Any] = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
+        _check_settings(**settings)
         if taken := sorted({*settings} & {*base_optimizer.defaults}):
             raise ValueError(
                 f"base_optimizer must have no hyperparameter named like SAM's, got {taken} in "
@@ -142,10 +142,11 @@ class SAM(torch.optim.Optimizer):
         self._before: _Snapshot | None = None  # of the first forward pass with a gradient
         self._after: _Snapshot | None = None
         # The arguments replace what an earlier SAM put into the groups.
-        for group, names in zip(self.param_groups, getattr(base_optimizer, "_filled", ())):
-            for name in names:
+        filled = base_optimizer.__dict__.setdefault("_filled_by_sam", {})
+        for i, group in enumerate(self.param_groups):
+            for name in filled.pop(i, ()):
                 group.pop(name, None)
-        base_optimizer._filled = [self._fill(group) for group in self.param_groups]  # type: ignore[attr-defined]
+            filled[i] = self._fill(group)
         for group in self.param_groups:
             if any(hasattr(w, "_fsdp_flattened") for w in group["params"]):
                 raise TypeError(
@@ -175,15 +176,13 @@ class SAM(torch.optim.Optimizer):
         """As in any optimizer; the group may have ``rho``, ``p``, ``adaptive`` and ``eta``."""
         filled = self._fill(param_group)
         self.base_optimizer.add_param_group(param_group)
-        self.base_optimizer._filled.append(filled)  # type: ignore[attr-defined]
+        self.base_optimizer.__dict__["_filled_by_sam"][len(self.param_groups) - 1] = filled
 
     def _fill(self, group: dict[str, Any]) -> list[str]:
         """Complete a group's settings; returns the names of those that it lacked."""
         lacking = [name for name in self._settings if name not in group]
         group |= {name: self._settings[name] for name in lacking}
-        check_ball(group["rho"], group["p"], group["eta"])
-        if not isinstance(group["adaptive"], bool):
-            raise ValueError(f"adaptive must be True or False, got {group['adaptive']!r}")
+        _check_settings(**{name: group[name] for name in self._settings})
         if group.get("maximize", False):
             raise ValueError("maximize must be False in all groups, got True; negate the loss")
         return lacking
@@ -526,6 +525,12 @@ class SAM(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"SAM around {self.base_optimizer!r}"
+
+
+def _check_settings(rho: float, p: float, adaptive: bool, eta: float) -> None:
+    check_ball(rho, p, eta)
+    if not isinstance(adaptive, bool):
+        raise ValueError(f"adaptive must be True or False, got {adaptive!r}")
 
 
 def _forget_casts() -> None:
