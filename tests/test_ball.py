@@ -211,6 +211,8 @@ def test_empty_and_other_gradients():
 def test_whole_numbers_are_refused():
     with pytest.raises(TypeError, match="g must be floating point, got torch.int64"):
         dual_norm_perturbation(torch.tensor([3, -4]), 0.1)
+    with pytest.raises(TypeError, match="g must be dense, got the layout torch.sparse_coo"):
+        dual_norm_perturbation(torch.eye(2).to_sparse(), 0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state
+from torch.utils.checkpoint import checkpoint
 
 from flatmin.book import MLP
 from flatmin.layers import Dropout, _random_bits
@@ -184,3 +185,20 @@ def test_dropout_drops_the_same_units_on_a_gpu():
     x = torch.randn(64, 100)
     for _ in range(3):
         torch.testing.assert_close(gpu(x.cuda()).cpu(), layer(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_would_drop_other_units_and_is_refused(reentrant):
+    block, x = nn.Sequential(nn.Linear(3, 8), Dropout(0.5)), torch.ones(2, 3, requires_grad=True)
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="must not be called in a backward pass"):
+        y.sum().backward()
+    checkpoint(block.eval(), x, use_reentrant=reentrant).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_probability_that_the_hash_cannot_resolve_is_refused():
+    for p in (1 - 2**-33, 1 - 1e-12):
+        with pytest.raises(ValueError, match=r"p must be at most 1 - 2\*\*-32, got 0.99"):
+            Dropout(p)
+    assert not Dropout(1 - 2**-32)(torch.ones(1000)).any()

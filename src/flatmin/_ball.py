@@ -95,6 +95,8 @@ def dual_norm_perturbation(g: Tensor, rho: float | Tensor, p: float | Tensor = 2
         raise TypeError(f"g must be a tensor, got {type(g).__name__}")
     if not g.is_floating_point():
         raise TypeError(f"g must be floating point, got {g.dtype}")
+    if g.layout is not torch.strided:
+        raise TypeError(f"g must be dense, got the layout {g.layout}; g.to_dense() makes one")
     v, step = direction(g.to(torch.promote_types(g.dtype, torch.float32)), rho, p)
     return (step * v).to(g.dtype)
 

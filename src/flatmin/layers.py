@@ -31,7 +31,10 @@ class Dropout(nn.Module):
     Raises
     ------
     ValueError
-        If ``p`` is not in [0, 1).
+        If ``p`` is not in [0, 1), or above :math:`1-2^{-32}`.
+    RuntimeError
+        If it is called in a backward pass, as ``torch.utils.checkpoint`` does: the counter has gone
+        on, so that it would drop other units.
 
     Notes
     -----
@@ -39,7 +42,8 @@ class Dropout(nn.Module):
     SAM step (of :class:`flatmin.SAM` if it is given the ``model``). The mask depends on the
     position in the batch, so ``vmap`` over the *examples* of a batch gives all of them the same
     mask. Processes of a distributed run that share buffers use the same mask for their parts of the
-    batch.
+    batch. A copy has the same key: the layers of ``nn.TransformerEncoder``, which copies one layer,
+    all drop the same units.
 
     References
     ----------
@@ -63,16 +67,26 @@ class Dropout(nn.Module):
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         self.p = number("p", p, 0, 1, below=True)
+        if self._threshold() == 2**31:
+            raise ValueError(f"p must be at most 1 - 2**-32, got {p!r}")
         self.register_buffer("key", torch.randint(2**62, ()))
         self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "flatmin.layers.Dropout must not be called in a backward pass, as "
+                "torch.utils.checkpoint does; use nn.Dropout in what is checkpointed"
+            )
         bits = _random_bits(self.key, self.counter, x.numel())
         self.counter.add_(1)
-        keep = bits.reshape(x.shape) >= round(self.p * 2**32) - 2**31
+        keep = bits.reshape(x.shape) >= self._threshold()
         return torch.where(keep, x / (1 - self.p), 0.0)
+
+    def _threshold(self) -> int:
+        return round(self.p * 2**32) - 2**31
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

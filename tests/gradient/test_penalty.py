@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from flatmin import Recipe, fit, gradient_norm, gradient_penalty
 from flatmin.book import MLP, two_gaussians
@@ -206,7 +207,32 @@ def test_penalty_ignores_parameters_that_the_loss_does_not_use():
     at_rest = torch.zeros(3, requires_grad=True)
     gradient_penalty((at_rest**2).sum(), [at_rest], 1.0, squared=False).backward()
     assert torch.equal(at_rest.grad, torch.zeros(3))
-    assert gradient_penalty(w * 1.0, [unused], 0.5) == 0
+
+
+def test_a_parameter_alone_or_tied_counts_once():
+    w = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    for parameters in (w, [w], [w, w], iter([w, w])):
+        assert gradient_penalty((w**2).sum(), parameters, 1.0) == 0.5 * 4 * 14
+    torch.manual_seed(0)
+    rows, tied = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    tied.weight = rows.weight
+    loss = tied(rows(torch.arange(5))).square().mean()
+    (g,) = torch.autograd.grad(loss, rows.weight, retain_graph=True)
+    found = gradient_penalty(loss, [*rows.parameters(), *tied.parameters()], 0.3)
+    torch.testing.assert_close(found, 0.15 * g.square().sum())
+
+
+def test_sparse_gradients_of_embeddings_count():
+    torch.manual_seed(0)
+    dense = nn.Embedding(4, 2)
+    sparse = nn.Embedding.from_pretrained(dense.weight.detach().clone(), freeze=False, sparse=True)
+    penalties = []
+    for rows in (dense, sparse):
+        loss = (rows(torch.tensor([1, 2, 2])) ** 3).sum()
+        penalties.append(gradient_penalty(loss, rows.parameters(), 0.3))
+        (loss + penalties[-1]).backward()
+    torch.testing.assert_close(penalties[1], penalties[0])
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +362,20 @@ def test_bad_arguments_are_named():
         gradient_penalty(w.sum(), [w], -0.1)
     with pytest.raises(ValueError, match="parameters"):
         gradient_penalty(w.sum(), [], 0.1)
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="parameters must include one .* the loss depends on"):
+        gradient_penalty(w.sum(), model.parameters(), 0.1)
+    named = dict(model.named_parameters())
+    for bad in (model, named, named.items(), model.named_parameters(), 0.1):
+        with pytest.raises(TypeError, match=r"parameters must be real tensors, such as model\."):
+            gradient_penalty(model(w).sum(), bad, 0.1)
+    z = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(TypeError, match="parameters must be real tensors, .*, got torch.complex64"):
+        gradient_penalty(z.abs().sum(), [z], 0.1)
+    with pytest.raises(TypeError, match="loss must be a tensor, got float"):
+        gradient_penalty(1.0, [w], 0.1)
+    with pytest.raises(ValueError, match="loss must have a graph, got one that is detached"):
+        gradient_penalty(w.sum().detach(), [w], 0.1)
     assert w.grad is None
 
 
@@ -344,14 +384,35 @@ def test_kernels_without_a_right_second_derivative_are_refused_in_a_loop():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     compiled = torch.compile(nn.Linear(4, 4), backend="aot_eager")
     attention = lambda q: nn.functional.scaled_dot_product_attention(q, q, q)
+    bag, rows = nn.EmbeddingBag(5, 4), torch.tensor([[0, 1], [2, 3]])
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    bias = layer.bias
     losses = {
+        "CheckpointFunction.*use_reentrant=False": lambda: checkpoint(
+            torch.exp, bias * x, use_reentrant=True
+        ),
+        "EmbeddingBag.*use Embedding": lambda: bag(rows),
+        r"Cdist.*norm\(dim=-1\)": lambda: torch.cdist(bias * x, x + 1),
+        r"Pdist.*norm\(dim=-1\)": lambda: nn.functional.pdist(bias * x[0]),
+        "Once.*remove its once_differentiable": lambda: Once.apply(bias),
         r"WeightNorm.*write the weight as g \* v / v.norm": lambda: layer(x),
         "ScaledDotProduct.*SDPBackend.MATH": lambda: attention(layer.bias * x[:, None]),
         "CompiledFunction.*model._orig_mod": lambda: compiled(x),
     }
     for message, output in losses.items():
         with pytest.raises(ValueError, match=f"loss must be twice differentiable, got .*{message}"):
-            weights = [*layer.parameters(), *compiled.parameters()]
+            weights = [*layer.parameters(), *compiled.parameters(), *bag.parameters()]
             gradient_penalty(output().square().mean(), weights, 0.1)
 
 

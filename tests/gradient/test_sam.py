@@ -285,3 +285,9 @@ def test_stack_equals_the_optimizer_in_a_loop(p, adaptive):
 def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SAM(**arguments)
+
+
+@pytest.mark.parametrize("params", [torch.ones(2), [torch.ones(2)], {}, {"n": torch.tensor(3)}])
+def test_what_is_no_dict_of_weights_is_named(params):
+    with pytest.raises(TypeError, match="params must be a dict of floating point tensors"):
+        sam_gradient(lambda params: torch.ones(()), params)

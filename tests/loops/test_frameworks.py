@@ -6,6 +6,7 @@ Each block of the page makes the steps of a plain loop.  The packages are the ex
 import logging
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,26 @@ def test_accumulate_grad_batches_is_refused(lightning, given, scheduled):
     with pytest.raises(ValueError, match="accumulate_grad_batches must be 1, got 2"):
         fit(lightning, kind(), names["loader"], **parts)
     assert all(torch.equal(w, before[name]) for name, w in names["model"].named_parameters())
+
+
+def test_a_module_that_was_trained_with_accumulation_may_go_into_a_plain_loop(lightning):
+    names = classes(AUTOMATIC)
+    kind = type(
+        "Plain",
+        (names["Automatic"],),
+        {"configure_optimizers": lambda self: torch.optim.SGD(self.parameters(), lr=0.1)},
+    )
+    module = kind()
+    fit(lightning, module, names["loader"], accumulate_grad_batches=2)
+    optimizer = SAM(torch.optim.SGD(module.parameters(), lr=0.1), model=module)
+    before = [w.clone() for w in module.parameters()]
+
+    def closure(module, x, y):
+        nn.functional.cross_entropy(module.model(x), y).backward()
+
+    for x, y in names["loader"]:
+        optimizer.step(partial(closure, module, x, y))
+    assert not any(map(torch.equal, module.parameters(), before))
 
 
 def test_lightning_clips_and_resumes_bitwise(lightning, tmp_path):

@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from problems import INF, climb, closure_of, flatten, norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from flatmin import SAM, BatchTransform, dual_norm_perturbation
 from flatmin.batch import Gaussian, Mixup
@@ -57,9 +59,6 @@ BASES = {
 
 def weights_of(model):
     return [w.detach().clone() for w in model.parameters()]
-
-
-DROPPED = r"step\(closure\) drops the gradients from before the step"
 
 
 def same(a, b):
@@ -132,6 +131,23 @@ def test_clean_loss_is_returned_even_if_it_is_zero():
     assert torch.allclose(w, torch.full((2,), -0.1))
 
 
+@pytest.mark.parametrize("args", [(), 3, {"x": 1}, [nn.Linear(1, 1)]])
+def test_a_closure_may_be_an_object_with_arguments(args):
+    model, twin = network(), network()
+    optimizer, other = (SAM(BASES["sgd"](m.parameters()), 0.2) for m in (model, twin))
+
+    class Closure:
+        def __init__(self):
+            self.args = args
+
+        def __call__(self):
+            return closure_of(model, optimizer, *batch())()
+
+    optimizer.step(Closure())
+    other.step(partial(lambda run: run(), closure_of(twin, other, *batch())))
+    assert same(weights_of(model), weights_of(twin))
+
+
 def test_step_works_under_no_grad():
     model = network()
     optimizer = SAM(BASES["sgd"](model.parameters()))
@@ -159,8 +175,7 @@ def test_a_closure_need_not_zero_the_gradients(zeroing):
     for step in range(4):
         x, y = batch(seed=step)
         model(x).sum().backward()  # somebody else's
-        with pytest.warns(UserWarning, match=DROPPED) if step == 0 else nullcontext():
-            optimizer.step(closure)
+        optimizer.step(closure)
         first = torch.autograd.grad(
             nn.functional.cross_entropy(twin(x), y), list(twin.parameters())
         )
@@ -324,8 +339,7 @@ def test_resume_is_bitwise(base, foreach):
             torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a if a[k] is not None
         )
     assert second[1].param_groups[0]["rho"] == 0.2 and second[1].param_groups[0]["p"] == 1.5
-    with pytest.warns(UserWarning, match=DROPPED):  # the half of a batch
-        train(*first, range(5, 10))
+    train(*first, range(5, 10))  # drops the half of a batch
     assert same(weights_of(first[0]), weights_of(whole[0]))
 
 
@@ -562,6 +576,18 @@ def test_bad_base_optimizers_are_named():
         SAM(torch.optim.LBFGS(w))
     with pytest.raises(ValueError, match="maximize must be False in all groups"):
         SAM(torch.optim.SGD([{"params": w, "maximize": True}], lr=0.1))
+    with pytest.raises(ValueError, match=r"got \['rho'\] in Adadelta; use another optimizer"):
+        SAM(torch.optim.Adadelta(w))
+    for model in ([network()], torch.jit.script(network())):
+        with pytest.raises(TypeError, match="model must be None or a Module that is not scripted"):
+            SAM(good, model=model)
+    for group in ({}, {"adaptive": 0.01}):  # eta in the place of adaptive
+        with pytest.raises(ValueError, match="adaptive must be True or False, got 0.01"):
+            SAM(torch.optim.SGD([{"params": w} | group], lr=0.1), 0.1, 2.0, 0.01)
+    base = torch.optim.SGD(w, lr=0.1)
+    with pytest.raises(ValueError, match="adaptive must be True or False"):
+        SAM(base, adaptive=0.01)
+    assert "adaptive" not in base.param_groups[0]  # the next attempt starts anew
     other = {"params": [nn.Parameter(torch.ones(2))], "maximize": True}
     with pytest.raises(ValueError, match="maximize must be False in all groups"):
         SAM(torch.optim.SGD(w, lr=0.1)).add_param_group(other)
@@ -1055,176 +1081,15 @@ def steps_of(loop, first=lambda model, optimizer: None, make=network, **settings
     return weights_of(model)
 
 
-def test_gradients_from_before_the_step_are_dropped_with_one_warning():
+def test_gradients_from_before_the_step_are_dropped():
     """As in the README of the best-known package: backward(), then step(closure)."""
 
     def as_elsewhere(model, optimizer, closure):
         closure()
         optimizer.step(closure)
 
-    with pytest.warns(UserWarning, match=DROPPED) as seen:
-        found = steps_of(as_elsewhere)
-    assert len(seen) == 1 and seen[0].filename == __file__
+    found = steps_of(as_elsewhere)
     assert same(found, steps_of(lambda model, optimizer, closure: optimizer.step(closure)))
-
-
-def kept(model, optimizer, closure):
-    optimizer.step(closure)
-    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()  # onto what it left
-    optimizer.step(closure)
-
-
-def to_zero(model, optimizer, closure):
-    model.zero_grad(set_to_none=False)
-    nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
-    optimizer.step(closure)
-
-
-@pytest.mark.parametrize("loop", [kept, to_zero])
-def test_gradients_added_to_those_that_exist_are_seen(loop):
-    with pytest.warns(UserWarning, match=DROPPED) as seen:
-        steps_of(loop)
-    assert len(seen) == 1
-
-
-def every_second(model, optimizer, closure):
-    optimizer.step(closure)
-    closure()
-    optimizer.base_optimizer.step()
-
-
-def clipping(model, optimizer, closure):
-    optimizer.step(lambda: (closure(), nn.utils.clip_grad_norm_(model.parameters(), 1e-3)))
-
-
-def in_a_hook(model, optimizer, closure):
-    hook = optimizer.base_optimizer.register_step_pre_hook(
-        lambda *_: nn.utils.clip_grad_value_(model.parameters(), 1e-3)
-    )
-    optimizer.step(closure)
-    hook.remove()
-
-
-def without_zeroing(model, optimizer, closure):
-    optimizer.step(lambda: nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward())
-
-
-def with_a_scaler(model, optimizer, closure):
-    for size in (1.0, INF):
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        x, y = batch()
-        optimizer.step(lambda s=scaler, x=x * size: overflowing(model, x, y, s), scaler)
-
-
-def two_phases_and_a_scaler(model, optimizer, closure):
-    for size in (1.0, INF):
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        x, y = batch()
-        for step in (optimizer.first_step, lambda s=scaler: s.step(optimizer)):
-            model.zero_grad()
-            overflowing(model, x * size, y, scaler)
-            step()
-        optimizer.step(closure)
-
-
-def mixed_with_two_phases(model, optimizer, closure):
-    two_phases(model, optimizer, *batch())
-    closure()
-    optimizer.first_step()
-    closure()
-    optimizer.second_step()
-    optimizer.step(closure)
-
-
-def given_up(model, optimizer, closure):
-    closure()
-    optimizer.first_step()
-    optimizer.restore()
-    optimizer.step(closure)
-
-
-def failing(model, optimizer, closure):
-    for calls in ([], [1]):
-
-        def fail():
-            closure()
-            if calls:
-                raise KeyError
-            calls.append(1)
-
-        with pytest.raises(KeyError):
-            optimizer.step(fail)
-        optimizer.step(closure)
-
-
-def zeroing(model, optimizer, closure):
-    for zero in (optimizer.zero_grad, optimizer.base_optimizer.zero_grad, model.zero_grad):
-        for to_none in (True, False):
-            closure()
-            zero(set_to_none=to_none)
-            optimizer.step(closure)
-
-
-def loading(model, optimizer, closure):
-    optimizer.step(closure)
-    model.load_state_dict(model.state_dict())
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step(closure)
-
-
-def copying(model, optimizer, closure):
-    optimizer.step(closure)
-    twin, other = copy.deepcopy((model, optimizer))
-    other.step(closure_of(twin, other, *batch()))
-
-
-LOOPS = [
-    every_second,
-    clipping,
-    in_a_hook,
-    without_zeroing,
-    with_a_scaler,
-    two_phases_and_a_scaler,
-    mixed_with_two_phases,
-    given_up,
-    failing,
-    zeroing,
-    loading,
-    copying,
-]
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-def test_no_other_loop_is_warned_about_gradients(loop):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=DROPPED)
-        warnings.filterwarnings("ignore", message="a gradient is infinite")
-        steps_of(loop)
-
-
-class Calls(TorchDispatchMode):
-    """The names of the operations that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("by", ["optimizer", "model"])
-def test_gradients_are_read_only_if_somebody_else_has_changed_them(by):
-    """On a GPU, to read them would be to wait for them."""
-    model = network()
-    optimizer = SAM(BASES["sgd"](model.parameters()), 0.2)
-    with Calls() as calls:
-        for _ in range(3):
-            optimizer.step(closure_of(model, optimizer, *batch()))
-            {"optimizer": optimizer, "model": model}[by].zero_grad(set_to_none=False)
-    assert calls.names.count("_foreach_add_") > 0
-    assert ("any" in calls.names) == (by == "model")
 
 
 # Batch statistics and random numbers
@@ -1377,6 +1242,234 @@ def test_passes_without_gradients_do_not_count(when, what, microbatches):
         assert same(list(model.buffers()), of_first)
 
 
+# What comes before a step in two phases: nothing of it belongs to the step.
+
+
+def nothing(model, optimizer, loss):
+    pass
+
+
+def skipped(model, optimizer, loss):
+    loss()
+
+
+def skipped_and_zeroed(model, optimizer, loss):
+    loss().backward()
+    loss()
+    optimizer.zero_grad()
+
+
+def failed(model, optimizer, loss):
+    with pytest.raises(RuntimeError, match="implicitly created only for scalar"):
+        loss().expand(2).backward()
+
+
+def plain_step(model, optimizer, loss):
+    loss().backward()
+    optimizer.base_optimizer.step()
+
+
+def plain_step_and_zeroed(model, optimizer, loss):
+    loss().backward()
+    optimizer.base_optimizer.step()
+    model.zero_grad()
+
+
+def of_a_generator(model, optimizer, loss):
+    """Of a discriminator, whose weights are frozen meanwhile."""
+    model.requires_grad_(False)
+    loss().backward()
+    model.requires_grad_(True)
+
+
+def of_a_generator_and_zeroed(model, optimizer, loss):
+    loss().backward()
+    model.zero_grad()
+
+
+def zeroed_after_forward(model, optimizer, loss):
+    """In the passes, too."""
+    loss().backward()
+
+
+BEFORE = [
+    nothing,
+    skipped,
+    skipped_and_zeroed,
+    failed,
+    plain_step,
+    plain_step_and_zeroed,
+    of_a_generator,
+    of_a_generator_and_zeroed,
+    zeroed_after_forward,
+]
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_second_pass_repeats_that_of_the_gradient(before, views, dropout):
+    """Also if the model is called twice before one backward()."""
+    torch.manual_seed(0)
+    model = Noisy(dropout)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = batch()
+    x = x.float().requires_grad_()
+    view = lambda: nn.functional.cross_entropy(model(x), y)
+    for _ in range(3):
+        before(model, optimizer, view)
+        optimizer.base_optimizer.zero_grad()
+        seen, statistics = [], []
+        for finish in (optimizer.first_step, optimizer.second_step):
+            model.seen.clear()
+            loss = sum(view() for _ in range(views))
+            if before is zeroed_after_forward:
+                optimizer.zero_grad()
+            loss.backward()
+            seen.append(list(model.seen))
+            statistics.append([b.clone() for b in model.buffers()])
+            finish(zero_grad=before is not zeroed_after_forward)
+        assert seen[0] == seen[1] and len(seen[0]) == 2 * views
+        assert same(list(model.buffers()), statistics[0])
+
+
+def test_the_first_of_several_backward_passes_is_repeated():
+    """Another pass, whose loss is only looked at, lies between."""
+    model = Noisy()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = batch()
+    seen = []
+    for finish in (optimizer.first_step, optimizer.second_step):
+        model.seen.clear()
+        for part, labels in zip(x.float().split(5), y.split(5), strict=True):
+            nn.functional.cross_entropy(model(part), labels).backward()
+            model(part).sum().item()
+        seen.append(list(model.seen))
+        finish(zero_grad=True)
+    assert seen[0] == seen[1] and len(seen[0]) == 8
+
+
+def test_a_model_in_evaluation_mode_may_have_a_part_in_training_mode():
+    model = Noisy().eval()
+    model.drop.train()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    two_phases(model, optimizer, batch()[0].float(), batch()[1])
+    assert model.seen[:2] == model.seen[2:]
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_model_may_be_checkpointed_as_a_whole(phases):
+    """The backward pass calls it again, with the random numbers of the forward pass."""
+
+    def train(call):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 20), nn.Dropout(0.5), nn.Linear(20, 3)).double()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+        for step in range(3):
+            x, y = batch(seed=step)
+            if phases == 1:
+                optimizer.step(closure_of(lambda x: call(model, x), optimizer, x, y))
+            else:
+                two_phases(lambda x: call(model, x), optimizer, x, y)
+        return weights_of(model)
+
+    recomputed = train(partial(checkpoint, use_reentrant=False))
+    torch.testing.assert_close(recomputed, train(lambda model, x: model(x)), rtol=1e-12, atol=0)
+
+
+class Stateful(nn.Module):
+    """A running mean that is kept in one of many ways."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.kind, self.seen = nn.Linear(4, 3), kind, []
+        start = torch.zeros(3)
+        if kind == "expanded":
+            self.register_buffer("unused", torch.zeros(1, 3).expand(2, 3))
+        if kind == "of inference mode":
+            with torch.inference_mode():
+                self.register_buffer("unused", torch.zeros(3))
+        self.register_buffer("mean", {"none": None, "resized": torch.zeros(0)}.get(kind, start))
+
+    def forward(self, x):
+        h = self.linear(x)
+        self.seen.append(None if self.mean is None else self.mean.clone())
+        old = torch.zeros(3) if self.mean is None or not len(self.mean) else self.mean
+        new = 0.9 * old + 0.1 * h.detach().mean(0)
+        if self.kind in ("rebound", "none"):
+            self.mean = new
+        elif self.kind == "resized":
+            self.mean.resize_(3).copy_(new)
+        else:
+            self.mean.copy_(new)
+        return h - new
+
+
+KINDS = ["in place", "rebound", "none", "resized", "expanded", "of inference mode"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phases", [1, 2])
+def test_buffers_of_any_kind_count_each_batch_once(kind, phases):
+    torch.manual_seed(0)
+    model = Stateful(kind)
+    x, y = batch()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+    for _ in range(3):
+        twin = copy.deepcopy(model)
+        twin(x.float())
+        model.seen.clear()
+        if phases == 1:
+            optimizer.step(closure_of(model, optimizer, x.float(), y))
+        else:
+            two_phases(model, optimizer, x.float(), y)
+        first, second = model.seen
+        assert (first is second is None) or torch.equal(first, second)
+        assert torch.equal(model.mean, twin.mean)
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_lazy_layers_are_made_in_the_first_pass(phases):
+    model = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+    x, y = batch()
+    if phases == 1:
+        optimizer.step(closure_of(model, optimizer, x.float(), y))
+    else:
+        two_phases(model, optimizer, x.float(), y)
+    assert model[1].num_batches_tracked == 1 and model[1].running_mean.any()
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_weights_of_another_optimizer_get_the_gradient_of_the_second_pass(earlier):
+    """SAM holds the body, plain SGD the head; one closure."""
+    model, twin = network(), network()
+    x, y = batch()
+    loss = lambda m: nn.functional.cross_entropy(m(x), y)
+    optimizer = SAM(torch.optim.SGD(model[0].parameters(), lr=0.1), rho=0.5, model=model)
+    body, head = list(twin[0].parameters()), list(twin[2].parameters())
+    epsilon = climb(flatten(torch.autograd.grad(loss(twin), body)), 0.5, 2)
+    with torch.no_grad():
+        for w, e in zip(body, epsilon.split([w.numel() for w in body]), strict=True):
+            w += e.view_as(w)
+    expected = torch.autograd.grad(loss(twin), head)
+    if earlier:  # which accumulates
+        loss(model).backward()
+        kept = [w.grad.clone() for w in model[2].parameters()]
+        expected = [a + b for a, b in zip(kept, expected, strict=True)]
+    optimizer.step(closure_of(model, optimizer, x, y))
+    found = [w.grad for w in model[2].parameters()]
+    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-14)
+
+    def fail():
+        loss(model).backward()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(fail)
+    torch.testing.assert_close([w.grad for w in model[2].parameters()], list(expected))
+
+
 @pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
 def test_only_a_dropout_with_buffers_needs_the_model(dropout):
     for given in (True, False):
@@ -1411,9 +1504,40 @@ def test_a_batch_is_transformed_before_the_step(transform):
 
 def test_a_model_outlives_its_optimizer():
     model = Noisy()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = SAM(base, model=model)
     del optimizer
     model(batch()[0].float())
+    hooks = model._forward_pre_hooks, model._forward_hooks, base._optimizer_step_post_hooks
+    assert not any(hooks)
+
+
+# A base optimizer that has been wrapped before
+
+
+def test_new_settings_replace_those_of_an_earlier_sam():
+    """As when a cell of a notebook is run again."""
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "rho": 0.0}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    earlier = SAM(base, rho=0.05)
+    base.add_param_group({"params": [nn.Parameter(torch.ones(2))], "rho": 0.3})
+    earlier.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer = SAM(base, rho=0.5, adaptive=True)
+    assert [g["rho"] for g in base.param_groups] == [0.5, 0.0, 0.3, 0.5]
+    assert all(g["adaptive"] for g in base.param_groups)
+    base.load_state_dict(optimizer.state_dict())
+    assert SAM(base).param_groups[0]["rho"] == 0.05
+    assert [g["rho"] for g in base.param_groups] == [0.05, 0.0, 0.3, 0.05]
+
+
+def test_settings_of_a_checkpoint_are_kept():
+    model, twin = network(), network()
+    saved = SAM(BASES["sgd"](model.parameters()), rho=0.5, adaptive=True).state_dict()
+    base = BASES["sgd"](twin.parameters())
+    base.load_state_dict(saved)
+    group = SAM(base, rho=0.05).param_groups[0]
+    assert group["rho"] == 0.5 and group["adaptive"]
 
 
 # Kinds of tensors
@@ -1556,7 +1680,6 @@ def distributed(tmp_path_factory):
         "ddp_scalers_agree",
         "ddp_static_graph",
         "ddp_compiled",
-        "dropped_gradients_are_seen",
         "dtensor_placements",
         "fsdp_norm",
         "fsdp_any_p",

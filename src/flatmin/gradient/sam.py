@@ -209,5 +209,11 @@ def sam_gradient(
     >>> sam_gradient(lambda params: 0.5 * 3.0 * params["w"] ** 2, {"w": torch.tensor(2.0)}, rho=0.1)
     {'w': tensor(6.3000)}
     """
+    real = lambda w: isinstance(w, Tensor) and w.is_floating_point()
+    if not isinstance(params, dict) or not params or not all(map(real, params.values())):
+        raise TypeError(
+            "params must be a dict of floating point tensors, such as "
+            f"dict(model.named_parameters()), got {params!r}"
+        )
     sam = SAM(rho, p, adaptive, eta, normalized, exact)  # type: ignore[arg-type]  # or tensors
     return sam(Objective.of(loss), params, (), t=0)[0]

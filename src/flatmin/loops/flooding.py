@@ -29,7 +29,9 @@ class FloodingLoss(nn.Module):
     -----
     Log the raw loss: the flooded one never falls below the level.  Do not use this
     module with gradient accumulation: it would flood every microbatch by itself, which is
-    another objective (see :func:`flood_gradients_`).
+    another objective (see :func:`flood_gradients_`).  With ``reduction="none"``, an example that
+    the loss ignores (``ignore_index``) has the loss 0, which is flooded to 2b and counts in the
+    mean; leave such examples out.
 
     Examples
     --------

@@ -4,15 +4,19 @@ r"""SAM as an optimizer, for a training loop of your own.
 whatever happens in the second pass; ``flatmin._flat`` does the arithmetic.
 """
 
+import itertools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .._ball import check_ball
@@ -36,14 +40,16 @@ class SAM(torch.optim.Optimizer):
         shared, so a scheduler may be given either optimizer, and checkpoints are those of the base
         optimizer.
     rho, p, adaptive, eta
-        As in :class:`flatmin.gradient.SAM`; each may be set per parameter group, like ``lr``.  All
-        groups with the same p have one norm :math:`\|T^{-1}\epsilon\|_p\le1`, with
-        :math:`T=\rho\,(|w|+\eta)` or :math:`T=\rho` by each group's settings.
+        As in :class:`flatmin.gradient.SAM`; each may be set per parameter group, like ``lr``, and
+        what a group already has, also from a checkpoint, is kept.  All groups with the same p have
+        one norm :math:`\|T^{-1}\epsilon\|_p\le1`, with :math:`T=\rho\,(|w|+\eta)` or
+        :math:`T=\rho` by each group's settings.
     model : Module, optional
         The network, as it is called (if wrapped in ``DistributedDataParallel``, the wrapper).  With
         it, only the first pass updates buffers (batch statistics), and the second pass repeats the
         random numbers of the first in two-phase use, too.  :class:`flatmin.layers.Dropout` needs it
-        in any use, since its random numbers are a function of its buffers.
+        in any use, since its random numbers are a function of its buffers.  ``step(closure)``
+        leaves its parameters that SAM does not hold the gradient of the second pass, like SAM's.
     per_rank : bool
         Under ``DistributedDataParallel``: ``True`` gives every process the perturbation of its own
         part of the batch (m-SAM) and saves an all-reduce; ``False``: that of the whole batch.
@@ -104,12 +110,17 @@ class SAM(torch.optim.Optimizer):
             )
         if isinstance(base_optimizer, torch.optim.LBFGS):
             raise TypeError("base_optimizer must step without a closure, got LBFGS")
-        check_ball(rho, p, eta)
-        settings = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
+        settings: dict[str, Any] = {"rho": rho, "p": p, "adaptive": adaptive, "eta": eta}
+        _check_settings(**settings)
         if taken := sorted({*settings} & {*base_optimizer.defaults}):
             raise ValueError(
                 f"base_optimizer must have no hyperparameter named like SAM's, got {taken} in "
-                f"{type(base_optimizer).__name__}"
+                f"{type(base_optimizer).__name__}; use another optimizer"
+            )
+        if not isinstance(model, nn.Module | None) or isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model must be None or a Module that is not scripted, got {type(model).__name__}; "
+                "for several networks give nn.ModuleList([...]), and use step(closure)"
             )
         if per_rank and not hasattr(model, "no_sync"):
             raise ValueError(
@@ -127,21 +138,30 @@ class SAM(torch.optim.Optimizer):
         self._settings = settings
         self._phase: str | None = None  # between first_step() and its end: "perturbed" or "skip"
         self._flat: dict[float, FlatWeights] = {}  # by p
-        self._before: _Snapshot | None = None  # of the first pass
+        self._called: _Snapshot | None = None  # of the model's last forward pass
+        self._before: _Snapshot | None = None  # of the first forward pass with a gradient
         self._after: _Snapshot | None = None
-        self._warned = False  # that gradients are dropped
-        for optimizer in (self, base_optimizer):  # which may also step alone
-            if hasattr(optimizer, "_optimizer_step_post_hooks"):  # Accelerate's wrapper has none
-                optimizer.register_step_post_hook(_note_gradients)
+        # The arguments replace what an earlier SAM put into the groups.
+        filled = base_optimizer.__dict__.setdefault("_filled_by_sam", {})
+        for i, group in enumerate(self.param_groups):
+            for name in filled.pop(i, ()):
+                group.pop(name, None)
+            filled[i] = self._fill(group)
         for group in self.param_groups:
-            self._complete_settings(group)
             if any(hasattr(w, "_fsdp_flattened") for w in group["params"]):
                 raise TypeError(
                     "base_optimizer must not hold parameters of FullyShardedDataParallel, whose "
                     "norm would be that of one shard; shard with FSDP2, fully_shard(model)"
                 )
+        handles = []
+        if hasattr(base_optimizer, "_optimizer_step_post_hooks"):  # Accelerate's wrapper has none
+            # The base optimizer may step alone.
+            handles.append(base_optimizer.register_step_post_hook(_Hook(self, "_forget")))
         if model is not None:
-            model.register_forward_pre_hook(_BeforeForward(self))
+            handles.append(model.register_forward_pre_hook(_Hook(self, "_before_forward")))
+            handles.append(model.register_forward_hook(_Hook(self, "_after_forward")))
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
 
     # These belong to the base optimizer: nothing is copied, so nothing can differ.
     param_groups, state, defaults = (
@@ -154,22 +174,24 @@ class SAM(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in any optimizer; the group may have ``rho``, ``p``, ``adaptive`` and ``eta``."""
-        self._complete_settings(param_group)
+        filled = self._fill(param_group)
         self.base_optimizer.add_param_group(param_group)
+        self.base_optimizer.__dict__["_filled_by_sam"][len(self.param_groups) - 1] = filled
 
-    def _complete_settings(self, group: dict[str, Any]) -> None:
-        for name, value in self._settings.items():
-            group.setdefault(name, value)
-        check_ball(group["rho"], group["p"], group["eta"])
+    def _fill(self, group: dict[str, Any]) -> list[str]:
+        """Complete a group's settings; returns the names of those that it lacked."""
+        lacking = [name for name in self._settings if name not in group]
+        group |= {name: self._settings[name] for name in lacking}
+        _check_settings(**{name: group[name] for name in self._settings})
         if group.get("maximize", False):
             raise ValueError("maximize must be False in all groups, got True; negate the loss")
+        return lacking
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in any optimizer; the next forward pass is then the first of a step."""
+        """As in any optimizer; the next backward pass is then the first of a step."""
         self.base_optimizer.zero_grad(set_to_none)
-        _note_gradients(self)
         if self._phase is None:
-            self._before = None
+            self._forget()
 
     # ------------------------------------------------------------------------------ steps
 
@@ -227,13 +249,14 @@ class SAM(torch.optim.Optimizer):
         self._drop_gradients()
         before = self._snapshot()
         try:
-            with torch.enable_grad(), self.model.no_sync() if self.per_rank else nullcontext():
+            alone = self.model.no_sync() if self.per_rank else nullcontext()
+            with torch.enable_grad(), alone, self._other_gradients_kept():
                 loss = closure()
             self._before = before
             self.first_step()
             if self._phase == "perturbed":
                 self._drop_gradients()
-                self._replay()
+                self._before = None  # first_step() has restored it
                 with torch.enable_grad():
                     closure()
             finite = self._phase == "perturbed"
@@ -268,6 +291,8 @@ class SAM(torch.optim.Optimizer):
             for flat, (v, step) in zip(self._flat.values(), moves if finite else []):
                 flat.move(v, step)
             _forget_casts()
+            if finite and self._before is not None:
+                self._before.restore()  # here, too: checkpoint notes it before the forward pass
             if zero_grad:
                 self.zero_grad()
         except BaseException:
@@ -295,7 +320,6 @@ class SAM(torch.optim.Optimizer):
         if self._after is not None:
             self._after.restore()
         self._phase = self._before = self._after = None
-        _note_gradients(self)
 
     def _finish(self) -> None:
         if self._phase is None and self._is_primed():
@@ -336,7 +360,7 @@ class SAM(torch.optim.Optimizer):
         """The parameters that are to be perturbed, by p and kind."""
         to_move: dict[float, Kinds] = {}
         for group in self.param_groups:
-            self._complete_settings(group)  # a checkpoint of the base optimizer lacks them
+            self._fill(group)  # a checkpoint of the base optimizer lacks them
             for member in members_of(group) if group["rho"] > 0 else ():
                 if self.per_rank and member.layout is not None:
                     raise ValueError(
@@ -355,33 +379,21 @@ class SAM(torch.optim.Optimizer):
                 "restore() gives it up (Lightning's step() passes a closure of its own: call "
                 "optimizer.optimizer.second_step())"
             )
-        for module in (self.model, *getattr(closure, "args", ())):  # Lightning's closure has it
+        for module in closure.args if isinstance(closure, partial) else ():  # Lightning's
             trainer = getattr(module, "_trainer", None)
-            if (parts := getattr(trainer, "accumulate_grad_batches", 1)) != 1:
+            parts = getattr(trainer, "accumulate_grad_batches", 1)
+            if parts != 1 and trainer.training:  # type: ignore[union-attr]
                 raise ValueError(
                     f"accumulate_grad_batches must be 1, got {parts}: Lightning's closure computes "
                     "the last microbatch only; use manual optimization, all microbatches in the "
                     "closure"
                 )
-        if not self._warned and self._has_new_gradients():
-            self._warned = True
-            warnings.warn(
-                "step(closure) drops the gradients from before the step; all microbatches belong "
-                "into the closure (Lightning's accumulate_grad_batches must be 1)",
-                stacklevel=4,
-            )
-
-    def _has_new_gradients(self) -> bool:
-        """Whether gradients were computed since the last step or zero_grad().
-
-        Only if somebody else has changed them, maybe to zero, their values are looked at.
-        """
-        new = [g for g in _gradients(self) if getattr(g, "_noted", None) != g._version]
-        return bool(new) and any(g.layout is not torch.strided or bool(g.any()) for g in new)
 
     def _is_primed(self) -> bool:
         """torch.distributed.checkpoint makes the state by a step from zero gradients, at lr 0."""
-        grads = _gradients(self) if all(g.get("lr") == 0 for g in self.param_groups) else []
+        if any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        grads = [member.grad for member in self._members()]
         return bool(grads) and not any(g.any() for g in grads)
 
     def _drop_gradients(self) -> None:
@@ -389,6 +401,20 @@ class SAM(torch.optim.Optimizer):
         for group in self.param_groups:
             for w in group["params"]:
                 w.grad = None
+
+    @contextmanager
+    def _other_gradients_kept(self) -> Iterator[None]:
+        """The first pass adds nothing to the model's parameters that another optimizer holds."""
+        own = {w for group in self.param_groups for w in group["params"]}
+        others = set() if self.model is None else set(self.model.parameters()) - own
+        kept = {w: w.grad for w in others}
+        for w in kept:
+            w.grad = None
+        try:
+            yield
+        finally:
+            for w, g in kept.items():
+                w.grad = g
 
     @torch.no_grad()
     def _make_gradient_infinite(self) -> None:
@@ -409,7 +435,7 @@ class SAM(torch.optim.Optimizer):
 
     def _snapshot(self) -> "_Snapshot":
         devices = {p.device for group in self.param_groups for p in group["params"]}
-        return _Snapshot(devices, () if self.model is None else self.model.buffers())
+        return _Snapshot(devices, self.model)
 
     def _replay(self) -> None:
         """Let the second pass start from the random numbers and buffers of the first."""
@@ -417,12 +443,40 @@ class SAM(torch.optim.Optimizer):
             self._before.restore()
         self._before = None
 
-    def _before_forward(self) -> None:
-        """The model is about to be called, in training mode and for a gradient."""
+    def _forget(self, *_: Any) -> None:
+        """The gradients so far have had their step, or are gone: so is their first pass."""
+        self._before = None
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        """The model is called; in training mode and for a gradient it may be a step's pass."""
+        self._called = None
+        recomputed = torch._C._current_graph_task_id() != -1  # in backward(), by checkpoint
+        training = any(m.training for m in module.modules())
+        if recomputed or not training or not torch.is_grad_enabled():
+            return
         if self._phase is not None:
-            self._replay()
-        elif self._before is None:
-            self._before = self._snapshot()
+            return self._replay()
+        weights = [w for group in self.param_groups for w in group["params"]]
+        if all(w.grad is None for w in weights):
+            self._forget()
+        if any(w.requires_grad for w in weights):
+            self._called = self._snapshot()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A pass belongs to the step if a gradient comes back to its output; the first counts."""
+        called, self._called = self._called, None
+        if called is None:
+            return
+        hook = _Hook(self, "_arrived", called)
+        outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.grad_fn]
+        for y in outputs:
+            y.register_hook(hook)
+        if not outputs:  # it returns what cannot be looked into
+            self._arrived(called)
+
+    def _arrived(self, called: "_Snapshot", *_: Any) -> None:
+        if self._phase is None and (self._before is None or called.number < self._before.number):
+            self._before = called
 
     # --------------------------------------------------------------------------- checkpoints
 
@@ -473,42 +527,48 @@ class SAM(torch.optim.Optimizer):
         return f"SAM around {self.base_optimizer!r}"
 
 
+def _check_settings(rho: float, p: float, adaptive: bool, eta: float) -> None:
+    check_ball(rho, p, eta)
+    if not isinstance(adaptive, bool):
+        raise ValueError(f"adaptive must be True or False, got {adaptive!r}")
+
+
 def _forget_casts() -> None:
     """Where autocast surrounds both passes, it keeps the weights of the first in low precision."""
     torch.clear_autocast_cache()
 
 
-@torch.no_grad()  # in which to_local() makes no view
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What is in ``.grad``; of a sharded parameter (DTensor), the local part."""
-    grads = [w.grad for group in optimizer.param_groups for w in group["params"]]
-    return [g.to_local() if hasattr(g, "placements") else g for g in grads if g is not None]
-
-
-def _note_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """These have had their step: to drop them loses nothing, until somebody adds to them."""
-    for g in _gradients(optimizer):
-        g._noted = g._version  # type: ignore[attr-defined]
+_numbers = itertools.count()
 
 
 class _Snapshot:
-    """The random numbers to come, and the values of buffers."""
+    """The random numbers to come, and the buffers: which tensors they are, and their values."""
 
-    def __init__(self, devices: set[torch.device], buffers: Iterable[Any]) -> None:
+    def __init__(self, devices: set[torch.device], model: nn.Module | None) -> None:
+        self.number = next(_numbers)
         self.random = torch.get_rng_state()
         self.on_devices = {
             d: torch.get_device_module(d).get_rng_state(*_index(d))
             for d in devices
             if d.type not in ("cpu", "meta")
         }
-        self.buffers = [b.to_local() if hasattr(b, "placements") else b for b in buffers]
+        modules = () if model is None else model.modules()
+        self.bound = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items()]
+        local = lambda b: b.to_local() if hasattr(b, "placements") else b
+        self.buffers = [local(b) for _, _, b in self.bound if b is not None and _can_change(b)]
         self.copies = [torch.empty_like(b) for b in self.buffers]
         self._copy(self.copies, self.buffers)
 
+    @torch.no_grad()
     def restore(self) -> None:
         torch.set_rng_state(self.random)
         for device, state in self.on_devices.items():
             torch.get_device_module(device).set_rng_state(state, *_index(device))
+        for buffers, name, b in self.bound:
+            buffers[name] = b
+        for b, copy in zip(self.buffers, self.copies, strict=True):
+            if b.shape != copy.shape:
+                b.resize_(copy.shape)
         self._copy(self.buffers, self.copies)
 
     @torch.no_grad()
@@ -517,20 +577,29 @@ class _Snapshot:
             torch._foreach_copy_(to, values)
 
 
+def _can_change(b: Tensor) -> bool:
+    """In place, that is; a lazy one has no values, an expanded one shares them."""
+    if is_lazy(b) or b.is_inference():
+        return False
+    return b.layout is not torch.strided or 0 not in b.stride() or b.numel() <= 1
+
+
 def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)
 
 
-class _BeforeForward:
-    """Tells SAM when the model's forward pass begins; in a copy of the model it does nothing."""
+class _Hook:
+    """Calls a method of SAM while there is one; in a copy of what it hangs on, nothing."""
 
-    def __init__(self, owner: SAM | None = None) -> None:
+    def __init__(self, owner: SAM | None = None, method: str = "", *args: Any) -> None:
         self.owner = weakref.ref(owner) if owner is not None else lambda: None
+        self.method, self.args = method, args
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         owner = self.owner()
-        if owner is not None and module.training and torch.is_grad_enabled():
-            owner._before_forward()
+        if owner is not None:
+            getattr(owner, self.method)(*self.args, *args)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _BeforeForward, ()
+        return _Hook, ()
