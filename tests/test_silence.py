@@ -182,6 +182,8 @@ def test_hooks_on_parameters_and_cached_parametrizations_are_refused():
 def test_what_has_no_gradient_is_refused():
     step = Recipe(criterion=lambda output, y: (output.argmax(-1) != y).double())
     frozen = lambda: Net(lambda m, x: m.a(x).detach())
+    wrong = lambda output, y: (output.argmax(-1) != y).double()  # of which a slice makes sense
+    assert on(make().double(), loss_slice, X, Y, points=3, criterion=wrong)[1] <= 1
     for call in (
         lambda: fit(make, DATA, step, **HOW),
         lambda: fit(frozen, DATA, **HOW),

@@ -5,6 +5,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,12 @@ def check_function(
     y: Tensor,
     criterion: Loss | None,
     alone: bool = True,
+    gradient: bool = True,
 ) -> None:
     """Refuse a network that is no function of weights and inputs, on the first two examples.
 
-    ``alone``: also refuse a criterion of an example that depends on other examples.
+    Also a criterion of an example that depends on other examples (``alone``), or that has no
+    ``gradient``.
     """
     x, y = x[:2].clone(), y[:2].clone()
 
@@ -83,7 +86,7 @@ def check_function(
 
     with torch.enable_grad():
         first = values({name: w.detach().requires_grad_() for name, w in params.items()}, x, y)
-    if criterion is not None and not any(v.requires_grad for v in first):
+    if gradient and criterion is not None and not any(v.requires_grad for v in first):
         raise ValueError(
             "model and criterion must be differentiable by the parameters, got no gradient: is "
             "there an argmax, detach() or no_grad()?"
@@ -120,13 +123,18 @@ def alike(one: Any, other: Any) -> bool:
 
 
 def criterion_of(instrument: Callable[..., Any]) -> Loss | None:
-    """The criterion whose gradient an instrument will use; None if it needs none."""
-    parameters = inspect.signature(instrument).parameters
-    transferred = "source" in parameters and parameters["source"].default is not None
-    if "criterion" not in parameters or transferred:
-        return None
-    criterion: Loss = parameters["criterion"].default
-    return criterion
+    """The criterion that an instrument will use; None if it takes none."""
+    parameter = inspect.signature(instrument).parameters.get("criterion")
+    return None if parameter is None else parameter.default
+
+
+def needs_gradient(instrument: Callable[..., Any]) -> bool:
+    """Not if its attribute ``values_only`` says so, or if the gradient is that of a ``source``."""
+    source = inspect.signature(instrument).parameters.get("source")
+    transferred = source is not None and source.default is not None
+    while isinstance(instrument, partial):
+        instrument = instrument.func
+    return not (transferred or getattr(instrument, "values_only", False))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from ._contracts import (
     criterion_of,
     explained,
     first_line,
+    needs_gradient,
     no_random_numbers,
     where,
 )
@@ -81,7 +82,7 @@ def on(
     chosen = partial(instrument, **options)
     with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
         function = as_function(model, x, y, dtype)
-        check_function(*function, criterion_of(chosen))
+        check_function(*function, criterion_of(chosen), gradient=needs_gradient(chosen))
         with explained():
             return chosen(*function)
 

@@ -41,6 +41,7 @@ from ._contracts import (
     constant_attributes,
     criterion_of,
     explained,
+    needs_gradient,
     no_random_numbers,
     unchanged,
 )
@@ -1071,7 +1072,9 @@ def _measure(
     criterion = criterion_of(instrument)
     example = (x, y) if dim is None else (x[0], y[0])
     with inspecting(template), explained(), no_random_numbers():
-        check_function(_network(template, _first(buffers)), _first(params), *example, criterion)
+        network = _network(template, _first(buffers))
+        gradient = needs_gradient(instrument)
+        check_function(network, _first(params), *example, criterion, gradient=gradient)
         return over_rows(one_run, (0, 0, dim, dim), way_out)(params, buffers, x, y)
 
 

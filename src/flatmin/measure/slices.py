@@ -94,6 +94,9 @@ def loss_slice(
     return map_rows(lambda a: value(plus(params, direction, a)), coordinates, chunk_size)
 
 
+loss_slice.values_only = True  # type: ignore[attr-defined]  # of the criterion, no gradient
+
+
 def _filter_normalized(direction: Params, params: Params) -> Params:
     length = lambda v: torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
 
