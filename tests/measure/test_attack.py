@@ -342,6 +342,11 @@ def test_the_error_of_classes_per_position():
     assert found == (model(moved).argmax(-1) != y).double().mean()
 
 
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
 def test_other_outputs_and_targets_have_no_error():
     """One logit has its largest at 0, and [n, 1] and [n] make n² comparisons."""
     _, x, y = problem(6)
@@ -358,6 +363,7 @@ def test_other_outputs_and_targets_have_no_error():
         (nn.Linear(5, 1), x, x[:, 0], squared),
         (nn.Conv2d(5, 3, 1), images, masks, example_losses),  # logits [4, 3, 3, 3]
         (nn.Conv2d(5, 4, 1), images, masks, example_losses),
+        (Pair(5, 3), x, y, lambda z, y: example_losses(z[0], y)),
     ]
     for model, x, y, criterion in cases:
         with pytest.raises(ValueError, match="network must return K > 1 logits for each of the"):

@@ -227,7 +227,8 @@ def error_under_attack(
     def wrong(x: Tensor, y: Tensor, eps: Any, step_size: Any) -> Tensor:
         moved = pgd(model, x, y, eps, p=p, steps=steps, step_size=step_size, criterion=criterion)
         logits = network(params, moved)
-        return torch.where(logits.isnan().any(-1), math.nan, error(logits, y))
+        found = error(logits, y)
+        return torch.where(logits.isnan().any(-1), math.nan, found)
 
     of_batches = lambda v: v.split(size) if isinstance(v, Tensor) and v.ndim else repeat(v)
     batches = zip(x.split(size), y.split(size), of_batches(eps), of_batches(step_size))
