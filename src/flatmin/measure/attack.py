@@ -144,11 +144,12 @@ def pgd(
         steepest = lambda g, size: size * (g.sign() + 0 * g)
     climb = vmap(steepest, (0, each(step_size)))
     within = vmap(partial(project, p=p), (0, each(eps)))
-    buffers = dict(model.named_buffers()) if isinstance(model, torch.nn.Module) else {}
+    alone = isinstance(model, (torch.jit.ScriptModule, torch.nn.DataParallel))  # keep their buffers
+    buffers = [] if alone or not isinstance(model, torch.nn.Module) else [*model.named_buffers()]
 
     def loss(moved: Tensor) -> Tensor:
         # copies, as a pass may change them in place
-        x, own = moved.clone(), {name: b.clone() for name, b in buffers.items()}
+        x, own = moved.clone(), {name: b.clone() for name, b in buffers}
         output = functional_call(model, own, (x,)) if own else model(x)  # type: ignore[arg-type]
         losses = checked_losses(criterion(output, y), x, y)
         if not losses.requires_grad:
