@@ -619,10 +619,26 @@ def penalized(output, y):
     return cross_entropy(output["logits"], y) + 0.1 * output["penalty"]
 
 
-@kind(criterion=penalized, lacking="attack", message="network must return logits, got dict")
+@kind(criterion=penalized, lacking="attack", message="network must return K > 1 logits.*got dict")
 def output_in_a_dictionary():
     forward = lambda self, x: {"logits": self.a(x), "penalty": self.a(x).square().mean(1)}
     return Net(forward, a=Linear(4, 3))
+
+
+@kind()
+def one_bias_for_all_units():
+    return Net(lambda self, x: F.linear(x, self.w, self.b), w=weight(3, 4), b=weight(1))
+
+
+@kind()
+def energy_whose_gradient_is_the_output():
+    forward = lambda self, x: torch.func.grad(lambda z: self.b(self.a(z).tanh()).sum())(x)[:, :3]
+    return Net(forward, a=Linear(4, 5), b=Linear(5, 1))
+
+
+@kind()
+def layer_mapped_over_examples():
+    return Net(lambda self, x: torch.func.vmap(self.a)(x), a=Linear(4, 3))
 
 
 # ------------------------------------------------------------------------- what a model remembers

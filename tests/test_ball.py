@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import grad, jvp, vmap
 
 from flatmin import dual_norm_perturbation, gradient, loops
+from flatmin._ball import project
 
 norms = st.one_of(st.sampled_from(NORMS), st.floats(1, 60))
 coordinates = st.one_of(st.just(0.0), st.floats(-9, 9).filter(lambda x: abs(x) > 1e-9))
@@ -239,3 +240,18 @@ def test_bad_settings_are_named(arguments, message):
         with pytest.raises(ValueError, match=message):
             call(**arguments)
     assert "rho" not in base.param_groups[0]
+
+
+@pytest.mark.parametrize("size", [1e-250, 1.0, 1e250])
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, INF])
+def test_a_projection_is_in_the_ball_and_leaves_what_is_inside(p, size):
+    u = size * random(7)
+    of_one = norm(random(7), p).item()
+    inside, outside = 2 * size * of_one, size * of_one / 3
+    assert torch.equal(project(u, inside, p), u)
+    found = project(u, outside, p)
+    if p == INF:
+        assert torch.equal(found, u.clamp(-outside, outside))
+    else:
+        torch.testing.assert_close(found / size, u / size / 3, rtol=1e-12, atol=0)
+    assert torch.equal(project(0 * u, 0.1, p), 0 * u)

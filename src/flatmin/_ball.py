@@ -19,6 +19,9 @@ def check_ball(rho: float | Tensor, p: float | Tensor, eta: float | Tensor = 0.0
     hyperparameter("rho", rho, 0)
     hyperparameter("eta", eta, 0)
     hyperparameter("p", p, 1, infinite=True)
+    for name, value in {"rho": rho, "p": p, "eta": eta}.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
 
 
 def norm(v: Tensor, p: float | Tensor) -> Tensor:
@@ -105,7 +108,8 @@ def project(u: Tensor, rho: float | Tensor, p: float) -> Tensor:
     """The closest point of the ball for p of 2 and ∞; for others its point on the way to 0."""
     if p == math.inf:
         return u.clamp(-rho, rho)  # type: ignore[arg-type]  # two floats or two tensors
-    return u * (rho / norm(u, p).clamp_min(torch.finfo(u.dtype).tiny)).clamp_max(1)
+    v, largest = over_largest(u, lambda u, _: u.abs().amax())  # fast under vmap
+    return u * (rho / largest / norm(v, p).clamp_min(1)).clamp_max(1)  # u itself if it is 0
 
 
 def over_largest(v: Tensor, norm: Norm = norm) -> tuple[Tensor, Tensor]:
@@ -115,9 +119,9 @@ def over_largest(v: Tensor, norm: Norm = norm) -> tuple[Tensor, Tensor]:
     return v / largest, largest
 
 
-def length(v: Tensor) -> Tensor:
+def length(v: Tensor, norm: Norm = norm) -> Tensor:
     """‖v‖_2, also where squares would leave the range of the type."""
-    u, largest = over_largest(v)
+    u, largest = over_largest(v, norm)
     return largest * norm(u, 2)
 
 

@@ -1,5 +1,6 @@
 """A module as a function of its weights, and its mean loss: the basis of all instruments."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,7 +63,8 @@ def on(
         ``torch.float64`` computes with copies in double precision.  Default: that of the model, or
         single precision if that is half.
     **options
-        Of the instrument.
+        Of the instrument.  Tensors of floating point numbers among them, such as ``x2``, get the
+        precision of the computation; another model, ``source``, does not.
 
     Raises
     ------
@@ -78,10 +80,27 @@ def on(
     >>> on(model, gradient_norm, torch.zeros(1, 2), torch.tensor([0])).shape
     torch.Size([])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(instrument):
+        raise TypeError(f"instrument must be a function, got {type(instrument).__name__}")
+    if not callable(options.get("criterion", callable)):
+        raise TypeError(f"criterion must be a function, got {options['criterion']!r}")
+    try:
+        inspect.signature(instrument).bind(None, None, x, y, **options)
+    except TypeError as error:
+        name = getattr(instrument, "__name__", repr(instrument))
+        raise TypeError(
+            f"instrument {name} must take (network, params, x, y) and its options: {error}"
+        ) from error
     model = not_compiled(model)
-    chosen = partial(instrument, **options)
     with inspecting(model), torch.no_grad():  # torch.func works inside no_grad
         function = as_function(model, x, y, dtype)
+        precision = next(iter(function[1].values())).dtype
+        normal = lambda v: v.clone() if v.is_inference() else v
+        cast = lambda v: normal(v.to(precision) if v.is_floating_point() else v)
+        options = {k: cast(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+        chosen = partial(instrument, **options)
         check_function(*function, criterion_of(chosen), gradient=needs_gradient(chosen))
         with explained():
             return chosen(*function)

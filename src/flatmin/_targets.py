@@ -12,12 +12,38 @@ from ._stage import Batch
 
 def example_losses(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each example, in nats: logits [n, K], classes [n] or soft targets [n, K]."""
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"logits must be of shape [n, K] with at least 2 classes, got {got}; any other output "
+            "needs a criterion of your own"
+        )
     if target.is_floating_point() and target.shape != logits.shape:
         raise ValueError(
             f"targets must be probabilities of each class, {tuple(logits.shape)}, got "
             f"{tuple(target.shape)}; num_classes of Data.of says how many there are"
         )
+    classes = target.dtype in (torch.int64, torch.uint8)
+    shape = logits.shape[:1] + logits.shape[2:]
+    if not target.is_floating_point() and not (classes and target.shape == shape):
+        raise ValueError(
+            f"targets must be classes, torch.int64 of shape {tuple(shape)}, got {target.dtype} of "
+            f"shape {tuple(target.shape)}"
+        )
     return cross_entropy(logits, target, reduction="none")
+
+
+def error(output: Any, y: Tensor, needs: str = "network must return") -> Tensor:
+    """Whether the largest logit is that of another class: logits [n, ..., K], classes [n, ...]."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    good = isinstance(output, Tensor) and output.shape[:-1] == y.shape and output.shape[-1] > 1
+    # cross_entropy has the classes in dimension 1: here either would fit
+    if not good or (output.ndim > 2 and output.shape[:1] + output.shape[2:] == y.shape):
+        raise ValueError(
+            f"{needs} K > 1 logits for each of the classes {tuple(y.shape)}, in a last dimension "
+            f"that no other could be taken for, got {shape}"
+        )
+    return output.argmax(-1) != y
 
 
 def checked_losses(losses: Any, x: Tensor, y: Tensor) -> Tensor:

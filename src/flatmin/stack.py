@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from . import _random, pipeline
+from . import _random, _targets, pipeline
 from ._checks import whole
 from ._contracts import (
     Network,
@@ -85,13 +85,9 @@ Metric = Callable[[Any, Tensor], Tensor]
 
 def error(output: Tensor, y: Tensor) -> Tensor:
     """Whether the largest logit is that of another class: logits [n, ..., K], classes [n, ...]."""
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if not isinstance(output, Tensor) or output.shape[:-1] != y.shape or output.shape[-1] < 2:
-        raise ValueError(
-            f"metrics must be given, metrics={{}} or your own, unless the output has K logits for "
-            f"each of the classes {tuple(y.shape)}, got {shape}"
-        )
-    return output.argmax(-1) != y
+    return _targets.error(
+        output, y, "metrics must be given, metrics={} or your own, unless the output has"
+    )
 
 
 def initial_module(model: nn.Module | Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -42,6 +42,20 @@ def test_distance_of_images_as_bytes():
     )
 
 
+def test_distance_of_other_types():
+    """|-128| is -128 in int8, whose sums are too; half precision has three digits."""
+    x = torch.tensor([[-128, -128], [1, 1], [-128, 0]])
+    cosines = torch.tensor([[1, -1, 0.5**0.5], [-1, 1, -(0.5**0.5)], [0.5**0.5, -(0.5**0.5), 1]])
+    for dtype in (torch.int8, torch.int64, torch.float16, torch.bfloat16):
+        found = input_distance(x.to(dtype))
+        torch.testing.assert_close(found, 1 - cosines, rtol=0, atol=1e-6)
+    half = 1 - 0.5**0.5
+    masks = input_distance(torch.tensor([[True, True], [True, False]]))
+    torch.testing.assert_close(masks, torch.tensor([[0, half], [half, 0]]), rtol=0, atol=1e-6)
+    with pytest.raises(TypeError, match="x must be real, got torch.complex64"):
+        input_distance(torch.ones(2, 2, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize(
     "classes, message",
     [

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from flatmin import Data, Recipe, fgsm, fit, pgd
 from flatmin.book import MLP
 from flatmin.measure import error_under_attack, on
 from flatmin.optimizer import SGD
+from flatmin.pipeline import example_losses
 
 norms = pytest.mark.parametrize("p", [2, math.inf], ids=["l2", "linf"])
 radii = st.one_of(st.just(0.0), st.floats(1e-9, 3))  # smaller ones underflow when squared
@@ -317,6 +318,107 @@ def test_the_error_of_a_broken_network_is_not_a_number():
         assert on(model, error_under_attack, x, y, eps=0.1, p=p).isnan()
 
 
+@pytest.mark.parametrize("batch_size", [None, 1, 4, 6])
+def test_every_example_may_have_its_own_size_in_batches(batch_size):
+    model, x, y = problem(6)
+    eps, step_size = torch.linspace(0, 0.5, 6).double(), torch.linspace(0.2, 0.1, 6).double()
+    wrong = []
+    for i in range(6):
+        how = {"eps": eps[i].item(), "step_size": step_size[i].item(), "steps": 3}
+        wrong.append(model(pgd(model, x[i : i + 1], y[i : i + 1], **how)).argmax(1) != y[i])
+    how = {"eps": eps, "step_size": step_size, "steps": 3, "batch_size": batch_size}
+    found = on(model, error_under_attack, x, y, **how)
+    assert found == torch.cat(wrong).double().mean()
+    with pytest.raises(ValueError, match=r"one per example, shape \(6,\), got shape \(3,\)"):
+        on(model, error_under_attack, x, y, eps=torch.ones(3), batch_size=3)
+
+
+def test_the_error_of_classes_per_position():
+    """Logits [n, T, K], classes [n, T]."""
+    model, x, y = nn.Linear(5, 3).double(), problem(4, (7, 5))[1], torch.arange(28).view(4, 7) % 3
+    tokens = lambda z, y: cross_entropy(z.movedim(-1, 1), y, reduction="none")
+    found = on(model, error_under_attack, x, y, eps=0.1, criterion=tokens)
+    moved = pgd(model, x, y, 0.1, criterion=tokens)
+    assert found == (model(moved).argmax(-1) != y).double().mean()
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_other_outputs_and_targets_have_no_error():
+    """One logit has its largest at 0, and [n, 1] and [n] make n² comparisons."""
+    _, x, y = problem(6)
+    one = lambda z, y: binary_cross_entropy_with_logits(z.flatten(), y.double(), reduction="none")
+    each = lambda z, y: cross_entropy(z, y[:, 0], reduction="none")
+    squared = lambda z, y: (z[:, 0] - y) ** 2
+    images, masks = torch.randn(4, 5, 3, 3).double(), torch.arange(36).view(4, 3, 3) % 3
+    cases = [
+        (nn.Linear(5, 1), x, y % 2, one),
+        (nn.Sequential(nn.Linear(5, 1), nn.Flatten(0)), x, y % 2, one),
+        (nn.Linear(5, 3), x, y[:, None], each),
+        (nn.Linear(5, 3), x, one_hot(y, 3).double(), example_losses),
+        (nn.Linear(5, 3), x[:3], one_hot(y[:3], 3).double(), example_losses),
+        (nn.Linear(5, 1), x, x[:, 0], squared),
+        (nn.Conv2d(5, 3, 1), images, masks, example_losses),  # logits [4, 3, 3, 3]
+        (nn.Conv2d(5, 4, 1), images, masks, example_losses),
+        (Pair(5, 3), x, y, lambda z, y: example_losses(z[0], y)),
+    ]
+    for model, x, y, criterion in cases:
+        with pytest.raises(ValueError, match="network must return K > 1 logits for each of the"):
+            on(model.double(), error_under_attack, x, y, eps=0.1, criterion=criterion)
+
+
+class Meddling(nn.Module):
+    """Counts its passes and shifts its input, both in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 3).double()
+        self.register_buffer("passes", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.passes.add_(1)
+        return self.head(x.sub_(0.5)) / self.passes
+
+
+def test_every_pass_sees_the_same_inputs_and_buffers():
+    model, (_, x, y) = Meddling(), problem()
+    same = lambda z: model.head(z - 0.5) / 2
+    before = x.clone()
+    torch.testing.assert_close(pgd(model, x, y, 0.3), pgd(same, x, y, 0.3))
+    assert model.passes == 1 and torch.equal(x, before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_modules_around_a_module():
+    _, x, y = problem(dtype=torch.float32)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    expected = pgd(lambda x: model(x), x, y, 0.1)
+    for wrapped in (model, torch.jit.script(model), nn.DataParallel(model)):
+        torch.testing.assert_close(pgd(wrapped, x, y, 0.1), expected)
+
+
+class Detached(nn.Linear):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_model_without_gradient_cannot_be_attacked():
+    x, y = torch.randn(4, 5), torch.arange(4) % 3
+    hard = lambda x: one_hot(x.argmax(1), 5).float()
+    frozen = nn.Linear(5, 3)
+    for model in (Detached(5, 3), hard, lambda x: frozen(x.detach())):
+        with pytest.raises(ValueError, match="must be differentiable by x, got no gradient"):
+            fgsm(model, x, y, 0.1)
+    with pytest.raises(ValueError, match="must be differentiable by x, got no gradient"):
+        on(frozen, error_under_attack, x, y, eps=0.1, source=Detached(5, 3))
+    frozen.requires_grad_(False)
+    assert (fgsm(frozen, x, y, 0.1) != x).all()
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 BAD = {
@@ -340,6 +442,9 @@ BAD = {
         TypeError,
         r"x must be floating point, got torch.uint8",
     ),
+    "a list": ({"x": [[1.0]]}, TypeError, "x must be a tensor, got list"),
+    "more labels": ({"x": torch.ones(3, 5)}, ValueError, "x and y must hold the same number of"),
+    "one number": ({"x": torch.tensor(1.0)}, ValueError, "x and y must hold the same number of"),
 }
 
 

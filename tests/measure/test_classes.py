@@ -89,3 +89,32 @@ def test_a_value_that_is_not_finite_stays_in_its_cell(special):
     torch.testing.assert_close(found, expected, equal_nan=True)
     values[1, 2] = -special
     assert class_matrix(values, y, num_classes=2)[0, 1].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_many_pairs(dtype):
+    """300 examples make 89,700 pairs; half precision ends at 65,504."""
+    values = torch.full((300, 300), 0.5, dtype=dtype)
+    assert class_matrix(values, torch.zeros(300).long(), num_classes=1).tolist() == [[0.5]]
+    signs = torch.ones(4, 4, dtype=torch.int64)
+    assert class_matrix(signs, torch.tensor([0, 0, 1, 1]), num_classes=2).tolist() == [[1, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, -1, 1]),
+        torch.tensor([[0], [1], [1]]),
+        torch.tensor([True, False, True]),
+        torch.tensor([0.7, 1.0, 1.0]),
+    ],
+)
+def test_classes_out_of_range_are_named(classes):
+    for classes1, classes2, name in (
+        (classes, None, "classes1"),
+        (torch.tensor([0, 1, 1]), classes, "classes2"),
+    ):
+        message = rf"{name} must be whole numbers in \[0, 2\), of shape \[n\], got tensor"
+        with pytest.raises(ValueError, match=message):
+            class_matrix(torch.ones(3, 3), classes1, classes2, num_classes=2)

@@ -307,3 +307,24 @@ def test_bad_input_is_named(name):
     value, allowed = BAD[name]
     with pytest.raises(ValueError, match=f"{name} must be {allowed}, got {value}"):
         on(model, sharpness, x, y, **{name: value})
+
+
+@pytest.mark.parametrize("p", [1.5, 2, math.inf])
+@pytest.mark.parametrize("rho", [1e-250, 1e250])
+def test_a_radius_whose_square_is_out_of_range(p, rho):
+    """Of a linear loss: ρ times the dual norm of its gradient, in any number of steps."""
+    model, x, y = linear(), random(1, 4, seed=1), torch.ones(1).double()
+    found = on(model, sharpness, x, y, rho=rho, p=p, steps=3, criterion=linear_loss)
+    expected = rho * torch.linalg.vector_norm(x, dual[p])
+    loss = linear_loss(model(x), y).abs().item()  # of which the rise is a difference
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14 * loss)
+
+
+@pytest.mark.parametrize("name", ["rho", "eta", "p"])
+def test_one_number_for_all_weights(name):
+    model, x, y = problem()
+    value = torch.full((sum(w.numel() for w in model.parameters()),), 2.0).double()
+    with pytest.raises(
+        ValueError, match=rf"{name} must be one number, got shape \({len(value)},\)"
+    ):
+        on(model, sharpness, x, y, **{name: value})

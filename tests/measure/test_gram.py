@@ -812,3 +812,124 @@ def test_class_means_of_cosines_are_products_of_class_means_of_directions():
     products.diagonal().sub_(4)  # the pairs of an example with itself
     counts.diagonal().sub_(4)
     torch.testing.assert_close(matrix, products / counts, rtol=1e-10, atol=1e-12)
+
+
+class Plain(nn.Module):
+    """A function of the module and x, with parameters by name."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, torch.Tensor) else part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+W = torch.linspace(-1, 1, 12).view(3, 4)
+linear = nn.Linear
+energy = lambda m, x: torch.func.grad(lambda z: m.b(m.a(z).tanh()).sum())(x)[:, :3]
+tangent = lambda m, x: torch.func.jvp(lambda z: m.a(z).tanh(), (x,), (torch.ones_like(x),))[1]
+UNUSUAL = {
+    "one bias for all": (lambda m, x: F.linear(x, m.w, m.b), {"w": W, "b": torch.ones(1)}),
+    "a number as bias": (lambda m, x: F.linear(x, m.w, m.b), {"w": W, "b": torch.tensor(0.5)}),
+    "one unit": (lambda m, x: F.linear(x, m.w[0])[:, None] * m.v, {"w": W, "v": torch.ones(3)}),
+    "a vector": (lambda m, x: F.linear(x, m.w)[:, None] * m.v, {"w": W[0], "v": torch.ones(3)}),
+    "energy": (energy, {"a": linear(4, 5), "b": linear(5, 1)}),
+    "used in and outside": (
+        lambda m, x: m.a(x) + energy(m, x),
+        {"a": linear(4, 3), "b": linear(3, 1)},
+    ),
+    "tangent": (tangent, {"a": linear(4, 3)}),
+    "mapped": (lambda m, x: torch.func.vmap(m.a)(x), {"a": linear(4, 3)}),
+    "mapped weight": (
+        lambda m, x: F.linear(x, m.w) + torch.func.vmap(lambda r: r.pow(2).sum())(m.w),
+        {"w": W},
+    ),
+    "derivative by the weight": (
+        lambda m, x: F.linear(x, m.w) + torch.func.grad(lambda w: (w**3).sum())(m.w).sum(1),
+        {"w": W},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_layers_equal_the_loop(name):
+    function, parts = UNUSUAL[name]
+    model, x, y = Plain(function, **parts).double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    g = loop(model, example_losses, x, y)
+    assert_is_gram(on(model, stiffness, x, y), g, g, 1e-12)
+
+
+def test_two_sets_may_use_the_weights_differently():
+    """A layer that one set meets once has no gradient of the form δaᵀ in the other."""
+    pooled = Plain(lambda m, x: m.a(x).tanh().mean(1), a=nn.Linear(4, 3)).double()
+    either = Plain(
+        lambda m, x: m.b(m.a(x).tanh() if x.sum() > 0 else m.a(m.a(x)).tanh()),
+        a=nn.Linear(4, 4),
+        b=nn.Linear(4, 3),
+    ).double()
+    skipping = Plain(
+        lambda m, x: m.b(m.a(x) if x.sum() > 0 else x), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
+    ).double()
+    one, two = torch.rand(1, 4).double(), -torch.rand(1, 4).double()
+    tokens = torch.randn(5, 1, 4).double(), torch.randn(6, 3, 4).double()
+    for model, x, x2 in [(pooled, *tokens), (either, one, two), (skipping, one, two)]:
+        y, y2 = torch.arange(len(x)) % 3, torch.arange(len(x2)) % 3
+        g, g2 = loop(model, example_losses, x, y), loop(model, example_losses, x2, y2)
+        assert_is_gram(on(model, stiffness, x, y, x2=x2, y2=y2), g, g2, 1e-12)
+        assert_is_gram(on(model, stiffness, x2, y2, x2=x, y2=y), g2, g, 1e-12)
+
+
+def test_an_example_that_uses_the_weights_differently_is_refused():
+    """A last chunk of one example runs without vmap, where its branch would go unseen."""
+    counted = []
+
+    def network(params, x):
+        counted.append(0)
+        return F.linear(x, params["w"]) * (F.linear(x, params["w"]) if len(counted) == 3 else 1)
+
+    params, y = {"w": torch.randn(3, 4)}, torch.arange(3)
+    with pytest.raises(ValueError, match="in the same way for every example.*batch_size=1"):
+        stiffness(network, params, torch.randn(3, 4), y, batch_size=2)
+
+
+def test_one_tensor_under_two_names():
+    w, x, y = torch.randn(3, 4).double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    both = lambda p, x: F.linear(x, p["a"]) + 2 * F.linear(x, p["b"])
+    found = stiffness(both, {"a": w, "b": w}, x, y)
+    residual = (3 * x @ w.mT).softmax(1) - F.one_hot(y, 3)
+    torch.testing.assert_close(found.gram, 5 * (residual @ residual.mT) * (x @ x.mT))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e-20, 1e18, 1e20, 1e30])
+def test_inputs_of_any_size(size, bias):
+    """Squares of them leave the range of single precision."""
+    model, x = nn.Sequential(nn.Linear(4, 3, bias=bias)), size * torch.randn(6, 4)
+    model[0].weight.data /= size
+    y = torch.arange(6) % 3
+    exact = on(model, stiffness, x, y, dtype=torch.float64)
+    found = on(model, stiffness, x, y)
+    torch.testing.assert_close(found.cosine.double(), exact.cosine, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found.sign.double(), exact.sign)
+
+
+def test_layers_of_very_different_sizes():
+    """Of features of 1e-25 at one layer, and 1 at the next."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    model[0].weight.data *= 1e20
+    x, y = 1e-25 * torch.randn(6, 4), torch.arange(6) % 3
+    g = loop(copy.deepcopy(model).double(), example_losses, x.double(), y)
+    assert_is_gram(on(model, stiffness, x, y), g, g, 1e-6)
+
+
+def test_baseline_names_what_is_wrong():
+    for logits in (torch.ones(3, 3, dtype=torch.long), torch.zeros(2, 3, 4)):
+        with pytest.raises(
+            ValueError, match=r"logits must be floating point numbers \[n, K\], got"
+        ):
+            residual_stiffness(logits, torch.zeros(len(logits)).long())
+    with pytest.raises(ValueError, match="at least one"):
+        residual_stiffness(torch.zeros(0, 3), torch.zeros(0).long())

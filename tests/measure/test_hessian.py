@@ -709,6 +709,13 @@ def test_other_bad_input_of_lanczos_is_named():
     assert zero[1].isnan().all()
 
 
+def test_a_density_on_a_grid_of_any_shape():
+    density = of_matrix(spectral_density, torch.diag(torch.arange(5.0)))
+    at = torch.linspace(-1, 5, 12)
+    grid = density.smooth(at.view(3, 4), 0.3)
+    torch.testing.assert_close(grid, density.smooth(at, 0.3).view(3, 4))
+
+
 def test_other_bad_input_is_named():
     with pytest.raises(ValueError, match="steps must be a whole number >= 1, got 0"):
         lanczos(lambda v: v, torch.ones(3), 0)

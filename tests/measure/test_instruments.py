@@ -1,5 +1,6 @@
 """What holds of every instrument: its signature, its criterion, its dimensions, and the stack."""
 
+import copy
 import inspect
 from functools import partial
 
@@ -107,3 +108,49 @@ def test_dimensions_are_named(instrument, dims, networks):
         }
     else:
         assert found.dims == ("seed", *dims)
+
+
+@pytest.mark.parametrize("make", [lambda m: m.half(), lambda m: m], ids=["half", "single"])
+def test_all_tensors_get_the_precision_of_the_computation(make):
+    model = make(MLP(4, 3, 2))
+    x = torch.randn(5, 4).to(next(model.parameters()).dtype)
+    y, soft = torch.arange(5) % 2, torch.rand(5, 2).to(x).softmax(1)
+    exact = copy.deepcopy(model).double()
+    expected = on(exact, stiffness, x.double(), y, x2=2 * x.double(), y2=soft.double())
+    found = on(model, stiffness, x, y, x2=2 * x, y2=soft, dtype=torch.float64)
+    torch.testing.assert_close(found.gram, expected.gram)
+    torch.testing.assert_close(
+        on(model, stiffness, x, y, x2=2 * x, y2=soft).gram.double(),
+        expected.gram,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_what_is_no_model_instrument_or_option_is_named():
+    model, x, y = MLP(4, 3, 2), torch.randn(6, 4), torch.arange(6) % 2
+    for arguments, options, message in [
+        ((lambda x: x, sharpness), {}, "model must be a torch.nn.Module, got function"),
+        ((model, "sharpness"), {}, "instrument must be a function, got str"),
+        ((model, sharpness), {"radius": 0.1}, "instrument sharpness must take.*'radius'"),
+        ((model, measure.hvp), {}, "instrument hvp must take.*too many positional arguments"),
+        ((model, measure.fgsm), {"eps": 0.1}, "instrument fgsm must take.*'eps'"),
+        ((model, sharpness), {"criterion": None}, "criterion must be a function, got None"),
+        ((model, sharpness), {"criterion": "ce"}, "criterion must be a function, got 'ce'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            on(*arguments, x, y, **options)
+
+
+@each
+def test_outputs_and_targets_without_a_cross_entropy_are_named(instrument):
+    x, y = torch.randn(6, 4), torch.arange(6) % 2
+    for model, wrong, message in [
+        (MLP(4, 3, 1), 0 * y, r"logits must be .* at least 2 classes, got \(2, 1\)"),
+        (MLP(4, 3, 2), y.int(), r"targets must be classes, torch.int64 .*got torch.int32"),
+        (MLP(4, 3, 2), y[:, None], r"targets must be classes, .*\(2,\), got .* shape \(2, 1\)"),
+        (MLP(4, 3, 2), y.bool(), "targets must be classes, .* got torch.bool"),
+        (MLP(4, 3, 2), y.float(), "targets must be probabilities of each class"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            on(model, instrument, x, wrong)

@@ -116,6 +116,26 @@ def test_a_filter_of_zeros_does_not_move():
     assert (d[2] == 0).all() and d[3].any()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e30])
+def test_filters_near_the_ends_of_single_precision(size):
+    """Squares of their weights are 0 or infinite; the slice is that of weights near 1."""
+    model, x, y = problem(lambda: nn.Linear(5, 3, bias=False))
+    model, x = model.float(), x.float()
+    expected = on(model, loss_slice, x, y, points=5)
+    model.weight.data *= size
+    scaled = on(nn.Sequential(model, Times(1 / size)), loss_slice, x, y, points=5)
+    torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-5)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
 def test_rescaling_the_layers_does_not_change_the_slice():
     model, x, y = problem()
     slices = [on(m, loss_slice, x, y, radius=5.0, points=5) for m in (model, rescaled(model))]
@@ -163,7 +183,7 @@ def test_the_stack_is_the_module():
     [
         ("radius", -1, "a number >= 0"),
         ("radius", math.inf, "a number >= 0"),
-        ("points", 0, "a whole number >= 1"),
+        ("points", 1, "a whole number >= 2"),
         ("seed", 0.5, "a whole number >= 0"),
         ("batch_size", 0, "a whole number >= 1"),
         ("chunk_size", None, "a whole number >= 1"),

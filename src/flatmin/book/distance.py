@@ -15,8 +15,9 @@ __all__ = ["CriticalLength", "critical_length", "input_distance"]
 def input_distance(x: Tensor) -> Tensor:
     r"""Distance of all pairs of inputs on the unit sphere, :math:`1-\cos(X_1, X_2)`: [n, n].
 
-    Inputs of any shape [n, ...] and any type are flattened.  Distances lie in [0, 2].  An input
-    that is all zeros has no direction: its distances are NaN.
+    Inputs of any shape [n, ...] and any real type are flattened; in single precision, or that of
+    ``x`` if it is higher.  Distances lie in [0, 2].  An input that is all zeros has no direction: its
+    distances are NaN.
 
     >>> input_distance(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
     tensor([[0., 1., 2.],
@@ -25,7 +26,9 @@ def input_distance(x: Tensor) -> Tensor:
     """
     if tensor("x", x).ndim < 2:
         raise ValueError(f"x must be of shape [n, ...], got {list(x.shape)}")
-    x = x.flatten(1)
+    if x.is_complex():
+        raise TypeError(f"x must be real, got {x.dtype}")
+    x = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     x = x / x.abs().amax(1, keepdim=True)  # so that no square overflows or vanishes
     x = x / x.norm(dim=1, keepdim=True)
     return 1 - (x @ x.mT).clamp(-1, 1)

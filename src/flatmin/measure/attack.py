@@ -11,17 +11,18 @@ that of another.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import functional_call, grad, vmap
 
 from .._ball import dual_norm_perturbation, project
 from .._checks import hyperparameter, number, whole
 from .._contracts import Loss, Network
-from .._functional import evaluation
-from .._targets import checked_losses, example_losses
+from .._functional import check_examples, evaluation
+from .._targets import checked_losses, error, example_losses
 from .._tree import Params
 
 __all__ = ["error_under_attack", "fgsm", "pgd"]
@@ -130,30 +131,51 @@ def pgd(
     >>> pgd(lambda x: model(x[:, :1]), x, y, eps=0.25, p=2)
     tensor([[0.7500, 1.0000]])
     """
-    hyperparameter("eps", eps, 0)
+    check_examples("", x, y)
     number("p", p, 1, infinite=True)
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
+    _check_sizes(x, eps, step_size)
     step_size = 2 * eps / whole("steps", steps) if step_size is None else step_size
-    hyperparameter("step_size", step_size, 0)
-    for name, size in {"eps": eps, "step_size": step_size}.items():
-        if isinstance(size, Tensor) and size.shape not in ((), x.shape[:1]):
-            raise ValueError(
-                f"{name} must be one number or one per example, shape ({len(x)},), "
-                f"got shape {tuple(size.shape)}"
-            )
+    eps, step_size = (v.to(x.dtype) if isinstance(v, Tensor) else v for v in (eps, step_size))
     each = lambda size: 0 if isinstance(size, Tensor) and size.ndim else None
     steepest: Any = partial(dual_norm_perturbation, p=p)
     if p == math.inf:  # the same, without its scaling
         steepest = lambda g, size: size * (g.sign() + 0 * g)
     climb = vmap(steepest, (0, each(step_size)))
     within = vmap(partial(project, p=p), (0, each(eps)))
-    uphill = grad(lambda moved: checked_losses(criterion(model(moved), y), x, y).sum())
+    alone = isinstance(model, (torch.jit.ScriptModule, torch.nn.DataParallel))  # keep their buffers
+    buffers = [] if alone or not isinstance(model, torch.nn.Module) else [*model.named_buffers()]
+
+    def loss(moved: Tensor) -> Tensor:
+        # copies, as a pass may change them in place
+        x, own = moved.clone(), {name: b.clone() for name, b in buffers}
+        output = functional_call(model, own, (x,)) if own else model(x)  # type: ignore[arg-type]
+        losses = checked_losses(criterion(output, y), x, y)
+        if not losses.requires_grad:
+            raise ValueError(
+                "model and criterion must be differentiable by x, got no gradient: is there an "
+                "argmax, detach() or no_grad()?"
+            )
+        return losses.sum()
+
+    uphill = grad(loss)
     moved = x
     with torch.no_grad(), evaluation(model):  # `grad` works inside no_grad
         for _ in range(whole("steps", steps)):
             moved = x + within(moved + climb(uphill(moved), step_size) - x, eps)
     return moved
+
+
+def _check_sizes(x: Tensor, eps: Any, step_size: Any) -> None:
+    """``eps`` and ``step_size``: one number, or one per example."""
+    for name, size in {"eps": eps, "step_size": 0.0 if step_size is None else step_size}.items():
+        hyperparameter(name, size, 0)
+        if isinstance(size, Tensor) and size.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"{name} must be one number or one per example, shape ({len(x)},), "
+                f"got shape {tuple(size.shape)}"
+            )
 
 
 def error_under_attack(
@@ -162,10 +184,10 @@ def error_under_attack(
     x: Tensor,
     y: Tensor,
     *,
-    eps: float,
+    eps: float | Tensor,
     p: float = math.inf,
     steps: int = 10,
-    step_size: float | None = None,
+    step_size: float | Tensor | None = None,
     source: Model | None = None,
     criterion: Loss = example_losses,
     batch_size: int | None = None,
@@ -174,11 +196,15 @@ def error_under_attack(
 
     Parameters
     ----------
+    network : callable
+        ``network(params, x)`` gives logits [n, ..., K], the classes last.
+    y : Tensor
+        Classes [n, ...].
     eps, p, steps, step_size, criterion
         As in :func:`pgd`; ``steps=1, step_size=eps`` is :func:`fgsm`.
     source : callable, optional
         A model, from inputs to logits, that the attack is transferred from: its gradient is used.
-        Default: white box.
+        Default: white box.  Its weights keep their type, which must be that of the network.
     batch_size : int, optional
         How many examples are attacked at once.  Default: all.
 
@@ -197,12 +223,14 @@ def error_under_attack(
     """
     model = (lambda x: network(params, x)) if source is None else source
     size = len(x) if batch_size is None else whole("batch_size", batch_size)
-    attack = partial(pgd, eps=eps, p=p, steps=steps, step_size=step_size, criterion=criterion)
+    _check_sizes(x, eps, step_size)
 
-    def wrong(x: Tensor, y: Tensor) -> Tensor:
-        logits = network(params, attack(model, x, y))
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"network must return logits, got {type(logits).__name__}")
-        return torch.where(logits.isnan().any(-1), math.nan, logits.argmax(-1) != y)
+    def wrong(x: Tensor, y: Tensor, eps: Any, step_size: Any) -> Tensor:
+        moved = pgd(model, x, y, eps, p=p, steps=steps, step_size=step_size, criterion=criterion)
+        logits = network(params, moved)
+        found = error(logits, y)
+        return torch.where(logits.isnan().any(-1), math.nan, found)
 
-    return torch.cat([wrong(*b) for b in zip(x.split(size), y.split(size))]).to(x.dtype).mean()
+    of_batches = lambda v: v.split(size) if isinstance(v, Tensor) and v.ndim else repeat(v)
+    batches = zip(x.split(size), y.split(size), of_batches(eps), of_batches(step_size))
+    return torch.cat([wrong(*batch) for batch in batches]).to(x.dtype).mean()

@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.func import grad
 from torch.overrides import TorchFunctionMode
 
-from .._ball import length
-from .._checks import whole
+from .._ball import length, over_largest
+from .._checks import tensor, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, check_examples, dims, over_rows
 from .._targets import checked_losses, example_losses
 from .._tree import Params, flatten, plus
+from .hessian import known
 
 __all__ = [
     "ClassStiffness",
@@ -149,11 +150,12 @@ def stiffness(
     if x2 is not None:
         check_examples("2", x2, y2)
     loop = batch_size is not None and whole("batch_size", batch_size) == 1
-    layers = {} if loop else _linear_layers(network, params, x[:1])  # others for each example
+    sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
+    found = [] if loop else [_linear_layers(network, params, x[:1]) for x, _ in sets]
+    layers = found[0] if found and found[0] == found[-1] else {}
     formed = sum(p.numel() for p in _others(params, layers).values())
     size = max(1, MOST_NUMBERS // formed) if formed else 250
     size = size if batch_size is None or loop else whole("batch_size", batch_size)
-    sets = [(x, y)] if x2 is None or y2 is None else [(x, y), (x2, y2)]
 
     @lru_cache(1 if formed else None)  # factors of outer products are small enough to keep
     def gradients(which: int, first: int) -> _Gradients:
@@ -179,15 +181,14 @@ def stiffness(
 
 
 class _Layer(NamedTuple):
-    """A part of the gradients of n examples: δ [n, O] times the input [n, I], and maybe a 1."""
+    """A part of the gradients of n examples: δ [n, O] times the input [n, I], 1 for a bias."""
 
     a: Tensor
-    one: bool  # the bias is a weight of a constant input
     delta: Tensor
 
     def inner(self, other: "_Layer") -> Tensor:
-        """(a_i·a_j + 1)(δ_i·δ_j)"""
-        return (self.a @ other.a.mT + self.one) * (self.delta @ other.delta.mT)
+        """(a_i·a_j)(δ_i·δ_j)"""
+        return (self.a @ other.a.mT) * (self.delta @ other.delta.mT)
 
 
 class _Gradients(NamedTuple):
@@ -203,15 +204,23 @@ def _inner(one: list[_Layer], two: list[_Layer]) -> Tensor:
 
 
 def _normalized(layers: list[_Layer]) -> _Gradients:
-    """Directions and lengths, without underflow in the squares."""
-    nonzero = lambda v: torch.where(v == 0, 1, v)[:, None]
-    norms = lambda v, p=2: torch.linalg.vector_norm(v, p, dim=1)
-    scale = torch.stack([norms(layer.delta, math.inf) for layer in layers]).amax(0)
-    scaled = [layer._replace(delta=layer.delta / nonzero(scale)) for layer in layers]
-    squares = ((norms(u.a) ** 2 + u.one) * norms(u.delta) ** 2 for u in scaled)
-    length = reduce(add, squares).sqrt()
-    unit = [layer._replace(delta=layer.delta / nonzero(length)) for layer in scaled]
-    return _Gradients(unit, scale * length)
+    """Directions and lengths; a and δ by their largest entries, whose squares are in range."""
+    of_rows = lambda v, p: torch.linalg.vector_norm(v, p, dim=1, keepdim=True)
+    nonzero = lambda v: torch.where(v == 0, 1, v)
+    scaled, scales = [], []
+    for layer in layers:
+        (a, of_a), (delta, of_delta) = (over_largest(v, of_rows) for v in layer)
+        scaled.append(_Layer(a, delta))
+        scales.append(of_a.double() * of_delta)  # in double, since float32 may not hold it
+    largest = nonzero(torch.stack(scales).amax(0))
+    shares = [scale / largest for scale in scales]
+    lengths = [s * of_rows(u.a, 2) * of_rows(u.delta, 2) for s, u in zip(shares, scaled)]
+    length = of_rows(torch.cat(lengths, 1), 2)
+    unit = [
+        u._replace(delta=u.delta * (s / nonzero(length)).to(u.delta))
+        for s, u in zip(shares, scaled, strict=True)
+    ]
+    return _Gradients(unit, (largest * length).to(unit[0].delta)[:, 0])
 
 
 def _example_gradients(
@@ -231,6 +240,11 @@ def _example_gradients(
         def loss(others: Params, probes: Params) -> tuple[Tensor, Params]:
             with _ParameterUses(params, probes) as uses:
                 output = network({**params, **others}, x[None])
+            if uses.layers() != layers:
+                raise ValueError(
+                    "network must use its weights in the same way for every example, got a weight "
+                    f"with more or fewer uses: {WAY_OUT}"
+                )
             losses = checked_losses(criterion(output, y[None]), x[None], y[None])
             return losses.mean(), uses.inputs
 
@@ -238,13 +252,14 @@ def _example_gradients(
         return grad(loss, argnums=(0, 1), has_aux=True)(others, probes)
 
     (gradients, deltas), inputs = over_rows(of_one, 0, WAY_OUT, 1 if loop else None)(x, y)
+    with_one = lambda a, bias: a if bias is None else F.pad(a, (0, 1), value=1)
     parts = [
-        _Layer(_at_least_single(inputs[w]), bias is not None, _at_least_single(deltas[w]))
+        _Layer(_at_least_single(with_one(inputs[w], bias)), _at_least_single(deltas[w]))
         for w, bias in layers.items()
     ]
     for gradient in gradients.values():  # a constant input, whose δ is the whole gradient
         g = _at_least_single(gradient).reshape(len(x), -1)
-        parts.append(_Layer(g[:, :0], True, g))
+        parts.append(_Layer(g.new_ones(len(x), 1), g))
     return parts
 
 
@@ -254,10 +269,7 @@ def _at_least_single(t: Tensor) -> Tensor:
 
 
 def _linear_layers(network: Network, params: Params, x: Tensor) -> dict[str, str | None]:
-    """{weight: bias} of the layers that meet each example once, as one vector.
-
-    A bias that is used elsewhere too, or is no parameter, is None.
-    """
+    """The layers of an example, see :meth:`_ParameterUses.layers`."""
     uses = _ParameterUses(params)
 
     def run(x: Tensor) -> Tensor:
@@ -266,8 +278,7 @@ def _linear_layers(network: Network, params: Params, x: Tensor) -> dict[str, str
         return x
 
     run(x[0])
-    once = {name for name, count in uses.count.items() if count == 1}
-    return {w: bias if bias in once else None for w, bias in uses.biases.items() if w in once}
+    return uses.layers()
 
 
 def _others(params: Params, layers: dict[str, str | None]) -> Params:
@@ -282,11 +293,21 @@ class _ParameterUses(TorchFunctionMode):
 
     def __init__(self, params: Params, probes: Params | None = None) -> None:
         super().__init__()
-        self.names = {id(p): name for name, p in params.items()}
+        of_tensor = Counter(id(p) for p in params.values())
+        self.names = {id(p): name for name, p in params.items() if of_tensor[id(p)] == 1}
+        self.level = torch._C._functorch.maybe_current_level()
         self.probes = probes or {}
         self.count: Counter[str] = Counter()
         self.inputs: dict[str, Tensor] = {}  # by the name of the weight
         self.biases: dict[str, str | None] = {}
+
+    def layers(self) -> dict[str, str | None]:
+        """{weight: bias} of the layers that meet each example once, as one vector.
+
+        A bias that is used elsewhere too, is broadcast, or is no parameter, is None.
+        """
+        once = {name for name, count in self.count.items() if count == 1}
+        return {w: bias if bias in once else None for w, bias in self.biases.items() if w in once}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -296,21 +317,34 @@ class _ParameterUses(TorchFunctionMode):
                 "a gradient of its own. Use evaluation mode, and batch norm with "
                 "track_running_stats=True"
             )
-        leaves = [id(v) for v in _leaves([*args, *kwargs.values()])]
-        self.count.update(self.names[v] for v in leaves if v in self.names)
+        names = map(self._name, _leaves([*args, *kwargs.values()]))
+        self.count.update(name for name in names if name)
         out = func(*args, **kwargs)
         if func is F.linear:
             out = self._linear(out, *args, **kwargs)
         return out
 
+    def _inside(self) -> bool:
+        """Whether the network itself differentiates or maps: inputs cannot be taken out of that."""
+        return bool(torch._C._functorch.maybe_current_level() != self.level)
+
+    def _name(self, v: Any) -> str | None:
+        """Which parameter it is, also inside."""
+        functorch = torch._C._functorch
+        if isinstance(v, Tensor) and self._inside():
+            while id(v) not in self.names and functorch.is_functorch_wrapped_tensor(v):
+                v = functorch.get_unwrapped(v)
+        return self.names.get(id(v))
+
     def _linear(
         self, out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         name = self.names.get(id(weight))
-        if name is None or input.numel() != input.shape[-1]:  # not one vector
+        if name is None or weight.ndim != 2 or self._inside() or input.numel() != input.shape[-1]:
             return out
         self.inputs[name] = input.flatten()
-        self.biases[name] = self.names.get(id(bias))
+        one_each = bias is not None and bias.shape == weight.shape[:1]
+        self.biases[name] = self.names.get(id(bias)) if one_each else None
         return out + self.probes[name] if name in self.probes else out
 
 
@@ -350,6 +384,12 @@ def residual_stiffness(logits: Tensor, y: Tensor) -> Stiffness:
             [ 1.0000,  1.0000, -0.2500],
             [-0.2500, -0.2500,  1.0000]])
     """
+    if not tensor("logits", logits).is_floating_point() or logits.ndim != 2:
+        raise ValueError(
+            f"logits must be floating point numbers [n, K], got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}"
+        )
+    check_examples("", logits, y)
     bias = {"bias": torch.zeros_like(logits[0])}
     return stiffness(lambda p, z: z + p["bias"], bias, logits, y, batch_size=len(logits))
 
@@ -476,7 +516,7 @@ def class_matrix(
     Tensor
         [K, K].  NaN where there is no pair to average: for a class that is missing, and on the
         diagonal for a class with a single example.  A value that is infinite or NaN makes the
-        means over it so, and no other.
+        means over it so, and no other.  Half precision gives single precision.
 
     Notes
     -----
@@ -491,15 +531,16 @@ def class_matrix(
     tensor([[ 0.5000, -0.2000],
             [-0.2000,     nan]])
     """
-    sizes = (len(classes1), len(classes1 if classes2 is None else classes2))
-    if values.shape != sizes:
+    sizes = (len(tensor("classes1", classes1)), len(classes1 if classes2 is None else classes2))
+    if tensor("values", values).shape != sizes:
         raise ValueError(
             f"values must have one row and one column per example, {sizes}, "
             f"got shape {tuple(values.shape)}"
         )
-    of_class = lambda classes: F.one_hot(classes.long(), whole("num_classes", num_classes))
-    one = of_class(classes1).to(values.dtype)
-    two = one if classes2 is None else of_class(classes2).to(values.dtype)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # half cannot count
+    K = whole("num_classes", num_classes)
+    one = _of_class("classes1", classes1, K).to(values)
+    two = one if classes2 is None else _of_class("classes2", classes2, K).to(values)
     counted = torch.ones_like(values, dtype=torch.bool)
     if classes2 is None:
         counted = counted & ~torch.eye(len(values), dtype=torch.bool, device=values.device)
@@ -509,6 +550,17 @@ def class_matrix(
         here = values.isnan() if math.isnan(special) else values == special
         mean = torch.where(total(here.to(values)) > 0, mean + special, mean)
     return mean
+
+
+def _of_class(name: str, classes: Tensor, num_classes: int) -> Tensor:
+    """[n, K]: whether an example is of a class."""
+    whole_numbers = not (classes.is_floating_point() or classes.dtype == torch.bool)
+    one = classes.flatten()[:, None] == torch.arange(num_classes, device=classes.device)
+    if classes.ndim != 1 or not whole_numbers or known(~one.any(1).all()):
+        raise ValueError(
+            f"{name} must be whole numbers in [0, {num_classes}), of shape [n], got {classes}"
+        )
+    return one
 
 
 def within_classes(matrix: Tensor) -> Tensor:

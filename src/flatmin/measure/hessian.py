@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from .._ball import length, norm, over_largest
-from .._checks import number, whole
+from .._checks import number, tensor, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, dims
 from .._random import numpy_stream
@@ -242,14 +242,14 @@ def lanczos(matvec: Product, q: Tensor, steps: int) -> Lanczos:
     """
     _check_vector("q", q)
     whole("steps", steps)
-    if _known(~q.any()):
+    if known(~q.any()):
         raise ValueError("q must not be 0")
     found = _lanczos(matvec, q, steps)
     # Of a symmetric matrix only rounding is dropped, some 10 eps of T's size; 1 % leaves room for
     # products in TF32, or whose terms cancel.
     size = torch.maximum(found.alpha.abs().max(), found.beta.max())
     asymmetric = found.dropped > 0.01 * size
-    if _known(asymmetric):
+    if known(asymmetric):
         raise ValueError(
             "matvec must be the product with a symmetric matrix, got one whose q_i·Hq_j and "
             f"q_j·Hq_i differ by {(found.dropped / size).item():.0%} of T's largest entry"
@@ -306,7 +306,7 @@ def _check_vector(name: str, v: Any, length: int | None = None) -> None:
         raise ValueError(f"{name} must be a vector of {numbers}real numbers, got {got}")
 
 
-def _known(condition: Tensor) -> bool:
+def known(condition: Tensor) -> bool:
     """Whether it holds; False under ``vmap``, where it may differ between runs."""
     try:
         return bool(condition)
@@ -505,15 +505,15 @@ class Density(NamedTuple):
 
         Parameters
         ----------
-        at : Tensor [G]
-            Where to evaluate it.
+        at : Tensor
+            Where to evaluate it, of any shape.
         sigma : float
             In the unit of the eigenvalues.
 
         Returns
         -------
-        Tensor [G]
-            The mean over the probes; its integral is 1.
+        Tensor
+            In the shape of ``at``: the mean over the probes; its integral is 1.
 
         Examples
         --------
@@ -523,9 +523,9 @@ class Density(NamedTuple):
         """
         if not number("sigma", sigma, 0):
             raise ValueError(f"sigma must be > 0, got {sigma!r}")
-        z = (at[:, None] - self.node.flatten()) / sigma
+        z = (tensor("at", at)[..., None] - self.node.flatten()) / sigma
         height = self.weight.flatten() / (len(self.node) * sigma * math.sqrt(2 * math.pi))
-        return (height * torch.exp(-(z**2) / 2)).sum(1)
+        return (height * torch.exp(-(z**2) / 2)).sum(-1)
 
 
 @dims(node=["probe", "point"], weight=["probe", "point"])

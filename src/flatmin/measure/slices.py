@@ -11,6 +11,7 @@ every filter of a direction is as long as the filter of the network that it is a
 import torch
 from torch import Tensor
 
+from .._ball import length
 from .._checks import number, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, dims, map_rows
@@ -53,7 +54,7 @@ def loss_slice(
     radius : float
         r; at 1 each filter has moved by its own length.
     points : int
-        Number of points, evenly spaced; an odd one has the network itself in the middle.
+        Number of points, at least 2, evenly spaced; an odd one has the network itself in the middle.
     seed : int
         Seed of the direction.
     criterion : callable
@@ -89,7 +90,7 @@ def loss_slice(
     direction = _filter_normalized(normals(params, seed, "direction"), params)
     like = next(iter(params.values()))
     coordinates = torch.linspace(
-        -radius, radius, whole("points", points), device=like.device, dtype=like.dtype
+        -radius, radius, whole("points", points, 2), device=like.device, dtype=like.dtype
     )
     return map_rows(lambda a: value(plus(params, direction, a)), coordinates, chunk_size)
 
@@ -98,11 +99,13 @@ loss_slice.values_only = True  # type: ignore[attr-defined]  # of the criterion,
 
 
 def _filter_normalized(direction: Params, params: Params) -> Params:
-    length = lambda v: torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)), keepdim=True)
+    def of_filters(v: Tensor, p: float | Tensor) -> Tensor:
+        return torch.linalg.vector_norm(v, p, dim=tuple(range(1, v.ndim)), keepdim=True)
 
     def normalized(d: Tensor, w: Tensor) -> Tensor:
-        if w.ndim < 2:
+        if w.ndim < 2 or not w.numel():
             return torch.zeros_like(w)
-        return d * (length(w) / length(d).clamp_min(torch.finfo(d.dtype).tiny))
+        unit = d / length(d, of_filters).clamp_min(torch.finfo(d.dtype).tiny)
+        return unit * length(w, of_filters)
 
     return {name: normalized(direction[name], w) for name, w in params.items()}
