@@ -54,3 +54,11 @@ def hyperparameter(
     """
     if not isinstance(value, Tensor):
         number(name, value, least, most, **how)
+
+
+def known(condition: Tensor) -> bool:
+    """Whether it holds; False under ``vmap``, where it may differ between runs."""
+    try:
+        return bool(condition)
+    except RuntimeError:
+        return False

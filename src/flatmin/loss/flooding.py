@@ -77,6 +77,7 @@ class Flooding(LossStage):
         hyperparameter("flood_level", self.flood_level, 0)
 
     def __call__(self, losses: Tensor, rows: Tensor | None = None) -> Tensor:
-        if self.per_example:
-            return flood(losses.reshape(len(losses), -1).mean(1), self.flood_level).mean()
-        return flood(tensor("losses", losses).mean(), self.flood_level)
+        if not self.per_example:
+            return flood(tensor("losses", losses).mean(), self.flood_level)
+        each = tensor("losses", losses).reshape(len(losses), -1).mean(1)
+        return flood(each, self.flood_level).mean()

@@ -23,12 +23,11 @@ from torch.func import grad
 from torch.overrides import TorchFunctionMode
 
 from .._ball import length, over_largest
-from .._checks import tensor, whole
+from .._checks import known, tensor, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, check_examples, dims, over_rows
 from .._targets import checked_losses, example_losses
 from .._tree import Params, flatten, plus
-from .hessian import known
 
 __all__ = [
     "ClassStiffness",

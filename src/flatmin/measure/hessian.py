@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from .._ball import length, norm, over_largest
-from .._checks import number, tensor, whole
+from .._checks import known, number, tensor, whole
 from .._contracts import Loss, Network
 from .._functional import MeanLoss, dims
 from .._random import numpy_stream
@@ -304,14 +304,6 @@ def _check_vector(name: str, v: Any, length: int | None = None) -> None:
         numbers = "" if length is None else f"{length} "
         got = f"{v.dtype} of shape {tuple(v.shape)}" if tensor else type(v).__name__
         raise ValueError(f"{name} must be a vector of {numbers}real numbers, got {got}")
-
-
-def known(condition: Tensor) -> bool:
-    """Whether it holds; False under ``vmap``, where it may differ between runs."""
-    try:
-        return bool(condition)
-    except RuntimeError:
-        return False
 
 
 # ------------------------------------------------------------------------------------- eigenvalues
