@@ -44,7 +44,7 @@ CALLS = {
     "flood": ("loss", X, lambda v: flood(v, 0.1)),
     "FloodingLoss": ("loss", X, lambda v: FloodingLoss(lambda: v, 0.1)()),
     "Flooding": ("losses", X[0], lambda v: Flooding(0.1)(v)),
-    "iFlood": ("loss", X[0], lambda v: Flooding(0.1, per_example=True)(v)),
+    "iFlood": ("losses", X[0], lambda v: Flooding(0.1, per_example=True)(v)),
     "soft_targets": ("y", Y, lambda v: soft_targets(v, 3)),
     "mix": ("values", X, lambda v: mix(v, 0.3, PI)),
     "mix permutation": ("permutation", PI, lambda v: mix(X, 0.3, v)),
