@@ -389,6 +389,15 @@ def test_a_part_that_only_some_seeds_have_is_refused():
         fit(make, data, **HOW)
 
 
+def test_a_loss_stage_sees_a_whole_batch():
+    class WorstThree(LossStage):
+        def __call__(self, values, rows):
+            return values.topk(3).values.mean()
+
+    runs = fit(make, DATA, Recipe(loss=WorstThree()), **HOW)
+    assert (runs.train_loss[:, -1] < runs.train_loss[:, 0]).all()
+
+
 def test_a_loss_stage_without_a_gradient_is_refused():
     class Detached(LossStage):
         def __call__(self, values, rows):

@@ -56,7 +56,8 @@ def on(
         Measured in evaluation mode; its mode, weights, buffers and ``.grad`` are left as they are.
     instrument : callable
         ``instrument(network, params, x, y, **options)``, such as :func:`sharpness`; ``params`` are
-        the parameters of the model that require a gradient.
+        the parameters of the model that require a gradient.  One that takes a ``criterion`` but no
+        gradient of it says so by an attribute, ``instrument.values_only = True``.
     x, y : Tensor
         Examples [n, ...] and targets [n, ...], on the model's device.
     dtype : torch.dtype, optional

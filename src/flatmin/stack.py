@@ -612,11 +612,13 @@ class _Plan:
             self.device, self.dtype if w.is_floating_point() else w.dtype
         )
         self.start = tree_map(cast, (params, buffers))
+        self._check_loss()
         with torch.no_grad():
             self._check_networks(modules)
 
-    def _check_loss(self, rows: Tensor) -> None:
+    def _check_loss(self) -> None:
         """Refuse a loss stage whose result is not one number with a gradient."""
+        rows = torch.arange(self.batch_size or self.train_size, device=self.device)
         with torch.enable_grad():
             losses = torch.ones(len(rows), device=self.device, requires_grad=True)
             loss = self.recipe.loss(losses, rows)
@@ -639,7 +641,6 @@ class _Plan:
                     partial(_pass, model, training, buffers) for model in (module, self.template)
                 )
                 if i == 0:
-                    self._check_loss(two[0])
                     check_function(common, params, x, y, criterion, in_pieces and not training)
                 elif not alike(own(params, x), common(params, x)):
                     raise ValueError(
