@@ -1699,3 +1699,28 @@ def test_two_processes_equal_one(distributed, check):
 
 def test_per_rank_and_global_perturbations_differ(distributed):
     assert all(results["ddp_global_is_not_per_rank"] > 1e-3 for results in distributed)
+
+
+@pytest.mark.parametrize("view", [lambda o: o, lambda o: o.squeeze(-1), lambda o: o[:, 0]])
+@pytest.mark.parametrize("zero_first", [True, False])
+def test_an_output_that_is_changed_in_place_is_noticed(view, zero_first):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+        def forward(self, x):
+            return view(self.layers(x))
+
+    model, x, masks = Model(), torch.randn(8, 6), []
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+    model.layers[1].register_forward_hook(lambda module, args, output: masks.append(output != 0))
+    for end in (optimizer.first_step, optimizer.second_step):
+        output = model(x)
+        output -= 0.3
+        loss = output.sigmoid_().square().mean()
+        if not zero_first:
+            optimizer.zero_grad()
+        loss.backward()
+        end(zero_grad=zero_first)
+    assert torch.equal(*masks)

@@ -469,9 +469,11 @@ class SAM(torch.optim.Optimizer):
             return
         hook = _Hook(self, "_arrived", called)
         outputs = [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.grad_fn]
-        for y in outputs:
-            y.register_hook(hook)
-        if not outputs:  # it returns what cannot be looked into
+        # Of a view its base: if it is changed in place, its own node leaves the graph.
+        nodes = {(y if y._base is None else y._base).grad_fn or y.grad_fn for y in outputs}
+        for node in nodes:
+            node.register_prehook(hook)  # type: ignore[union-attr]
+        if not nodes:  # it returns what cannot be looked into
             self._arrived(called)
 
     def _arrived(self, called: "_Snapshot", *_: Any) -> None:
