@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import Cube
 from torch import nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -386,16 +387,8 @@ def test_kernels_without_a_right_second_derivative_are_refused_in_a_loop():
     attention = lambda q: nn.functional.scaled_dot_product_attention(q, q, q)
     bag, rows = nn.EmbeddingBag(5, 4), torch.tensor([[0, 1], [2, 3]])
 
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            return 3 * ctx.saved_tensors[0] ** 2 * g
+    class Once(Cube):
+        backward = staticmethod(torch.autograd.function.once_differentiable(Cube.backward))
 
     bias = layer.bias
     losses = {
