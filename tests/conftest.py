@@ -11,6 +11,8 @@ from hypothesis import settings
 from torch import nn
 from torch.func import functional_call, grad
 
+collect_ignore = ["typed_use.py"]  # mypy's
+
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("here", deadline=None)  # the first call of a torch kernel is slow
 settings.load_profile("ci" if os.environ.get("CI") else "here")
