@@ -28,13 +28,6 @@ from flatmin.pipeline import BatchStage, GradientStage, LossStage, OptimizerStag
 from flatmin.stack import epoch_order, error, initial_module, stream
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """Remove the influence of the environment."""
-    for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def make_data(seed=0, train=23, validation=9, test=17, features=5):
     """Three overlapping classes; with 23 examples, the last batch of 10 has only 3."""
     generator = torch.Generator().manual_seed(seed)

@@ -30,9 +30,6 @@ from flatmin.measure import (
 )
 from flatmin.pipeline import example_losses
 
-pytestmark = pytest.mark.filterwarnings(  # from unusual models under vmap
-    "ignore:There is a performance drop"
-)
 NAN = math.nan
 
 
