@@ -21,6 +21,14 @@ for name, w in now.items():
     assert w.isfinite().all() and (moved or name == "0.bias"), name  # BatchNorm undoes a bias
 assert optimizer.skipped == 0
 """
+ONE_AFTER_THE_OTHER = """
+import runpy
+import sys
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+for name in {}:
+    runpy.run_path(f"{{folder}}/{{name}}.py", dict(FOLDER=folder, RANK=rank))
+"""
 KEEP = "vars_at_start = {name: w.detach().clone() for name, w in model.named_parameters()}\n"
 
 
@@ -55,13 +63,12 @@ def test_blocks_train_in_two_processes(tmp_path):
     old = torch.__version__.startswith("2.6.")
     if old:
         del blocks["fully_shard"]
-    lines = ["import sys", "FOLDER, RANK = sys.argv[1], int(sys.argv[2])"]
     for name, code in blocks.items():
         meeting = f'"gloo", f"file://{{FOLDER}}/{name}", rank=RANK, world_size=2'
         code = code.replace('"gloo"', meeting)
-        lines.append(f"exec(compile({code!r}, {name!r}, 'exec'), {{**globals()}})")
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
     script = tmp_path / "train.py"
-    script.write_text("\n".join(lines), encoding="utf-8")
+    script.write_text(ONE_AFTER_THE_OTHER.format([*blocks]), encoding="utf-8")
     in_two_processes(script, tmp_path)
     if old:
         pytest.skip("fully_shard of PyTorch 2.6 does not run on a CPU")
