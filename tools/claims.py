@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from notebooks import BOOK, chapters, execute_all, read_text, sync
+from notebooks import BOOK, chapters, execute_all, read, read_text, sync
 
 sys.path.insert(0, str(BOOK / "_ext"))
 from flatmin_book import claims_in  # noqa: E402  (as the book lists them)
@@ -20,7 +20,7 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 def holds(log):
     """{claim: whether it always held} from the lines that `flatmin.book.claim` wrote."""
     held = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
+    for line in read(log).splitlines() if log.exists() else ():
         entry = json.loads(line)
         held[entry["id"]] = held.get(entry["id"], True) and entry["holds"]
     return held
@@ -63,4 +63,5 @@ def main(names):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # the marks, also into a file on Windows
     sys.exit(main(sys.argv[1:]))

@@ -55,7 +55,7 @@ def test_every_chapter_is_in_the_table_of_contents():
 
 
 def test_both_halves_are_equal(path):
-    assert differences(path) == [], "edit the .md half, then: make notebooks"
+    assert differences(path) == "", "edit the .md half, then: make notebooks"
 
 
 def test_the_text_half_has_the_header_that_pairs_it_in_jupyter(path):
