@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 
 from notebooks import BOOK, chapters, execute_all, read, read_text, sync
 
+from flatmin._files import print_line
+
 sys.path.insert(0, str(BOOK / "_ext"))
 from flatmin_book import claims_in  # noqa: E402  (as the book lists them)
 
@@ -56,12 +58,11 @@ def main(names):
         for name in ids:
             # None: the chapter never reached the claim
             row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]
-            print(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
+            print_line(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
             good, total = good + sum(held is True for held in row), total + len(row)
     print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")
     return 0 if good == total and not crashed else 1
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # the marks, also into a file on Windows
     sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import notebooks
-from notebooks import bootstrap, chapters, read, replace, repository
+from notebooks import bootstrap, chapters, read, repository
+
+from flatmin._files import replace
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 CARD = """:::{{grid-item-card}} {number}. {title}

@@ -30,6 +30,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from packaging.version import Version
 
+from flatmin._files import replace
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 BUILD = ROOT / "_build"
@@ -39,14 +41,6 @@ CRASHES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
 def read(path):
     return path.read_text(encoding="utf-8")
-
-
-def replace(path, text):
-    """Write a text file whole or not at all; not if it is the same, so that its page is not rebuilt."""
-    if not path.exists() or read(path) != text:
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, path)
 
 
 def repository():
@@ -125,9 +119,9 @@ def sync(path):
         ]
         if own:
             sys.exit(
-                f"{target.name} has {len(own)} cells that were written in the notebook and are not in "
-                f"{path.name}; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them "
-                f"to {path.name}, or save the notebook under another name and take the old one from git"
+                f"{target.name} has cells ({len(own)}) that were written there and that {path.name} "
+                f"lacks; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
+                f"{path.name}, or save the notebook under another name and take the old one from git"
             )
         keep_outputs(notebook, old)
     write(notebook, path)
@@ -135,9 +129,11 @@ def sync(path):
 
 
 def write(notebook, path):
-    """Write the notebook of a text half."""
+    """Write the notebook of a text half, if it differs: an unchanged page is not rebuilt."""
     nbformat.validate(notebook)
-    replace(path.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")
+    target, text = path.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n"
+    if not target.exists() or read(target) != text:
+        replace(target, text)
     path.touch()  # JupyterLab opens a pair whose text half is the newer one, or that is equal
 
 

@@ -13,6 +13,8 @@ import pytest
 from flatmin_book import claims_in
 from notebooks import bootstrap, chapters, differences, read
 
+from flatmin._files import replace
+
 CHAPTER = """---
 jupytext:
   formats: ipynb,md:myst
@@ -62,10 +64,6 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
-def rewrite(path, text):
-    path.write_text(text, encoding="utf-8")
-
-
 def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
     target = tree / "book" / "01_try.ipynb"
     assert notebooks.run(chapters()) == {}
@@ -81,7 +79,7 @@ def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
 def test_sync_keeps_the_outputs_of_unchanged_cells_only(tree):
     [path] = chapters()
     notebooks.run([path])
-    rewrite(path, CHAPTER.replace("1 + 1", "1 + 2").replace("Prose", "New prose"))
+    replace(path, CHAPTER.replace("1 + 1", "1 + 2").replace("Prose", "New prose"))
     assert "1 + 2" in differences(path)
     notebooks.sync(path)
     changed, unchanged = code_cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
@@ -102,24 +100,24 @@ def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
     nbformat.write(notebook, path.with_suffix(".ipynb"))
     before = path.with_suffix(".ipynb").read_bytes()
     for command in (notebooks.sync, lambda path: notebooks.run([path]), lambda _: notebooks.book()):
-        with pytest.raises(SystemExit, match=r"01_try.ipynb has 1 cells .*my_answer.*another name"):
+        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*my_answer.*another name"):
             command(path)
     assert path.with_suffix(".ipynb").read_bytes() == before and differences(path)
     assert read(path) == CHAPTER
 
 
-def test_text_is_utf_8_whatever_the_locale_and_is_replaced_whole(tree, monkeypatch):
+def test_a_notebook_is_written_in_utf_8_and_replaced_whole(tree, monkeypatch):
     [path] = chapters()
-    rewrite(path, CHAPTER.replace("Prose", "✓ Prosa für alle"))
+    replace(path, CHAPTER.replace("Prose", "✓ Prosa für alle"))
     notebooks.run([path])
     before = path.with_suffix(".ipynb").read_bytes()
     assert "✓ Prosa für alle".encode() in before
-    rewrite(path, CHAPTER)
+    replace(path, CHAPTER)
 
     def full(self, *_, **__):
         raise OSError("no space left on the disk")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         notebooks.sync(path)
     assert path.with_suffix(".ipynb").read_bytes() == before
@@ -128,11 +126,11 @@ def test_text_is_utf_8_whatever_the_locale_and_is_replaced_whole(tree, monkeypat
 def test_book_shows_what_this_machine_computes(tree, capsys):
     """It executes only what changed, and takes nothing that a notebook stores."""
     [path] = chapters()
-    rewrite(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
-    rewrite(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)"))
+    replace(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
+    replace(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)"))
     notebooks.run([path])
     stored = read(path.with_suffix(".ipynb"))
-    rewrite(path.with_suffix(".ipynb"), stored.replace(r"42\n", r"77\n"))
+    replace(path.with_suffix(".ipynb"), stored.replace(r"42\n", r"77\n"))
 
     def executed():
         capsys.readouterr()
@@ -143,16 +141,16 @@ def test_book_shows_what_this_machine_computes(tree, capsys):
 
     again, page = executed()
     assert again and ">42\n" in page and ">77\n" not in page
-    rewrite(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)").replace("Pro", "New pro"))
+    replace(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)").replace("Pro", "New pro"))
     again, page = executed()
     assert not again and ">42\n" in page and "New prose" in page
-    rewrite(tree / "src" / "flatmin" / "new.py", "")
+    replace(tree / "src" / "flatmin" / "new.py", "")
     assert executed()[0]
 
 
 def test_a_cell_that_raises_is_reported_and_nothing_is_written(tree, capsys):
     [path] = chapters()
-    rewrite(path, CHAPTER.replace("1 + 1", "1 / 0"))
+    replace(path, CHAPTER.replace("1 + 1", "1 / 0"))
     assert (
         list(notebooks.run([path])) == ["01_try"] and "ZeroDivisionError" in capsys.readouterr().out
     )
@@ -167,8 +165,8 @@ def test_a_cell_that_raises_is_reported_and_nothing_is_written(tree, capsys):
 
 def test_a_warning_of_the_renderer_fails_each_time(tree, capsys):
     [path] = chapters()
-    rewrite(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
-    rewrite(path, CHAPTER.replace("Prose", "[nowhere](nowhere.md)"))
+    replace(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
+    replace(path, CHAPTER.replace("Prose", "[nowhere](nowhere.md)"))
     for _ in range(2):
         assert notebooks.book()
         assert capsys.readouterr().out.splitlines()[-1].startswith("book: rendering FAILED after ")
@@ -183,7 +181,7 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
     [path] = chapters()
     monkeypatch.setattr(claims, "SEEDS", [1, 2])
     seed = 'os.environ["FLATMIN_SEED"]'
-    rewrite(
+    replace(
         path,
         with_claims(
             'claim("always", "it holds", True)',
@@ -205,7 +203,7 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
 
 def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
     monkeypatch.setattr(claims, "SEEDS", [3])
-    rewrite(chapters()[0], with_claims('claim("always", "it holds", True)'))
+    replace(chapters()[0], with_claims('claim("always", "it holds", True)'))
     assert (
         claims.main([]) == 0
         and "claims: 1 of 1 hold, 0 chapter runs crashed" in capsys.readouterr().out
@@ -214,7 +212,7 @@ def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
 
 def test_claims_list_requires_plain_strings(tree):
     [path] = chapters()
-    rewrite(path, with_claims('claim("a-" + "b", "computed name", True)'))
+    replace(path, with_claims('claim("a-" + "b", "computed name", True)'))
     notebooks.sync(path)
     with pytest.raises(ValueError, match="plain strings: claim"):
         claims_in(path.with_suffix(".ipynb"))
