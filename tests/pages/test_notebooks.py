@@ -117,12 +117,16 @@ def test_code_on_other_pages_fits_the_column():
     block = re.compile(r"^```(?:bash|python)\n(.*?)^```", re.S | re.M)
     pages = [path for path in BOOK.glob("*.md") if path not in chapters()]
     blocks = [(path.name, code) for path in pages for code in block.findall(path.read_text())]
-    assert len(blocks) > 20 and [
-        f"{name}: {len(line)} columns: {line}"
-        for name, code in blocks
-        for line in code.splitlines()
-        if len(line) > COLUMNS
-    ] == []
+    assert (
+        len(blocks) > 20
+        and [
+            f"{name}: {len(line)} columns: {line}"
+            for name, code in blocks
+            for line in code.splitlines()
+            if len(line) > COLUMNS
+        ]
+        == []
+    )
 
 
 def test_outputs_are_stored_and_none_is_an_error(cells):
