@@ -74,8 +74,8 @@ def parts():
 
 def article(folder, name, names):
     """The article of a page, with its name in all anchors, and links into the PDF or to the web."""
-    page = BeautifulSoup((folder / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
-    article = page.select_one("article.bd-article")
+    rendered = BeautifulSoup((folder / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+    article = rendered.select_one("article.bd-article")
     for left_out in article.select("script, a.headerlink, details.above-input"):
         left_out.decompose()
     for details in article.select("details"):

@@ -11,7 +11,7 @@ import yaml
 from flatmin_book import claims_in, names_in, papers_in, public_name
 from notebooks import BOOK, bootstrap, chapters, differences
 
-toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
 in_toc = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
 COLUMNS = 80  # of code, which fit the column of a page
 # Chapters whose visible code is wider. The rewriting of a chapter takes it off this list.
@@ -76,7 +76,7 @@ def test_both_halves_are_equal(path):
 
 
 def test_the_text_half_has_the_header_that_pairs_it_in_jupyter(path):
-    header = yaml.safe_load(path.read_text().split("---")[1])
+    header = yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1])
     assert (
         header["jupytext"]["formats"] == "ipynb,md:myst"
         and header["kernelspec"]["name"] == "python3"
@@ -116,7 +116,11 @@ def test_code_on_other_pages_fits_the_column():
     """Printed text wraps, so it may be longer."""
     block = re.compile(r"^```(?:bash|python)\n(.*?)^```", re.S | re.M)
     pages = [path for path in BOOK.glob("*.md") if path not in chapters()]
-    blocks = [(path.name, code) for path in pages for code in block.findall(path.read_text())]
+    blocks = [
+        (path.name, code)
+        for path in pages
+        for code in block.findall(path.read_text(encoding="utf-8"))
+    ]
     assert (
         len(blocks) > 20
         and [
@@ -206,7 +210,9 @@ def test_claims_are_found_and_unique():
 
 def documented(name):
     """Whether the API reference has an entry for a full name or for its module."""
-    entries = re.findall(r"auto(?:module|function):: (\S+)", (BOOK / "api.md").read_text())
+    entries = re.findall(
+        r"auto(?:module|function):: (\S+)", (BOOK / "api.md").read_text(encoding="utf-8")
+    )
     return name in entries or name.rsplit(".", 1)[0] in entries
 
 

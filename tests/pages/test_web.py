@@ -209,7 +209,7 @@ def test_page(browser, address, name, width, scheme):
             type="jpeg",
             quality=80,
         )
-        page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+        page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
         assert page.evaluate(ONE_OF_EACH) > 3
         contrast = [
             {"include": [["[data-one-of-each]"]]},
