@@ -1,18 +1,29 @@
-"""What all tests share: one thread per process, reproducible Hypothesis runs, the GPU mark."""
+"""What all tests share: nothing of the shell that runs them, Hypothesis' settings, the GPU mark."""
 
 import os
 
-# before torch is imported, because the tests run in several processes
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# before torch is imported; the programs that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
 
+import matplotlib
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from torch import nn
 from torch.func import functional_call, grad
 
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
-settings.register_profile("here", deadline=None)  # the first call of a torch kernel is slow
+collect_ignore = ["typed_use.py"]  # mypy's
+
+BY_CHANCE = "FLATMIN_SEED FLATMIN_CLAIMS_LOG RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MPLBACKEND"
+for name in BY_CHANCE.split():
+    os.environ.pop(name, None)
+matplotlib.use("agg")  # needs no display
+matplotlib.rcdefaults()  # forgets a matplotlibrc
+
+# no deadline, no complaint that examples are drawn slowly: a busy machine does it slowly
+any_time = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("here", **any_time)
+settings.register_profile("ci", **any_time, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 

@@ -1,8 +1,13 @@
-"""What several test files share: problems, an unusual operation, SAM's formula."""
+"""What several test files share: problems, an unusual operation, SAM's formula, two processes."""
 
+import contextlib
 import copy
 import math
+import os
+import subprocess
+import sys
 
+import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -103,6 +108,31 @@ def closure_of(model, optimizer, x, y):
         return loss
 
     return closure
+
+
+def in_two_processes(script, folder):
+    """Run ``python SCRIPT FOLDER RANK`` for both ranks; they meet over gloo."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("this build of PyTorch has no gloo")
+    logs = [folder / f"log{rank}" for rank in range(2)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(script), str(folder), str(rank)]
+            environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+            with log.open("w", encoding="utf-8") as file:
+                processes.append(
+                    subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(timeout=600)  # stops only what hangs
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    printed = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-2000:] for log in logs)
+    assert [process.returncode for process in processes] == [0, 0], printed
 
 
 MIXUPS = [

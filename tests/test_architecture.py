@@ -3,7 +3,7 @@
 import ast
 import importlib
 import pkgutil
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -77,11 +77,14 @@ def test_no_module_shadows_a_public_name(name):
     assert all(hasattr(package, public) for public in package.__all__)
 
 
-def test_the_first_editions_names_of_two_packages_still_work():
+def test_the_first_editions_names_of_two_packages_still_work(monkeypatch, capsys):
     from flatmin import check, experiments
 
     assert check.flooded is importlib.import_module("flatmin.book.check").flooded
     assert experiments.record is importlib.import_module("flatmin.book.experiments").record
-    command = [sys.executable, "-m", "flatmin.experiments", "--list"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.delitem(sys.modules, "flatmin.experiments")  # as at the start of python -m
+    monkeypatch.setattr(sys, "argv", ["experiments", "--list"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module("flatmin.experiments", run_name="__main__")
+    listed = capsys.readouterr().out
     assert [line.split()[0] for line in listed.splitlines()] == experiments.NAMES

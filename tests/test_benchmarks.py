@@ -3,10 +3,12 @@
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,6 +36,15 @@ def scripts():
         sys.modules.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    """Whenever a script looks at the clock, a second has passed."""
+    seconds = itertools.count()
+    for name in ("common", "run_all"):
+        clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+        monkeypatch.setattr(script(name), "time", clock)
+
+
 def script(name):
     return importlib.import_module(name)
 
@@ -54,15 +65,17 @@ def check(record, printed):
                 assert name in printed
                 assert 0 < side["seconds"] < math.inf
                 assert 0 < side["quartiles"][0] <= side["ratio"] <= side["quartiles"][1]
-            assert 0 < row["floor"]["seconds"] < row["sides"][part["unit"]]["seconds"] * 3
+            assert 0 < row["floor"]["seconds"] < math.inf
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_a_benchmark_runs_and_records(topic, tmp_path, capsys):
+def test_a_benchmark_runs_and_records(topic, tmp_path, capsys, monkeypatch):
     file = tmp_path / "new folder" / f"benchmark_{topic}.json"
+    monkeypatch.setattr(script("stiffness"), "memory", lambda way, name, n, device: 7.0)
     script(topic).main(["--quick", "--record", str(file)])
     record, printed = json.loads(file.read_text(encoding="utf-8")), capsys.readouterr().out
     check(record, printed)
+    assert ("7 MiB" in printed) is (topic == "stiffness")
     page = script("report").page(file.parent)
     assert page.count("Not recorded yet.") == len(TOPICS) - 1
     assert f"`{file.name}`: device {record['setting']['device']}" in page
@@ -103,7 +116,7 @@ def test_all_of_them_in_one_process(monkeypatch, capsys):
     script("run_all").main(["--record"])
     assert ("mixup", ["--record", "--device", "cuda"]) in ran
     assert ran[-1] == "page"
-    assert "all benchmarks: 0 s" in capsys.readouterr().out
+    assert f"all benchmarks: {2 * 2 * len(TOPICS) + 1} s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -142,6 +155,28 @@ def test_turns_rotate(monkeypatch):
     called.clear()
     bench.turns(sides, "a", times=lambda f: f() or 1.0, least=1, warm_up=False)
     assert "".join(called) == "bca"
+
+
+def test_a_floor_is_the_longer_of_arithmetic_and_bytes(monkeypatch):
+    common = script("common")
+    monkeypatch.setattr(common, "matmul_rate", lambda device: 4.0)
+    monkeypatch.setattr(common, "copy_rate", lambda device, footprint: max(footprint, 1) / 10)
+    for needs, seconds, limit in (
+        ({"multiplications": 8}, 2.0, "arithmetic"),
+        ({"multiplications": 80, "bytes": 6}, 20.0, "arithmetic"),
+        ({"multiplications": 8, "bytes": 6}, 10.0, "bytes"),
+        ({"multiplications": 8, "bytes": 60, "footprint": 100}, 6.0, "bytes"),
+    ):
+        found = common.floor("cpu", **needs)
+        assert (found["seconds"], found["of"]) == (seconds, limit)
+
+
+def test_rates_are_those_of_the_fastest_repeat(monkeypatch):
+    common, times = script("common"), [4.0, 2.0, 8.0]
+    monkeypatch.setattr(common.Clock, "time", lambda clock, function: times.pop() if times else 9.0)
+    assert common.matmul_rate("cpu", repeats=3) == 512**3 / 2
+    times.extend([4.0, 2.0, 8.0])
+    assert common.copy_rate("cpu", 2**21, repeats=3) == 2**21 / 2
 
 
 def test_a_busy_machine_is_reported(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,13 +27,6 @@ from flatmin.measure import dims, eigenvalues, gradient_norm, on, sharpness, sti
 from flatmin.optimizer import EMA, SGD, Adam, TwoRates
 from flatmin.pipeline import BatchStage, GradientStage, LossStage, OptimizerStage, Step
 from flatmin.stack import epoch_order, error, initial_module, stream
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """Remove the influence of the environment."""
-    for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def make_data(seed=0, train=23, validation=9, test=17, features=5):
@@ -907,7 +901,9 @@ def test_best_step_of_bad_input():
 # -------------------------------------------------------------------------------------- labels
 
 
-def test_labels(tmp_path):
+def test_labels(tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([20.0, 23.5]).__next__)
+    monkeypatch.setattr(stack, "time", clock)
     runs = fit(
         MLP,
         DATA,
@@ -938,7 +934,7 @@ def test_labels(tmp_path):
     assert runs.attrs["dtype"] == "torch.float32"
     assert runs.attrs["device"] == "cpu"
     assert runs.attrs["torch"] == torch.__version__
-    assert runs.attrs["seconds"] > 0
+    assert runs.attrs["seconds"] == 3.5
     for part in ("flood_level=0.25", "lr=0.05", "PlainGradient", "example_losses"):
         assert part in runs.attrs["recipe"]
 

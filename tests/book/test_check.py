@@ -1,5 +1,6 @@
 """The code behind the checks: whatever a student submits, and what the reports say."""
 
+import contextlib
 import threading
 import time
 from copy import deepcopy
@@ -45,7 +46,7 @@ def double(trial):
     trial("a matrix", {"x": trial.randn(2, 2)}, want=2 * trial_matrix(trial), hint="Any shape.")
 
 
-double.seconds = 0.3
+double.seconds = threading.TIMEOUT_MAX  # stops nothing, however busy the machine is
 
 
 def trial_matrix(trial):
@@ -184,32 +185,37 @@ def swallowing(x):
             continue
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(double, "seconds", 0.05)
+
+
 @pytest.mark.parametrize("answer", [forever, swallowing])
-def test_an_endless_loop_is_stopped(answer):
-    assert "stopped after 0.3 seconds" in report_text(answer)
+def test_an_endless_loop_is_stopped(impatient, answer):
+    assert "stopped after 0.05 seconds" in report_text(answer)
 
 
-def test_a_second_alarm_stops_a_bare_except():
+def test_a_second_alarm_stops_a_bare_except(impatient):
     def answer(x):
         try:
             forever(x)
         except:  # noqa: E722
             forever(x)
 
-    assert "stopped after 0.3 seconds" in report_text(answer)
+    assert "stopped after 0.05 seconds" in report_text(answer)
 
 
 @pytest.mark.parametrize("answer", [forever, swallowing])
-def test_an_endless_loop_is_also_stopped_in_a_thread(answer):
+def test_an_endless_loop_is_also_stopped_in_a_thread(impatient, answer):
     texts = []
-    thread = threading.Thread(target=lambda: texts.append(report_text(answer)))
+    thread = threading.Thread(target=lambda: texts.append(report_text(answer)), daemon=True)
     thread.start()
-    thread.join(30)
-    assert texts and "stopped after 0.3 seconds" in texts[0]
+    thread.join(600)
+    assert texts and "stopped after 0.05 seconds" in texts[0]
 
 
 def test_no_alarm_follows_after_the_time_limit():
-    with time_limit(0.05):
+    with contextlib.suppress(OutOfTime), time_limit(0.05):  # a busy machine may take as long
         pass
     time.sleep(0.1)
     with pytest.raises(OutOfTime), time_limit(0.05):
@@ -297,39 +303,26 @@ def test_all_checks_are_exported_and_documented():
         assert one.__doc__.endswith(".") and one.__name__ == name
 
 
+NONSENSE = {
+    "None": lambda *a: None,
+    "number": lambda *a: 3.5,
+    "tuple": lambda *a: (),
+    "dict": lambda *a: {},
+    "str": lambda *a: "x",
+    "list": lambda *a: [1, "x"],
+    "NaN": lambda *a: torch.full((2, 2), torch.nan),
+    "inputs": lambda *a: a,
+    "no arguments": lambda: 0,
+    "no function": 7,
+    "missing": None,
+}
+
+
 @pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda *a: None,
-        lambda *a: 3.5,
-        lambda *a: (),
-        lambda *a: {},
-        lambda *a: "x",
-        lambda *a: [1, "x"],
-        lambda *a: torch.full((2, 2), torch.nan),
-        lambda *a: a,
-        lambda: 0,
-        7,
-        None,
-    ],
-    ids=[
-        "None",
-        "number",
-        "tuple",
-        "dict",
-        "str",
-        "list",
-        "NaN",
-        "inputs",
-        "no arguments",
-        "no function",
-        "missing",
-    ],
-)
-def test_no_check_accepts_nonsense_or_breaks_on_it(name, answer):
-    report = CHECKS[name].run(answer)
-    assert not report and isinstance(report.mistake, Mistake) and str(report)
+def test_no_check_accepts_nonsense_or_breaks_on_it(name):
+    for kind, answer in NONSENSE.items():
+        report = CHECKS[name].run(answer)
+        assert not report and isinstance(report.mistake, Mistake) and str(report), kind
 
 
 def test_checks_do_not_touch_the_global_random_state():

@@ -12,13 +12,6 @@ from flatmin import Recipe, best_step, fit
 from flatmin.book import MLP, claim, first_seed, seeds, two_gaussians
 from flatmin.optimizer import SGD
 
-
-@pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
-    for name in ("FLATMIN_SEED", "FLATMIN_CLAIMS_LOG"):
-        monkeypatch.delenv(name, raising=False)
-
-
 TRUE = [
     True,
     np.True_,

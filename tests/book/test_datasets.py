@@ -59,7 +59,7 @@ def same(one: Data, other: Data, *fields: str) -> bool:
     noise=st.floats(0, 1),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_noise_changes_exactly_the_rounded_share_of_labels(n, num_classes, noise, seed):
     y = torch.randint(num_classes, (n,), generator=seeded(seed))
     before = y.clone()
@@ -71,7 +71,7 @@ def test_noise_changes_exactly_the_rounded_share_of_labels(n, num_classes, noise
 
 
 @given(low=st.floats(0, 1), high=st.floats(0, 1), seed=st.integers(0, 2**32))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_noise_is_nested(low, high, seed):
     low, high = sorted((low, high))
     y = torch.arange(60) % 5
@@ -113,7 +113,7 @@ def assemble(size=100, train_size=None, validation_size=0, seed=0):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_training_and_validation_are_disjoint_and_nested(draw):
     size = draw.draw(st.integers(1, 80))
     validation_size = draw.draw(st.integers(0, size - 1))

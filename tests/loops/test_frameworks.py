@@ -101,7 +101,8 @@ def scaler_on_a_cpu(lightning):
 
 
 def test_the_page_names_the_versions_that_it_was_tried_with():
-    pins = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.M))
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w-]+)==(\d+\.\d+)", text, re.M))
     assert (
         f"with PyTorch {pins['torch']}, Lightning {pins['lightning']} "
         f"and Accelerate {pins['accelerate']},"

@@ -4,11 +4,7 @@ import copy
 import io
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-import time
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -17,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import INF, climb, closure_of, flatten, norm
+from problems import INF, climb, closure_of, flatten, in_two_processes, norm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -1638,35 +1634,9 @@ def test_on_a_gpu_with_float16_and_dropout():
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("this build of PyTorch has no gloo")
     folder = tmp_path_factory.mktemp("distributed")
-    script = Path(__file__).with_name("sam_distributed.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = []
-    for rank in range(2):
-        log = (folder / f"log{rank}").open("w")
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        )
-    end = time.monotonic() + 120
-    try:
-        for process in processes:
-            process.wait(timeout=max(end - time.monotonic(), 1))
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    in_two_processes(Path(__file__).with_name("sam_distributed.py"), folder)
     files = [folder / f"results{rank}.json" for rank in range(2)]
-    if not all(file.exists() for file in files):
-        pytest.fail("\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(2)))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 

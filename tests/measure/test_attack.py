@@ -391,7 +391,6 @@ def test_every_pass_sees_the_same_inputs_and_buffers():
     assert model.passes == 1 and torch.equal(x, before)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_modules_around_a_module():
     _, x, y = problem(dtype=torch.float32)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()

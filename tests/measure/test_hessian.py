@@ -621,7 +621,6 @@ def test_agrees_with_pyhessian():
     assert abs(np.mean(samples) - ours.value) < 4 * error
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_agrees_with_curvlinops():
     peer = pytest.importorskip("curvlinops", reason="curvlinops is not installed (the bench extra)")
     model, x, y = problem(lambda: MLP(4, 16, 16, 3, activation=nn.Tanh), n=60)

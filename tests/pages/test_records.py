@@ -7,11 +7,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from flatmin_book import benchmarks_in
+from flatmin_book import attribute_text, benchmarks_in
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
-from flatmin.book.experiments import NAMES, experiment, records
+from flatmin.book.experiments import NAMES, experiment, plan, records
+from flatmin.book.experiments.display import duration
 
 PAGE = """# Full scale
 
@@ -31,7 +32,7 @@ def page(tmp_path_factory):
 
     def render(folder):
         here = tmp_path_factory.mktemp("book")
-        (here / "index.md").write_text(PAGE)
+        (here / "index.md").write_text(PAGE, encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch, docutils_namespace():
             patch.setattr(records, "FOLDERS", [folder])
             patch.setattr("flatmin.book.experiments.FOLDERS", [folder])
@@ -60,7 +61,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def committed(page):
-    return page(records.FOLDERS[1]).read_text()
+    return page(records.FOLDERS[1]).read_text(encoding="utf-8")
 
 
 def section(html, name):
@@ -87,11 +88,13 @@ def test_every_experiment_names_its_source_and_its_commands(committed, name):
 
 def test_a_record_is_shown_with_its_origin_its_figure_and_its_rate(committed):
     text = re.sub(r"<[^>]+>", "", section(committed, "flooding_synthetic"))
-    assert re.search(r"recorded on cpu, 10 seeds, \d+ min", text)
-    assert re.search(r"not yet recorded; about \d+ min at the rate of reduced\b", text)
-    assert (
-        "commit not recorded" in text and "data generated: two_gaussians, sinusoid, spiral" in text
-    )
+    known = records.record("flooding_synthetic").attrs
+    seeds, took = len(json.loads(known["seeds"])), duration(known["seconds"])
+    assert f"recorded on {known['device']}, {seeds} seeds, {took}" in text
+    seconds, measured = plan("flooding_synthetic", "paper").seconds()
+    size = measured.attrs["size"]
+    assert f"not yet recorded; about {duration(seconds)} at the rate of {size}" in text
+    assert all(attribute_text(known, key) in text for key in ("commit", "data", "torch"))
     alt = re.search(r'<img alt="([^"]*)"', section(committed, "flooding_synthetic"))[1]
     assert alt.startswith("flooding_synthetic, demo: Test accuracy")
 
@@ -103,7 +106,7 @@ def test_benchmarks_are_listed(committed):
 
 
 def test_without_records_there_are_no_results(page, tmp_path):
-    html = page(tmp_path).read_text()
+    html = page(tmp_path).read_text(encoding="utf-8")
     assert "<img" not in html and "Nothing yet." in html
     for name in NAMES:
         states = re.sub(r"<[^>]+>", "", section(html, name))
@@ -115,7 +118,8 @@ def test_a_new_record_appears(page, tmp_path):
     known.attrs |= {"size": "paper, seeds=10", "device": "A large GPU", "seconds": 7200.0}
     records.save("flooding_synthetic", known, tmp_path, "paper")
     shutil.copy(next(records.FOLDERS[1].glob("benchmark_*.json")), tmp_path)
-    text = re.sub(r"<[^>]+>", "", section(page(tmp_path).read_text(), "flooding_synthetic"))
+    html = page(tmp_path).read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]+>", "", section(html, "flooding_synthetic"))
     assert "recorded with seeds=10 on A large GPU, 10 seeds, 2.0 h" in text
     assert "at the rate" not in text  # a record with changed settings gives no rate
     assert json.loads(records.read(tmp_path / "flooding_synthetic-paper.nc.xz").attrs["seeds"])

@@ -51,7 +51,7 @@ def cost(settings):
 
 
 def run_unit(unit, settings, work):
-    with open(os.environ["TOY_LOG"], "a") as file:
+    with open(os.environ["TOY_LOG"], "a", encoding="utf-8") as file:
         print(f"{unit['method']}{unit['seed']}", file=file)
     generator = stream(unit["seed"], unit["method"])
     walk = torch.randn(settings["steps"], generator=generator).cumsum(0)
@@ -81,19 +81,22 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """The toy experiment in the registry; the units that it started, and a folder for records."""
-    for name in ("FLATMIN_SEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    """The toy experiment in the registry; the units that it started, and a folder for records.
+
+    Each unit takes a minute of its clock.
+    """
     file, log = tmp_path / "toy.py", tmp_path / "log"
-    file.write_text(TOY)
-    log.write_text("")
+    file.write_text(TOY, encoding="utf-8")
+    log.touch()
     monkeypatch.setenv("TOY_LOG", str(log))
+    minutes = itertools.count(step=60.0)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: next(minutes)))
     spec = importlib.util.spec_from_file_location("flatmin.book.experiments.toy", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, spec.name, module)
     records.NAMES.append("toy")
-    started = lambda: log.read_text().split()
+    started = lambda: log.read_text(encoding="utf-8").split()
     yield SimpleNamespace(file=file, started=started, out=tmp_path / "out", module=module)
     records.NAMES.remove("toy")
 
@@ -126,7 +129,7 @@ def test_the_record_is_what_the_units_return(toy):
     assert whole.attrs["data"] == "none for a; none for b"  # the parts' different values are joined
     assert json.loads(whole.attrs["seeds"]) == [0, 1, 2] and whole.attrs["cost"] == 180
     assert json.loads(whole.attrs["settings"]) == settings | {"seeds": [0, 1, 2]}
-    assert whole.attrs["seconds"] > 0
+    assert whole.attrs["seconds"] == 6 * 60
     assert [path.name for path in toy.out.glob("*.nc.xz")] == ["toy-tiny.nc.xz"]
     assert len(files(toy.out)) == 6
 
@@ -273,28 +276,12 @@ def test_a_dead_rank_leaves_units_that_one_process_computes(toy, reference, monk
 
 
 def test_torchrun_equals_one_process(toy, reference, tmp_path):
-    runner = tmp_path / "runner.py"
-    runner.write_text(RUNNER)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            runner,
-            toy.file,
-            "toy",
-            "--size",
-            "tiny",
-            "--out",
-            toy.out,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    script = tmp_path / "runner.py"
+    script.write_text(RUNNER, encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["toy", "--size", "tiny", "--out", toy.out]
+    command = [sys.executable, *torchrun, script, toy.file, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert reference.equals(records.read(toy.out / "toy-tiny.nc.xz"))
     assert sorted(toy.started()) == ["a0", "a1", "a2", "b0", "b1", "b2"]
@@ -330,7 +317,7 @@ def test_out_of_memory_halves_and_goes_on():
 def test_the_last_line_says_what_happened(toy, capsys):
     assert main(["toy", "--size", "tiny", "--out", str(toy.out)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out == [f"toy: wrote {toy.out / 'toy-tiny.nc.xz'}, 0 s of computing"]
+    assert out == [f"toy: wrote {toy.out / 'toy-tiny.nc.xz'}, 6 min of computing"]
 
 
 def test_estimate_and_list_run_nothing(toy, capsys):
@@ -344,15 +331,16 @@ def test_estimate_and_list_run_nothing(toy, capsys):
     ]
     known = records.record("flooding_synthetic")
     assert main(["flooding_synthetic", "--estimate", "--seeds", "5"]) == 0
-    last, time = capsys.readouterr().out.splitlines()[-1], duration(known.attrs["seconds"] / 2)
+    last, device = capsys.readouterr().out.splitlines()[-1], known.attrs["device"]
+    share = 5 / known.sizes["seed"]
     assert last.startswith("flooding_synthetic, demo, seeds=5: 6 units, ")
-    assert f"about {time} at the rate of the record on cpu" in last
+    time = duration(known.attrs["seconds"] * share)
+    assert f"about {time} at the rate of the record on {device}" in last
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == records.NAMES
-    assert lines[0].endswith("recorded on cpu, size demo") and lines[-1].endswith(
-        "no paper; not yet recorded"
-    )
+    assert lines[0].endswith(f"recorded on {device}, size demo")
+    assert lines[-1].endswith("no paper; not yet recorded")
     assert toy.started() == []
 
 
@@ -398,8 +386,6 @@ def test_processes_share_a_gpu(device, gpus, processes, sharing, monkeypatch):
 
 
 def test_only_the_share_of_a_shared_device_counts(toy, monkeypatch):
-    clock = itertools.count(step=60.0)  # each unit takes a minute
-    monkeypatch.setattr(runner.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(runner, "_sharing", lambda device, processes: 8)
     shared = run("toy", "tiny", out=toy.out, device="cpu")
     assert shared.attrs["device"] == "cpu, shared by 8 processes"

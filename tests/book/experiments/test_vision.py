@@ -32,8 +32,7 @@ EXPERIMENTS = {
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    for name in ("FLATMIN_SEED", "FLATMIN_DATA", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("FLATMIN_DATA", raising=False)
 
 
 def work_on(device):
@@ -435,7 +434,7 @@ def test_only_downloads_have_the_name_of_the_set_alone(tmp_path, monkeypatch):
     assert vision.data_source("synthetic") == "made-up images"
     (tmp_path / "cifar-10-batches-py").mkdir()
     note = tmp_path / "cifar-10-batches-py" / "PROVENANCE"
-    note.write_text("JPEG copy of CIFAR-10\nfrom …\n")
+    note.write_text("JPEG copy of CIFAR-10\nfrom …\n", encoding="utf-8")
     assert vision.data_source("cifar10") == "JPEG copy of CIFAR-10"
 
 
