@@ -1,12 +1,30 @@
 """Files and printed lines are the same under any code page."""
 
+import ast
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
 from flatmin._files import print_line, replace
 from flatmin.book import claim
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_text_is_read_and_written_with_an_encoding():
+    """What ruff's PLW1514 does not see: methods of a path with a name.  Windows has a code page."""
+    bare = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("assignments", "benchmarks", "book", "src", "tests", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") in ("read_text", "write_text")
+        and "encoding" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert bare == []
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):

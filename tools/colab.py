@@ -170,7 +170,7 @@ class Colab:
         site = subprocess.run(
             [python, "-c", print_site], check=True, capture_output=True, text=True
         ).stdout.strip()
-        (Path(site) / "colab.pth").write_text(f"{self.packages}\n")
+        (Path(site) / "colab.pth").write_text(f"{self.packages}\n", encoding="locale")
         return python
 
     def installed(self, python):
@@ -190,7 +190,8 @@ class Colab:
         kernel.mkdir(parents=True)
         argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (kernel / "kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Colab", "language": "python"})
+            json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}),
+            encoding="utf-8",
         )
         manager = AsyncKernelManager(
             kernel_name="colab",

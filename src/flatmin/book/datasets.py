@@ -271,9 +271,11 @@ def spiral(
 ) -> Data:
     r"""Two spirals of the flooding paper (Ishida et al., ICML 2020).
 
-    .. math:: x = (a + \pi y)\,(\cos a, \sin a) + \tau\,\nu,
-              \quad a \sim U[0, 4\pi], \quad \nu \sim \mathcal N(0, I_2),
-              \qquad y \in \{0, 1\} \text{ with probability } \tfrac12
+    .. math:: \begin{gathered}
+              x = (a + \pi y)\,(\cos a, \sin a) + \tau\,\nu, \\
+              a \sim U[0, 4\pi], \quad \nu \sim \mathcal N(0, I_2),
+              \quad y \in \{0, 1\} \text{ with probability } \tfrac12
+              \end{gathered}
 
     Parameters
     ----------
