@@ -92,8 +92,8 @@ def test_the_first_code_cell_is_the_bootstrap(cells):
 def test_a_chapter_begins_with_its_title_and_its_question(cells):
     imports = code(cells)[1]
     assert imports.source.startswith(("from ", "import ")) and not is_visible_code(imports)
-    before = next(i for i, cell in enumerate(cells) if is_visible_code(cell))
-    text = "\n\n".join(cell.source for cell in cells[:before] if cell.cell_type == "markdown")
+    before = cells[: cells.index(imports)]
+    text = "\n\n".join(cell.source for cell in before if cell.cell_type == "markdown")
     assert re.match(r"# .+\n\n## .*[Qq]uestion.*\n\n\w", text)
 
 
