@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import flatmin
+from flatmin._files import print_line, replace
 from flatmin.book.experiments.records import commit
 
 HERE = Path(__file__).resolve().parent
@@ -275,8 +276,7 @@ class Benchmark:
             return
         parts = {p.name: {"title": p.title, "unit": p.unit, "rows": p.rows} for p in self.parts}
         text = json.dumps({"setting": self.setting, "parts": parts}, indent=1, ensure_ascii=False)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(text + "\n", encoding="utf-8")
+        replace(self.file, text + "\n")
         print(f"\nwritten: {self.file}")
 
 
@@ -289,15 +289,13 @@ class Part:
     def add(self, case: dict, row: dict, floor: dict | None = None) -> dict:
         self.rows.append(row := {"case": case, "floor": floor} | row)
         if len(self.rows) == 1:
-            print(f"\n{self.title}")
-        print("  " + ", ".join(f"{name} {value}" for name, value in case.items()))
+            print_line(f"\n{self.title}")
+        print_line("  " + ", ".join(f"{name} {value}" for name, value in case.items()))
         for name, side in row["sides"].items():
             text = ", ".join([ratio_text(side), *notes(side)])
-            print(f"    {name:<22} {seconds_text(side['seconds']):>8}  {text}")
+            print_line(f"    {name:<22} {seconds_text(side['seconds']):>8}  {text}")
         if floor:
-            print(
-                f"    {'floor':<22} {seconds_text(floor['seconds']):>8}  {floor['of']}", flush=True
-            )
+            print_line(f"    {'floor':<22} {seconds_text(floor['seconds']):>8}  {floor['of']}")
         return row
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from common import HERE, RESULTS, TOPICS, notes, ratio_text, record_file, seconds_text
 
+from flatmin._files import replace
+
 TITLES = {
     "stack": "The stack",
     "sam": "A step of SAM",
@@ -78,7 +80,7 @@ def page(folder: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    (HERE / "README.md").write_text(page(), encoding="utf-8")
+    replace(HERE / "README.md", page())
     print(f"written: {HERE / 'README.md'}")
 
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from notebooks import BOOK, chapters, execute_all, read_text, sync
+from notebooks import BOOK, chapters, execute_all, read, read_text, sync
+
+from flatmin._files import print_line
 
 sys.path.insert(0, str(BOOK / "_ext"))
 from flatmin_book import claims_in  # noqa: E402  (as the book lists them)
@@ -20,7 +22,7 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 def holds(log):
     """{claim: whether it always held} from the lines that `flatmin.book.claim` wrote."""
     held = {}
-    for line in log.read_text().splitlines() if log.exists() else ():
+    for line in read(log).splitlines() if log.exists() else ():
         entry = json.loads(line)
         held[entry["id"]] = held.get(entry["id"], True) and entry["holds"]
     return held
@@ -56,7 +58,7 @@ def main(names):
         for name in ids:
             # None: the chapter never reached the claim
             row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]
-            print(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
+            print_line(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
             good, total = good + sum(held is True for held in row), total + len(row)
     print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")
     return 0 if good == total and not crashed else 1

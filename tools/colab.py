@@ -24,7 +24,7 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from notebooks import CRASHES, ROOT, chapters
+from notebooks import CRASHES, ROOT, chapters, read
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -144,11 +144,11 @@ class Colab:
         """The packages in Colab's versions, in an environment that is kept for the next run."""
         home = ROOT / "_build" / "colab" / Path(python).name
         wanted = [f"{name}=={version}" if version else name for name, version in COLAB.items()]
-        if not (home / "ready").exists() or (home / "ready").read_text() != str(wanted):
+        if not (home / "ready").exists() or read(home / "ready") != str(wanted):
             print(f"colab: downloading Colab's packages into {home}", flush=True)
             subprocess.run([python, "-m", "venv", "--clear", home], check=True)
             subprocess.run([interpreter(home), "-m", "pip", "install", "-q", *wanted], check=True)
-            (home / "ready").write_text(str(wanted))
+            (home / "ready").write_text(str(wanted), encoding="utf-8")
         return Path(
             subprocess.run(
                 [interpreter(home), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
@@ -170,7 +170,7 @@ class Colab:
         site = subprocess.run(
             [python, "-c", print_site], check=True, capture_output=True, text=True
         ).stdout.strip()
-        (Path(site) / "colab.pth").write_text(f"{self.packages}\n")
+        (Path(site) / "colab.pth").write_text(f"{self.packages}\n", encoding="locale")
         return python
 
     def installed(self, python):
@@ -190,7 +190,8 @@ class Colab:
         kernel.mkdir(parents=True)
         argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (kernel / "kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Colab", "language": "python"})
+            json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}),
+            encoding="utf-8",
         )
         manager = AsyncKernelManager(
             kernel_name="colab",

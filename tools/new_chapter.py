@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import notebooks
-from notebooks import bootstrap, chapters, repository
+from notebooks import bootstrap, chapters, read, repository
+
+from flatmin._files import replace
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 CARD = """:::{{grid-item-card}} {number}. {title}
@@ -49,7 +51,7 @@ def pages(name, title):
         "slug": "/".join(repo["url"].rstrip("/").split("/")[-2:]),
     }
     fields["colab"] = COLAB.format(**fields)
-    text = TEMPLATE.read_text()
+    text = read(TEMPLATE)
     for placeholder, value in {
         "BOOTSTRAP": bootstrap(),
         "NUMBER": str(number),
@@ -64,13 +66,13 @@ def pages(name, title):
     )
     return {
         notebooks.BOOK / f"{stem}.md": text,
-        toc: after(toc.read_text(), rf"^ *- file: {last}\n", f"      - file: {stem}\n"),
+        toc: after(read(toc), rf"^ *- file: {last}\n", f"      - file: {stem}\n"),
         index: after(
-            index.read_text(),
+            read(index),
             rf"^:::\{{grid-item-card\}}[^\n]*\n:link: {last}\n.*?^:::\n",
             "\n" + CARD.format(**fields),
         ),
-        readme: after(readme.read_text(), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**fields)),
+        readme: after(read(readme), rf"^\|[^\n]*{last}\.ipynb[^\n]*\n", ROW.format(**fields)),
     }
 
 
@@ -81,7 +83,7 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     new = pages(chosen.name, chosen.title)
     for path, text in new.items():
-        path.write_text(text)
+        replace(path, text)
     chapter = next(iter(new))
     failed = notebooks.run([chapter])
     names = ", ".join(str(path.relative_to(notebooks.ROOT)) for path in new)

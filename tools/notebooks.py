@@ -9,14 +9,12 @@ python tools/notebooks.py book               the book, from chapters executed on
 import argparse
 import hashlib
 import itertools
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,20 +23,29 @@ from tempfile import TemporaryDirectory
 import jupytext
 import nbformat
 import yaml
+from jupyter_cache import get_cache
+from jupyter_cache.base import CacheBundleIn
+from jupytext.compare import NotebookDifference, compare_notebooks
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from packaging.version import Version
 
+from flatmin._files import replace
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
-KEPT_METADATA = ("tags", "mystnb")
+BUILD = ROOT / "_build"
 LANGUAGE = {"name": "python"}
 CRASHES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
 
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
 def repository():
     """The `repository` section of _config.yml: url, branch, path_to_book."""
-    return yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    return yaml.safe_load(read(ROOT / "_config.yml"))["repository"]
 
 
 def source(version=None):
@@ -46,14 +53,14 @@ def source(version=None):
 
     A copy of a notebook in Colab thus keeps installing the package that it was written for.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
     release, repo = Version(version or project["version"]), repository()
     return f"git+{repo['url']}@{repo['branch'] if release.is_prerelease else f'v{release}'}"
 
 
 def bootstrap():
     """The source of every chapter's first code cell."""
-    return (ROOT / "tools" / "bootstrap.py").read_text().strip().replace("SOURCE", source())
+    return read(ROOT / "tools" / "bootstrap.py").strip().replace("SOURCE", source())
 
 
 def chapters(names=()):
@@ -72,25 +79,19 @@ def chapters(names=()):
     return chosen
 
 
+def digest(cell):
+    return hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]
+
+
 def read_text(path):
-    """A text half as a notebook, with the metadata that both halves keep and hashes as cell ids."""
-    notebook = jupytext.read(path, fmt="md:myst")
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = nbformat.from_dict(
-        {
-            "jupytext": {"formats": "ipynb,md:myst"},
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": LANGUAGE,
-        }
-    )
-    seen = defaultdict(int)
+    """A text half as a notebook.  Its cell ids are digests, so that an edited notebook shows it."""
+    notebook, seen = jupytext.reads(read(path), fmt="md:myst"), Counter()
+    notebook.metadata.jupytext.pop("text_representation", None)
+    notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
-        digest = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]
-        seen[digest] += 1
-        cell.id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-        cell.metadata = nbformat.from_dict(
-            {key: cell.metadata[key] for key in KEPT_METADATA if key in cell.metadata}
-        )
+        cell.id = digest(cell)
+        seen[cell.id] += 1
+        cell.id += f"-{seen[cell.id]}" if seen[cell.id] > 1 else ""
     return notebook
 
 
@@ -98,31 +99,42 @@ def keep_outputs(notebook, executed):
     """Copy outputs from `executed` to the code cells of `notebook` with the same source."""
     stored = defaultdict(list)
     for cell in executed.cells:
-        if cell.cell_type == "code":
-            stored[cell.source].append(cell)
+        stored[cell.source].append(cell)
     for cell in notebook.cells:
         if cell.cell_type == "code" and stored[cell.source]:
             old = stored[cell.source].pop(0)
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
-    return notebook
 
 
 def sync(path):
-    target = path.with_suffix(".ipynb")
-    notebook = read_text(path)
+    """Bring a notebook up to its text half.  A notebook with cells of somebody's own is refused."""
+    target, notebook = path.with_suffix(".ipynb"), read_text(path)
     if target.exists():
-        keep_outputs(notebook, nbformat.read(target, as_version=4))
-    write(notebook, target)
+        old = nbformat.reads(read(target), as_version=4)
+        texts = {cell.source for cell in notebook.cells}
+        own = [
+            cell
+            for cell in old.cells
+            if cell.source not in texts and not cell.get("id", "").startswith(digest(cell))
+        ]
+        if own:
+            sys.exit(
+                f"{target.name} has cells ({len(own)}) that were written there and that {path.name} "
+                f"lacks; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
+                f"{path.name}, or save the notebook under another name and take the old one from git"
+            )
+        keep_outputs(notebook, old)
+    write(notebook, path)
     return notebook
 
 
 def write(notebook, path):
-    """Validate a notebook and write it if it differs, so that unchanged pages are not rebuilt."""
+    """Write the notebook of a text half, if it differs: an unchanged page is not rebuilt."""
     nbformat.validate(notebook)
-    text = nbformat.writes(notebook) + "\n"
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    target, text = path.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n"
+    if not target.exists() or read(target) != text:
+        replace(target, text)
+    path.touch()  # JupyterLab opens a pair whose text half is the newer one, or that is equal
 
 
 def execute(notebook, threads=1, **environment):
@@ -139,7 +151,6 @@ def execute(notebook, threads=1, **environment):
             resources={"metadata": {"path": empty}},
         ).execute(env={**os.environ, **environment})
     notebook.metadata["language_info"] = LANGUAGE  # the kernel wrote its version there
-    return notebook
 
 
 def execute_all(jobs):
@@ -167,126 +178,101 @@ def run(paths):
     failed = execute_all([(path.stem, notebook, base_seed) for path, notebook in notebooks.items()])
     for path, notebook in notebooks.items():
         if path.stem not in failed:
-            write(notebook, path.with_suffix(".ipynb"))
+            write(notebook, path)
     return failed
 
 
 def differences(path):
-    """The differences between a text half and its notebook, in words."""
+    """How the halves of a chapter differ, in words; empty if they are equal."""
     target = path.with_suffix(".ipynb")
     if not target.exists():
-        return [f"{target.name} is missing"]
-    text, notebook = read_text(path), nbformat.read(target, as_version=4)
-    if len(text.cells) != len(notebook.cells):
-        return [f"{len(text.cells)} cells in {path.name}, {len(notebook.cells)} in {target.name}"]
-    differing = (
-        []
-        if text.metadata == notebook.metadata
-        else [f"{path.stem}: the notebook's metadata is not the standard one"]
-    )
-    for i, (ours, theirs) in enumerate(zip(text.cells, notebook.cells, strict=True)):
-        for key in ("cell_type", "source", "metadata"):
-            if ours[key] != theirs[key]:
-                differing.append(f"{path.stem}, cell {i}: {key} differs")
-    return differing
+        return f"{target.name} is missing"
+    try:
+        notebook = nbformat.reads(read(target), as_version=4)
+        compare_notebooks(notebook, read_text(path), fmt="md:myst")
+    except NotebookDifference as difference:
+        return f"{path.stem}: {difference}"
+    path.touch()
+    return ""
 
 
-def inputs():
-    """A digest of what the chapters' outputs depend on, apart from their own cells."""
-    digest = hashlib.sha256(
+def executed():
+    """The cache of executed chapters: emptied when anything but their cells has changed."""
+    known = hashlib.sha256(
         f"{sys.version} {version('torch')} {os.environ.get('FLATMIN_SEED')}".encode()
     )
     for folder in ("src/flatmin", "results"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
-    return digest.hexdigest()
+                known.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
+    folder = BUILD / "executed" / known.hexdigest()
+    for old in BUILD.glob("executed/*"):
+        if old != folder:
+            shutil.rmtree(old)
+    return get_cache(folder)
 
 
-def book(build=ROOT / "_build"):
-    """Copy the book to _build/source, and execute its changed chapters there."""
-    source, executed = build / "source", build / "executed"
-    executed.mkdir(parents=True, exist_ok=True)
-    (source / "book").mkdir(parents=True, exist_ok=True)
-    shutil.copy2(ROOT / "_config.yml", source)
-    pages = {
-        path.relative_to(BOOK): path
-        for path in BOOK.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    halves = {path.relative_to(BOOK) for path in chapters()}
-    for page, path in pages.items():
-        if page not in halves and page.with_suffix(".md") not in halves:
-            (source / "book" / page).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, source / "book" / page)
-    for path in [path for path in (source / "book").rglob("*") if path.is_file()]:
-        if path.relative_to(source / "book") not in pages:
-            path.unlink()
-
-    notebooks, common, stale = {}, inputs(), []
+def book():
+    """Execute the chapters whose code is not in the cache, and render the book from it."""
+    start, cache, stale = time.monotonic(), executed(), {}
     for path in chapters():
-        notebook, cached = read_text(path), executed / f"{path.stem}.ipynb"
-        cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-        key = hashlib.sha256(json.dumps([common, cells]).encode()).hexdigest()
-        old = nbformat.read(cached, as_version=4) if cached.exists() else None
-        if old is not None and old.metadata.get("made_from") == key:
-            keep_outputs(notebook, old)
-        else:
-            stale.append(path.stem)
-        notebooks[path.stem] = notebook, key
-
+        notebook = sync(path)
+        try:
+            cache.match_cache_notebook(notebook)
+        except KeyError:
+            stale[path] = notebook
     print(
-        f"book: {len(stale)} of {len(notebooks)} chapters to execute{', one to four minutes each' if stale else ''}",
+        f"book: {len(stale)} of {len(chapters())} chapters to execute"
+        + (", one to four minutes each" if stale else ""),
         flush=True,
     )
+    if stale:  # Sphinx would not see that only outputs changed
+        shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
     threads = max(1, os.cpu_count() // max(1, len(stale)))
-    failed = execute_all([(name, notebooks[name][0], {"threads": threads}) for name in stale])
-    for name, (notebook, key) in notebooks.items():
-        write(notebook, source / "book" / f"{name}.ipynb")
-        if name in stale and name not in failed:
-            notebook.metadata["made_from"] = key
-            write(notebook, executed / f"{name}.ipynb")
-    return failed
-
-
-def render(build=ROOT / "_build"):
-    """Render the changed pages of _build/source to _build/html.  Returns the exit status."""
-    print("book: rendering (a minute and a half at first, then seconds)", flush=True)
-    command = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-        "build",
-        "-W",
-        "--keep-going",
-        "-n",
-        "--quiet",
-    ]
-    result = subprocess.run(
-        [*command, build / "source" / "book", "--path-output", build.parent],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        print(result.stdout + result.stderr, flush=True)
-        shutil.rmtree(build / ".doctrees", ignore_errors=True)  # so that the next run warns again
-    return result.returncode
-
-
-def make_book():
-    """Execute, render, and print the result in one line."""
-    start = time.monotonic()
-    if failed := book():
+    jobs = [(path.stem, notebook, {"threads": threads}) for path, notebook in stale.items()]
+    failed = execute_all(jobs)
+    for path, notebook in stale.items():
+        if path.stem not in failed:
+            bundle = CacheBundleIn(notebook, str(path))
+            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+    if failed:
         print(f"book: NOT rendered, because these chapters failed (see above): {', '.join(failed)}")
         return failed
-    status, page = render(), ROOT / "_build" / "html" / "index.html"
+    print("book: rendering (a minute and a half at first, then seconds)", flush=True)
+    status = render(cache)
     took = f"{time.monotonic() - start:.0f} s"
     print(
         f"book: rendering FAILED after {took}, see the warnings above"
         if status
-        else f"book: ready in {took}, open {page}"
+        else f"book: ready in {took}, open {BUILD / 'html' / 'index.html'}"
     )
+    return status
+
+
+def render(cache):
+    """`jupyter-book build`, with outputs from the cache.  Returns the exit status."""
+    from jupyter_book.sphinx import build_sphinx
+
+    overrides = {
+        "external_toc_path": str(BOOK / "_toc.yml"),
+        "latex_individualpages": False,
+        "nitpicky": True,
+        "nb_execution_mode": "cache",
+        "nb_execution_cache_path": str(cache.path),
+        "nb_execution_raise_on_error": True,
+    }
+    status = build_sphinx(
+        BOOK,
+        BUILD / "html",
+        noconfig=True,
+        path_config=ROOT / "_config.yml",
+        confoverrides=overrides,
+        warningiserror=True,
+        keep_going=True,
+        quiet=True,
+    )
+    if status:
+        shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)  # so that the next run warns again
     return status
 
 
@@ -307,9 +293,9 @@ def main():
         case "run":
             return run(paths)
         case "book":
-            return make_book()
+            return book()
         case "check":
-            differing = [line for path in paths for line in differences(path)]
+            differing = [words for words in map(differences, paths) if words]
             print("\n".join(differing) or f"{len(paths)} chapters, both halves equal")
             return differing
 

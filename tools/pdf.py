@@ -8,15 +8,14 @@ show their static picture, solutions are unfolded, and code that the book folds 
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import yaml
+from bs4 import BeautifulSoup
 from notebooks import BOOK, ROOT
 
 FLAGS = [
@@ -24,11 +23,21 @@ FLAGS = [
     "--disable-gpu",
     "--disable-background-networking",
     "--disable-component-update",
+    "--disable-sync",
     "--no-first-run",
+    "--no-proxy-server",
 ]
 SCALE, WIDTH = 0.78, 174  # of the print; in millimetres, between the margins
-TYPESET = """() => window.MathJax?.startup?.promise?.then(
-    () => document.querySelectorAll('mjx-container').length >= document.querySelectorAll('.math').length)"""
+# Replaces what a page shows by the whole book, and sets its formulas.
+REPLACE = """async html => {
+    await MathJax.startup.promise;
+    document.body.className = 'whole-book';
+    document.body.innerHTML = html;
+    document.title = document.querySelector('h1').textContent;
+    await Promise.all([...document.images].map(image => image.decode()));
+    await MathJax.typesetPromise();
+    await document.fonts.ready;
+}"""
 # Reduces the font of formulas and tables that are too wide for the paper.
 FIT = """() => {
     for (const formula of document.querySelectorAll('div.math > mjx-container')) {
@@ -48,9 +57,15 @@ WIDE = """() => [...document.querySelectorAll('article *')].filter(e =>
     ).map(e => e.outerHTML.slice(0, 150))"""
 
 
+def chromium():
+    """The path of a Chromium or Chrome on this machine, or None."""
+    names = ("google-chrome", "chromium", "chromium-browser")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def parts():
     """(caption, [page, …]) of the table of contents."""
-    toc = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     return [
         (part.get("caption"), [entry["file"] for entry in part["chapters"]])
         for part in toc["parts"]
@@ -59,44 +74,29 @@ def parts():
 
 def article(folder, name, names):
     """The article of a page, with its name in all anchors, and links into the PDF or to the web."""
-    [text] = re.findall(
-        r'<article class="bd-article">(.*?)</article>', (folder / f"{name}.html").read_text(), re.S
-    )
-    text = re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
-    text = re.sub(r'<a class="headerlink".*?</a>', "", text, flags=re.S)
-    text = re.sub(r'<details class="[^"]*\babove-input[^"]*">.*?</details>', "", text, flags=re.S)
-    text = re.sub(r"<details(?![^>]* open)", "<details open", text)
-    text = re.sub(r'(<[^>]* )(id|for|aria-labelledby)="([^"]*)"', rf'\1\2="{name}--\3"', text)
-    text = re.sub(r'loading="lazy" ', "", text)
-    text = re.sub(
-        r'src="(_\w+/[^"]*)"', lambda match: f'src="{(folder / match[1]).as_uri()}"', text
-    )
-
-    def link(match):
-        target, _, anchor = match[1].partition("#")
-        page = target.removesuffix(".html") if target else name
-        if ":" in target:
-            return match[0]
-        return (
-            f' href="#{page}--{anchor}"'
-            if page in names and anchor
-            else f' href="#{page}"'
-            if page in names
-            else ""
-        )
-
-    return re.sub(r' href="([^"]*)"', link, text)
+    rendered = BeautifulSoup((folder / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+    article = rendered.select_one("article.bd-article")
+    for left_out in article.select("script, a.headerlink, details.above-input"):
+        left_out.decompose()
+    for details in article.select("details"):
+        details["open"] = ""
+    for key in ("id", "for", "aria-labelledby"):
+        for element in article.select(f"[{key}]"):
+            element[key] = f"{name}--{element[key]}"
+    for link in article.select("a[href]"):
+        target, _, anchor = link["href"].partition("#")
+        page = target.removesuffix(".html") or name
+        if page in names:
+            link["href"] = f"#{page}--{anchor}" if anchor else f"#{page}"
+        elif ":" not in target:
+            del link["href"]
+    article["id"] = name
+    return article
 
 
-def heading(text, level):
-    """[(anchor, title)] of an article's sections at a level."""
-    pattern = (
-        rf'<section[^>]* id="([^"]*)"[^>]*>(?:\s*<span[^>]*></span>)*\s*<h{level}>(.*?)</h{level}>'
-    )
-    return [
-        (anchor, re.sub(r"</?a\b[^>]*>", "", title))
-        for anchor, title in re.findall(pattern, text, re.S)
-    ]
+def headings(article, level):
+    """The headings at a level, inside the sections that have their anchors."""
+    return article.select(f"section[id] > h{level}")
 
 
 def line(anchor, title, kind):
@@ -104,41 +104,26 @@ def line(anchor, title, kind):
 
 
 def book(folder):
-    """The whole book as one page of HTML; the table of contents has no page numbers yet."""
-    index = (folder / "index.html").read_text()
+    """The whole book as HTML; the table of contents has no page numbers yet."""
     names = ["index"] + [name for _, group in parts() for name in group]
     articles = {name: article(folder, name, names) for name in names}
-    styles = "\n".join(re.findall(r"<link [^>]*\bstylesheet[^>]*>", index)).replace(
-        'href="_static', f'href="{folder.as_uri()}/_static'
-    )
-    math = re.search(
-        r"<script>window\.MathJax = .*?</script>",
-        next(a.read_text() for a in folder.glob("0*.html")),
-    )[0]
     toc = ""
     for caption, group in [(None, ["index"])] + parts():
         toc += f"<li class='part'>{caption}</li>" if caption else ""
         for name in group:
-            [(_, title)] = heading(articles[name], 1)
-            toc += line(name, "Preface" if name == "index" else title, "page")
+            [heading] = headings(articles[name], 1)
+            toc += line(name, "Preface" if name == "index" else heading.decode_contents(), "page")
             if name[0].isdigit():
-                toc += "".join(
-                    line(anchor, text, "section") for anchor, text in heading(articles[name], 2)
-                )
-    texts = "".join(
-        f'<article class="bd-article" id="{name}">{text}</article>'
-        for name, text in articles.items()
-    )
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
-    return f"""<!DOCTYPE html>
-<html lang="en" data-theme="light" data-mode="light"><head><meta charset="utf-8"><title>{config["title"]}</title>
-{styles}{math}<script defer src="{folder.as_uri()}/_static/mathjax/tex-chtml-full.js"></script></head>
-<body class="whole-book">
+                for heading in headings(articles[name], 2):
+                    toc += line(heading.parent["id"], heading.decode_contents(), "section")
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    address = config["repository"]["url"]
+    return f"""
 <header><h1>{config["title"]}</h1><p>Why do solutions in flat regions of the loss generalize?<br>An executable textbook</p>
-<img src="{folder.as_uri()}/_static/cover.svg" alt="A sharp and a flat minimum">
-<p>{config["author"]}<br>{datetime.now(UTC):%B %Y}</p><p><a href="{config["repository"]["url"]}">{config["repository"]["url"]}</a></p></header>
+<img src="_static/cover.svg" alt="A sharp and a flat minimum">
+<p>{config["author"]}<br>{datetime.now(UTC):%B %Y}</p><p><a href="{address}">{address}</a></p></header>
 <nav><h2>Contents</h2><ol>{toc}</ol></nav>
-{texts}</body></html>"""
+{"".join(map(str, articles.values()))}"""
 
 
 def numbers(path):
@@ -160,23 +145,20 @@ def make(browser, folder, target):
     )
     page.set_default_timeout(600_000)
     page.emulate_media(media="print")
-    with TemporaryDirectory() as temporary:
-        source = Path(temporary, "book.html")
-        source.write_text(book(folder))
-        page.goto(source.as_uri(), wait_until="load")
-        page.wait_for_function(TYPESET)
-        page.evaluate(FIT)
-        for wide in page.evaluate(WIDE)[:5]:
-            print(f"pdf: wider than the paper: {wide}", file=sys.stderr)
-        paper = {
-            "path": target,
-            "scale": SCALE,
-            "prefer_css_page_size": True,
-            "print_background": True,
-        }
-        page.pdf(**paper)
-        page.evaluate(NUMBER, numbers(target))
-        page.pdf(**paper, outline=True, tagged=True)
+    page.goto(min(folder.glob("0*.html")).as_uri())  # a chapter: it loads the styles and MathJax
+    page.evaluate(REPLACE, book(folder))
+    page.evaluate(FIT)
+    for wide in page.evaluate(WIDE)[:5]:
+        print(f"pdf: wider than the paper: {wide}", file=sys.stderr)
+    paper = {
+        "path": target,
+        "scale": SCALE,
+        "prefer_css_page_size": True,
+        "print_background": True,
+    }
+    page.pdf(**paper)
+    page.evaluate(NUMBER, numbers(target))
+    page.pdf(**paper, outline=True, tagged=True)
     page.close()
 
 
@@ -185,12 +167,7 @@ def main(arguments):
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_build/html")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "_build/flat-minima.pdf")
     options = parser.parse_args(arguments)
-    executable = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if not executable:
+    if not chromium():
         sys.exit("pdf: no Chromium on this machine (Debian: apt-get install chromium)")
     if not (options.folder / "index.html").exists():
         sys.exit(f"pdf: no rendered book in {options.folder}; run: make book")
@@ -205,7 +182,7 @@ def main(arguments):
     options.output.parent.mkdir(parents=True, exist_ok=True)
     print("pdf: typesetting and printing the book, a minute or two", file=sys.stderr)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         make(browser, options.folder.resolve(), options.output.resolve())
         browser.close()
     print(f"pdf: {options.output}")

@@ -16,7 +16,9 @@ import os
 import re
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
+from jupyter_cache import get_cache
 from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
@@ -29,15 +31,17 @@ PROVENANCE = ("device", "machine", "python", "numpy", "torch", "cuda", "flatmin"
 COLAB = "https://colab.research.google.com/github/{slug}/blob/{branch}/{book}/{name}.ipynb"
 
 
-def cells_in(path, kind):
-    return [
-        cell for cell in json.loads(Path(path).read_text())["cells"] if cell["cell_type"] == kind
-    ]
+def cells_in(path, cache=None):
+    """The code cells of a notebook; with their outputs from a cache, if one is given."""
+    notebook = nbformat.reads(Path(path).read_text(encoding="utf-8"), as_version=4)
+    if cache:
+        _, notebook = get_cache(cache).merge_match_into_notebook(notebook)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def code_in(path):
     """The syntax tree of each code cell of a notebook."""
-    return [ast.parse("".join(cell["source"])) for cell in cells_in(path, "code")]
+    return [ast.parse(cell.source) for cell in cells_in(path)]
 
 
 def claims_in(path):
@@ -82,11 +86,11 @@ def names_in(path):
     return list(dict.fromkeys(imported))
 
 
-def papers_in(path):
+def papers_in(path, cache=None):
     """The rows of a notebook's tables with a verdict: {finding, theirs, ours, setting, verdict}."""
     rows = []
-    for output in (output for cell in cells_in(path, "code") for output in cell["outputs"]):
-        lines = "".join(output.get("data", {}).get("text/markdown", "")).splitlines()
+    for output in (output for cell in cells_in(path, cache) for output in cell.outputs):
+        lines = output.get("data", {}).get("text/markdown", "").splitlines()
         cells = [
             [cell.strip() for cell in line.strip("| ").split(" | ")]
             for line in lines
@@ -110,7 +114,7 @@ def records_of(name):
 def benchmarks_in(folder):
     """(name, setting) of each recorded benchmark."""
     for path in sorted(Path(folder).glob("benchmark_*.json")):
-        yield path.name, json.loads(path.read_text())["setting"]
+        yield path.name, json.loads(path.read_text(encoding="utf-8"))["setting"]
 
 
 def first_paragraph(thing):
@@ -185,9 +189,11 @@ class PapersList(Table):
     """A table of the papers' findings, with those of the chapters."""
 
     def run(self):
-        rows = []
+        rows, config = [], self.config
+        # make book shows what this machine computed
+        cache = config.nb_execution_cache_path if config.nb_execution_mode == "cache" else None
         for chapter, path in self.notebooks():
-            for row in papers_in(path):
+            for row in papers_in(path, cache):
                 finding = ": ".join(row[key] for key in ("paper", "finding") if key in row)
                 ours = [row.get(key, "–") for key in ("theirs", "ours", "our setting", "verdict")]
                 rows.append((f"{{doc}}`{int(chapter[:2])} <{chapter}>`", finding, *ours))

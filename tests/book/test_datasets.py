@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import random
-import shutil
 import struct
 import tarfile
 import threading
@@ -106,12 +105,11 @@ def test_noise_touches_training_and_validation_labels_only(make):
 # ------------------------------------------------------------------------------- subset and split
 
 
-def assemble(size=100, train_size=None, validation_size=0, label_noise=0.0, seed=0):
+def assemble(size=100, train_size=None, validation_size=0, seed=0):
     """A data set whose inputs are row numbers."""
     rows = torch.arange(size)
     pool = rows[:, None].float(), rows % 4
-    choice = module._Choice(train_size, validation_size, label_noise, seed)
-    return module._assemble("rows", 4, pool, pool, choice)
+    return module._assemble("rows", 4, pool, pool, train_size, validation_size, 0.0, seed)
 
 
 @given(st.data())
@@ -325,16 +323,6 @@ def idx(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
-def tiny_mnist(seed=0) -> dict[str, bytes]:
-    """12 + 4 images under the official file names and in the official format."""
-    rng = np.random.default_rng(seed)
-    files = {}
-    for part, n in (("train", 12), ("t10k", 4)):
-        files[f"{part}-images-idx3-ubyte"] = idx(rng.integers(256, size=(n, 28, 28)))
-        files[f"{part}-labels-idx1-ubyte"] = idx(np.arange(n) % 10)
-    return files
-
-
 class Python2Pickler(pickle._Pickler):
     """Writes bytes as Python 2 wrote str, like the official CIFAR files."""
 
@@ -352,78 +340,76 @@ def pickled(batch: dict) -> bytes:
     return out.getvalue().replace(b"numpy._core", b"numpy.core")
 
 
-def tiny_cifar(seed=0) -> dict[str, dict[str, bytes]]:
-    """Both CIFAR sets, 4 images per file, by folder and member."""
-    rng = np.random.default_rng(seed)
+def tiny_sets() -> dict[str, dict[str, bytes]]:
+    """All four sets, by folder and file as unpacked: 12 + 4 images, or 4 per file."""
+    rng = np.random.default_rng(0)
+    mnist = {}
+    for part, n in (("train", 12), ("t10k", 4)):
+        mnist[f"{part}-images-idx3-ubyte"] = idx(rng.integers(256, size=(n, 28, 28)))
+        mnist[f"{part}-labels-idx1-ubyte"] = idx(np.arange(n) % 10)
 
-    def batch(**labels):
-        pixels = rng.integers(256, size=(4, 3072), dtype=np.uint8)
-        return pickled({b"data": pixels, **{k.encode(): v for k, v in labels.items()}})
+    def batches(names, key, labels):
+        pixels = rng.integers(256, size=(len(names), 4, 3072), dtype=np.uint8)
+        return {name: pickled({b"data": pixels[i], key: labels}) for i, name in enumerate(names)}
 
-    names10 = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-    fine = [0, 4, 30, 99]
-    coarse = [CIFAR100_SUPERCLASS[label] for label in fine]
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
     return {
-        "cifar-10-batches-py": {name: batch(labels=[0, 3, 9, 1]) for name in names10},
-        "cifar-100-python": {
-            name: batch(fine_labels=fine, coarse_labels=coarse) for name in ("train", "test")
-        },
+        "mnist": mnist,
+        "fashion_mnist": mnist,
+        "cifar-10-batches-py": batches(names, b"labels", [0, 3, 9, 1]),
+        "cifar-100-python": batches(["train", "test"], b"fine_labels", [0, 4, 30, 99]),
     }
 
 
+TINY = tiny_sets()
+
+
+def lay_out(root, zipped=False):
+    """The tiny sets as a FLATMIN_DATA folder."""
+    for folder, files in TINY.items():
+        (root / folder).mkdir()
+        for name, raw in files.items():
+            if zipped and name.endswith("-ubyte"):
+                name, raw = f"{name}.gz", gzip.compress(raw)
+            (root / folder / name).write_bytes(raw)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A FLATMIN_DATA folder with tiny copies of all four sets; downloads fail."""
+def folder(request, tmp_path, monkeypatch):
+    """A FLATMIN_DATA folder with the tiny sets; downloads fail."""
 
     def refuse(*_, **__):
         raise AssertionError("a download was tried although FLATMIN_DATA is set")
 
     monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
     monkeypatch.setattr(module, "_download", refuse)
-    for name in ("mnist", "fashion_mnist"):
-        (tmp_path / name).mkdir()
-        for file, raw in tiny_mnist().items():
-            (tmp_path / name / f"{file}.gz").write_bytes(gzip.compress(raw))
-    for name, members in tiny_cifar().items():
-        (tmp_path / name).mkdir()
-        for member, raw in members.items():
-            (tmp_path / name / member).write_bytes(raw)
+    lay_out(tmp_path, zipped=getattr(request, "param", True))
     return tmp_path
 
 
+@pytest.mark.parametrize("folder", [True, False], ids=["gz", "plain"], indirect=True)
 @pytest.mark.parametrize("make", [mnist, fashion_mnist])
-@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "plain"])
-def test_local_idx_files_are_read_zipped_or_not(folder, make, zipped):
-    if not zipped:
-        for path in (folder / make.__name__).iterdir():
-            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-            path.unlink()
-    data = make(8, 4, label_noise=0.5)
-    assert data.name == make.__name__ and data.x_train.shape == (8, 1, 28, 28)
-    assert (data.y_train != data.y_train_clean).sum() == 4
-    raw = tiny_mnist()["t10k-images-idx3-ubyte"]
-    pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(4, 1, 28, 28)
-    torch.testing.assert_close(data.x_test, torch.tensor(pixels / 255, dtype=torch.float32))
-    assert data.y_test.tolist() == [0, 1, 2, 3]
-    pairs = zip(*make().split("train"), strict=True)
-    images = {tuple(x.flatten().tolist()): int(y) for x, y in pairs}
-    raw = tiny_mnist()["train-images-idx3-ubyte"]
-    for i, image in enumerate(np.frombuffer(raw, np.uint8, offset=16).reshape(12, -1)):
-        assert images[tuple(torch.tensor(image).float().div(255).tolist())] == i % 10
+def test_local_idx_files_are_read_zipped_or_not(folder, make):
+    def images(part):
+        raw = np.frombuffer(TINY["mnist"][f"{part}-images-idx3-ubyte"], np.uint8, offset=16)
+        return torch.tensor(raw).view(-1, 1, 28, 28) / 255
+
+    data = make()
+    assert data.name == make.__name__
+    assert torch.equal(data.x_test, images("t10k")) and data.y_test.tolist() == [0, 1, 2, 3]
+    rows = [(images("train") == x).flatten(1).all(1).nonzero().item() for x in data.x_train]
+    assert sorted(rows) == list(range(12)) and data.y_train.tolist() == [row % 10 for row in rows]
 
 
 def test_local_cifar_files_are_read(folder):
     data = cifar10(15, 5)
     assert data.x_train.shape == (15, 3, 32, 32) and data.num_classes == 10
     assert data.y_test.tolist() == [0, 3, 9, 1]
-    batch = pickle.loads(tiny_cifar()["cifar-10-batches-py"]["test_batch"], encoding="bytes")
+    batch = pickle.loads(TINY["cifar-10-batches-py"]["test_batch"], encoding="bytes")
     red = torch.tensor(batch[b"data"][:, :1024]).view(4, 32, 32).float() / 255
     assert torch.equal(data.x_test[:, 0], red)
     assert sorted(cifar10().y_train.tolist()) == sorted([0, 3, 9, 1] * 5)
-
-    fine = cifar100()
-    assert fine.num_classes == 100
-    assert fine.y_test.tolist() == [0, 4, 30, 99]
+    assert cifar100().num_classes == 100 and cifar100().y_test.tolist() == [0, 4, 30, 99]
 
 
 def test_files_written_by_a_current_numpy_are_read(folder):
@@ -444,55 +430,43 @@ def unzipped(change):
     return lambda raw: gzip.compress(change(gzip.decompress(raw)))
 
 
-def without_one_image(raw):
-    pixels = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 28, 28)
-    return idx(pixels[1:])
+def zeros(*shape):
+    return gzip.compress(idx(np.zeros(shape)))
 
 
-def other_shape(raw):
-    return idx(np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 14, 56))
+def without(key, rows=slice(None)):
+    """A batch without some labels, or without any."""
 
+    def change(raw):
+        batch = pickle.loads(raw, encoding="bytes")
+        labels = batch.pop(key)[rows]
+        return pickled({**batch, key: labels} if labels else batch)
 
-def labels_missing(raw):
-    batch = pickle.loads(raw, encoding="bytes")
-    return pickled({b"data": batch[b"data"]})
-
-
-def one_label_too_few(raw):
-    batch = pickle.loads(raw, encoding="bytes")
-    return pickled({**batch, b"labels": batch[b"labels"][1:]})
+    return change
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
         (IMAGES, lambda raw: raw[: len(raw) // 2], "corrupt or cut short"),
-        (IMAGES, lambda raw: raw[:-4], "corrupt or cut short"),
         (IMAGES, lambda raw: raw[:100] + b"????" + raw[104:], "corrupt or cut short"),
-        (IMAGES, lambda raw: raw[:10] + b"\xff" * 20 + raw[30:], "corrupt or cut short"),
         (IMAGES, lambda raw: b"<html>404 Not Found</html>", "corrupt or cut short"),
         (IMAGES, lambda raw: b"", "corrupt or cut short"),
         (IMAGES, unzipped(lambda raw: raw[:-1]), "invalid for input of size 9407"),
         (IMAGES, unzipped(lambda raw: raw + b"x"), "invalid for input of size 9409"),
-        (
-            IMAGES,
-            unzipped(lambda raw: b"\0\0\x09\x03" + raw[4:]),
-            "header is not that of an IDX file",
-        ),
         (IMAGES, unzipped(lambda raw: raw[:10]), "corrupt or cut short"),
-        (IMAGES, unzipped(other_shape), r"not that of an IDX file of items of shape \(28, 28\)"),
-        (LABELS, lambda raw: gzip.compress(tiny_mnist()["train-images-idx3-ubyte"]), "IDX file"),
+        (IMAGES, unzipped(lambda raw: b"\0\0\x09\x03" + raw[4:]), "not that of an IDX file"),
+        (IMAGES, lambda raw: zeros(12, 14, 56), r"IDX file of items of shape \(28, 28\)"),
+        (LABELS, lambda raw: zeros(12, 28, 28), "not that of an IDX file"),
         (BATCH, lambda raw: raw[: len(raw) // 2], "corrupt or cut short"),
-        (BATCH, lambda raw: b"", "corrupt or cut short"),
         (BATCH, lambda raw: b"not a pickle", "corrupt or cut short"),
-        (BATCH, labels_missing, "labels"),
-        (BATCH, one_label_too_few, "corrupt or cut short"),
+        (BATCH, without(b"labels", slice(0)), "labels"),
+        (BATCH, without(b"labels", slice(1, None)), "corrupt or cut short"),
     ],
 )
 def test_a_damaged_local_file_is_named_and_left_alone(folder, file, damage, message):
     path = folder / file
-    damaged = damage(path.read_bytes())
-    path.write_bytes(damaged)
+    path.write_bytes(damaged := damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message) as caught:
         (mnist if file.startswith("mnist") else cifar10)()
     assert str(path) in str(caught.value)
@@ -500,8 +474,7 @@ def test_a_damaged_local_file_is_named_and_left_alone(folder, file, damage, mess
 
 
 def test_images_and_labels_must_be_equally_many(folder):
-    path = folder / IMAGES
-    path.write_bytes(unzipped(without_one_image)(path.read_bytes()))
+    (folder / IMAGES).write_bytes(zeros(11, 28, 28))
     with pytest.raises(ValueError, match="mnist is corrupt: 11 train images but 12 labels"):
         mnist()
 
@@ -539,60 +512,57 @@ def test_a_malicious_pickle_runs_nothing(folder):
 def site(tmp_path, monkeypatch):
     """Serves ``site.files`` on this machine instead of the official addresses, with a new cache.
 
-    ``site.cut`` names a file of which only half is sent; ``site.asked`` lists the requests.
+    A file that is shorter than it was is cut off while it is sent; ``site.asked`` lists the
+    requests.
     """
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Site(http.server.BaseHTTPRequestHandler):
+        files: dict[str, bytes] = {}
+        asked: list[str] = []
+        cache = tmp_path / "cache"
+
         def do_GET(self):
             name = self.path.lstrip("/")
             Site.asked.append(name)
             if name not in Site.files:
                 return self.send_error(404)
-            body = Site.files[name]
             self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(sizes[name]))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if name == Site.cut else body)
+            self.wfile.write(Site.files[name])
 
         def log_message(self, *_):
             pass
-
-    class Site:
-        files: dict[str, bytes] = {}
-        asked: list[str] = []
-        cut = None
-        cache = tmp_path / "cache"
 
         @staticmethod
         def kept():
             return sorted(p.name for p in Site.cache.rglob("*") if p.is_file())
 
-    for file, raw in tiny_mnist().items():
+    for file, raw in TINY["mnist"].items():
         Site.files[f"{file}.gz"] = gzip.compress(raw, mtime=0)
-    for folder, members in tiny_cifar().items():
+    for folder in ("cifar-10-batches-py", "cifar-100-python"):
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-            for member, raw in {"../escape": b"", "readme.html": b"", **members}.items():
+            for member, raw in {"../escape": b"", "readme.html": b"", **TINY[folder]}.items():
                 entry = tarfile.TarInfo(f"{folder}/{member}")
                 entry.size = len(raw)
                 tar.addfile(entry, io.BytesIO(raw))
         (stem,) = module._ARCHIVES[folder][1]
         Site.files[f"{stem}.tar.gz"] = archive.getvalue()
+    sizes = {name: len(body) for name, body in Site.files.items()}
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    address = f"http://127.0.0.1:{server.server_port}/"
 
     def here(official):
         template, sums = official
-        template = address + template.rsplit("/", 1)[1]
-        bodies = {stem: Site.files[template.format(stem).removeprefix(address)] for stem in sums}
-        return template, {k: hashlib.sha256(body).hexdigest() for k, body in bodies.items()}
+        name = template.rsplit("/", 1)[1]
+        sha256 = {k: hashlib.sha256(Site.files[name.format(k)]).hexdigest() for k in sums}
+        return f"http://127.0.0.1:{server.server_port}/{name}", sha256
 
-    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "FLATMIN_DATA"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.delenv("FLATMIN_DATA", raising=False)
     monkeypatch.setattr(module, "_ARCHIVES", {k: here(v) for k, v in module._ARCHIVES.items()})
     monkeypatch.setattr("pooch.os_cache", lambda project: Site.cache)
     yield Site
@@ -605,29 +575,20 @@ def site(tmp_path, monkeypatch):
     ("make", "downloads"),
     [(mnist, 4), (fashion_mnist, 4), (cifar10, 1), (cifar100, 1)],
 )
-def test_a_set_is_downloaded_once_with_progress(site, make, downloads, capsys, monkeypatch):
+def test_a_set_is_downloaded_once_with_progress(
+    site, make, downloads, capsys, monkeypatch, tmp_path
+):
     shown = partial(tqdm, disable=False)  # TQDM_DISABLE was read when tqdm was imported
     monkeypatch.setattr("pooch.downloaders.tqdm", shown)
-    first = make()
+    first = make(label_noise=0.25, seed=2)
     assert len(site.asked) == downloads == len(site.kept())
     assert "100%" in capsys.readouterr().err
-    assert same(first, make())
+    assert same(first, make(label_noise=0.25, seed=2))
     assert len(site.asked) == downloads
     assert not list(site.cache.parent.rglob("escape"))
-
-
-def test_downloaded_and_unpacked_sets_are_the_same(site, tmp_path, monkeypatch):
-    downloaded = [make(label_noise=0.25, seed=2) for make in (cifar10, cifar100, mnist)]
-    for folder, members in tiny_cifar().items():
-        (tmp_path / folder).mkdir()
-        for member, raw in members.items():
-            (tmp_path / folder / member).write_bytes(raw)
-    (tmp_path / "mnist").mkdir()
-    for file, raw in tiny_mnist().items():
-        (tmp_path / "mnist" / file).write_bytes(raw)
+    lay_out(tmp_path)
     monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
-    for before, make in zip(downloaded, (cifar10, cifar100, mnist), strict=True):
-        assert same(before, make(label_noise=0.25, seed=2))
+    assert same(first, make(label_noise=0.25, seed=2))
 
 
 @pytest.mark.parametrize(
@@ -635,29 +596,25 @@ def test_downloaded_and_unpacked_sets_are_the_same(site, tmp_path, monkeypatch):
     [(mnist, "train-images-idx3-ubyte.gz"), (cifar10, "cifar-10-python.tar.gz")],
 )
 class TestBrokenDownloads:
-    def test_half_a_download_is_named_not_kept_and_can_be_repeated(self, site, make, file):
-        site.cut = file
-        with pytest.raises(OSError, match="could not be downloaded") as caught:
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda body: body[: len(body) // 2], "could not be downloaded"),
+            (lambda body: body[:-1] + bytes([body[-1] ^ 1]), "hash"),
+            (lambda body: None, "404"),
+        ],
+        ids=["cut off", "wrong", "not there"],
+    )
+    def test_it_is_named_not_kept_and_can_be_repeated(self, site, make, file, damage, message):
+        body = site.files.pop(file)
+        if damaged := damage(body):
+            site.files[file] = damaged
+        with pytest.raises(OSError, match=message) as caught:
             make()
         assert file in str(caught.value) and "FLATMIN_DATA" in str(caught.value)
         assert site.kept() == []
-        site.cut = None
+        site.files[file] = body
         assert len(make().x_train) > 0
-
-    def test_wrong_content_is_named_and_not_kept(self, site, make, file):
-        body = site.files[file]
-        site.files[file] = body[:-1] + bytes([body[-1] ^ 1])
-        with pytest.raises(OSError, match="hash") as caught:
-            make()
-        assert file in str(caught.value)
-        assert site.kept() == []
-
-    def test_a_file_that_is_not_there_is_named(self, site, make, file):
-        del site.files[file]
-        with pytest.raises(OSError, match="404") as caught:
-            make()
-        assert file in str(caught.value)
-        assert site.kept() == []
 
     def test_a_corrupt_cached_file_is_replaced_and_never_read(self, site, make, file):
         good = make()
@@ -670,16 +627,10 @@ class TestBrokenDownloads:
             make()
 
     def test_a_cache_that_cannot_be_written_is_named(self, site, make, file):
-        make()
-        (path,) = site.cache.rglob(file)
-        path.write_bytes(b"corrupt")
-        path.parent.chmod(0o500)
-        if os.access(path.parent, os.W_OK):  # as root: nor can it write where a file is in the way
-            shutil.rmtree(path.parent)
-            path.parent.touch()
+        site.cache.touch()  # in the place of the folder
         with pytest.raises(OSError, match="could not be downloaded") as caught:
             make()
-        assert str(path) in str(caught.value) and "FLATMIN_DATA" in str(caught.value)
+        assert str(site.cache) in str(caught.value) and "FLATMIN_DATA" in str(caught.value)
 
     def test_an_interrupted_download_leaves_nothing(self, site, make, file, monkeypatch):
         def interrupt(*_, **__):

@@ -1,21 +1,21 @@
-"""pyproject.toml, constraints.txt and environment.yml agree; tools/install.py installs them."""
+"""pyproject.toml, constraints.txt and environment.yml agree; `make` installs them."""
 
-import ast
+import os
 import re
-import sys
+import shutil
+import subprocess
 import tomllib
 
-import install
 import pytest
 import yaml
-from notebooks import ROOT
+from notebooks import ROOT, read
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 NOT_ON_CONDA_FORGE = {"mnist1d", "sphinx-mathjax-offline", "playwright", "axe-playwright-python"}
 
-project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
 groups = {"": project["dependencies"], **project["optional-dependencies"]}
 OURS = (
     "",
@@ -33,14 +33,14 @@ by_name = {
 }
 pins = {
     canonicalize_name(r.name): r
-    for r in map(Requirement, re.findall(r"^\w.*$", (ROOT / "constraints.txt").read_text(), re.M))
+    for r in map(Requirement, re.findall(r"^\w.*$", read(ROOT / "constraints.txt"), re.M))
 }
 
 
 def conda_specs():
     """{name: bounds} of environment.yml, pip's part under "pip:name"."""
     specs = {}
-    for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
+    for entry in yaml.safe_load(read(ROOT / "environment.yml"))["dependencies"]:
         lines, prefix = ([entry], "") if isinstance(entry, str) else (entry["pip"], "pip:")
         for line in lines:
             name, bounds = re.fullmatch(r"(-e \.|[\w-]+)(.*)", line).groups()
@@ -83,102 +83,102 @@ def test_the_package_sets_only_lower_bounds(line):
     assert [spec.operator for spec in Requirement(line).specifier] == [">="]
 
 
-# ------------------------------------------------------------------------------------ tools/install.py
+# ------------------------------------------------------------------------------------ make's setup
+
+# A stand-in for Python and pip: fails as FAILS says, and records the pins that it was given.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+*version_info*) [[ $FAILS != *old* ]] ;;
+*"-m venv"*) mkdir -p "$3/bin" && [[ $FAILS != *venv* ]] && cp "$0" "$3/bin/python" ;;
+*"pip --version"*) [[ $FAILS != *nopip* ]] ;;
+*importlib.metadata*) [ "$TORCH" ] && echo "$TORCH" ;;
+*"pip install"*) cp "$6" pins-used.txt; echo 1 >> installed.txt; [[ $FAILS != *network* ]] ;;
+esac
+"""
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A folder that looks like a virtual environment; calls of pip are only recorded."""
-    folder = tmp_path / "env"
-    scripts = folder / ("Scripts" if sys.platform == "win32" else "bin")
-    scripts.mkdir(parents=True)
-    (scripts / ("python.exe" if sys.platform == "win32" else "python")).touch()
-    there = {"version_info": "1", "import pip": "pip", "version('torch')": ""}
-    monkeypatch.setattr(
-        install, "output_of", lambda python, code: next(v for k, v in there.items() if k in code)
+def make(tmp_path):
+    """Sets up an environment in an empty folder, with the stand-in; returns what was said."""
+    if not (shutil.which("make") and shutil.which("bash")):
+        pytest.skip("no make or no bash on this system")
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "python").write_text(PYTHON, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+
+    def run(fails="", torch="", python="./python"):
+        ran = subprocess.run(
+            ["make", f"PYTHON={python}", "VENV=env", "env/.flatmin-ready"],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "FAILS": fails, "TORCH": torch},
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert bool(ran.returncode) == ("setup: env is ready" not in ran.stdout), ran
+        return " ".join(ran.stdout.split("setup: ")[-1].split())
+
+    run.folder = tmp_path
+    return run
+
+
+def test_a_new_environment_gets_the_pins_and_follows_them(make):
+    for torch in ("", "2.9.1"):  # an older one was installed by us
+        pins = read(ROOT / "constraints.txt") + f"# {torch}\n"
+        (make.folder / "constraints.txt").write_text(pins, encoding="utf-8")
+        assert make(torch=torch) == "env is ready"
+        assert read(make.folder / "pins-used.txt") == pins
+
+
+def test_what_is_installed_is_not_installed_again(make):
+    """A file that was only touched (as git does) must not need a network."""
+    make()
+    os.utime(make.folder / "pyproject.toml")
+    ran = subprocess.run(["make", "VENV=env", "env/.flatmin-ready"], cwd=make.folder)
+    assert ran.returncode == 0
+    assert read(make.folder / "installed.txt") == "1\n"
+    with open(make.folder / "pyproject.toml", "a", encoding="utf-8") as file:
+        file.write("\n# changed\n")
+    make()
+    assert read(make.folder / "installed.txt") == "1\n1\n"
+
+
+def test_in_another_environment_an_installed_torch_is_kept(make):
+    (make.folder / "env" / "bin").mkdir(parents=True)
+    shutil.copy(make.folder / "python", make.folder / "env" / "bin")
+    assert make(torch="2.9.1+cu128") == "env is ready"
+    pinned = read(ROOT / "constraints.txt")
+    assert read(make.folder / "pins-used.txt") == re.sub(
+        "^torch==.*$", "torch==2.9.1+cu128", pinned, flags=re.M
     )
-    calls = []
-    monkeypatch.setattr(
-        install, "install", lambda python, pins: calls.append(install.read(pins)) or True
-    )
-    return str(folder), there, calls
-
-
-def test_an_old_python_can_run_the_installer_and_report_that_it_is_old(tmp_path, monkeypatch):
-    source = (ROOT / "tools" / "install.py").read_text()
-    ast.parse(source, feature_version=(3, 7))
-    monkeypatch.setattr(sys, "version_info", (3, 9, 2))
-    with pytest.raises(
-        SystemExit,
-        match=r"Python 3.11 or newer is needed, and .* is 3.9. Use another one: make PYTHON=python",
-    ):
-        install.main(str(tmp_path / "env"))
-    assert not (tmp_path / "env").exists()
-
-
-def test_without_venv_the_error_says_what_to_install_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(install.subprocess, "call", lambda command: (tmp_path / "env").mkdir() or 1)
-    with pytest.raises(SystemExit, match=r"sudo apt install python3\.\d+-venv"):
-        install.main(str(tmp_path / "env"))
-    assert not (tmp_path / "env").exists()
-
-
-def test_an_installed_torch_is_kept(home):
-    folder, there, calls = home
-    there["version('torch')"] = "2.9.1+cu128"
-    install.main(folder)
-    pinned = (ROOT / "constraints.txt").read_text()
-    assert (
-        calls == [re.sub(r"(?m)^torch==.*$", "torch==2.9.1+cu128", pinned)]
-        and "torch==2.9.1+cu128\nnumpy==" in calls[0]
-    )
-
-
-def test_an_environment_that_we_made_follows_the_pins(home):
-    folder, there, calls = home
-    there["version('torch')"] = "2.9.1"
-    open(f"{folder}/.made-by-flatmin", "w").close()
-    install.main(folder)
-    assert calls == [(ROOT / "constraints.txt").read_text()]
-
-
-def test_what_is_installed_is_not_installed_again(home):
-    """A file that was only touched (as git does) must not cause a download."""
-    folder, _, calls = home
-    install.main(folder)
-    install.main(folder)
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
-    ("absent", "message"),
+    ("fails", "message"),
     [
-        ("version_info", "Remove .*env, and use another"),
-        ("import pip", "there is no pip in .*-m ensurepip"),
+        (
+            "old",
+            r"Python 3.11 or newer is needed, and ./python is older. .* make PYTHON=python3.12",
+        ),
+        ("venv", r"could not be made, see above. .* sudo apt install python3-venv"),
+        ("nopip", r"there is no pip in env: run env/bin/python -m ensurepip"),
+        ("network", r"pip could not install everything, see above; \S+ are free .* a network"),
     ],
 )
-def test_what_is_wrong_with_an_environment_is_named(home, absent, message):
-    folder, there, calls = home
-    there[absent] = ""
-    with pytest.raises(SystemExit, match=message):
-        install.main(folder)
-    assert calls == []
+def test_what_is_wrong_is_named_and_tried_again(make, fails, message):
+    assert re.search(message, make(fails))
+    assert make() == "env is ready"
 
 
-def test_a_failed_installation_is_reported_and_tried_again(home, monkeypatch):
-    folder, _, _ = home
-    monkeypatch.setattr(install, "install", lambda python, pins: False)
-    with pytest.raises(
-        SystemExit,
-        match=r"pip could not install everything, see above; \d+ GB are free .* needs a network",
-    ):
-        install.main(folder)
-    assert install.read(f"{folder}/.flatmin-ready") == ""
+def test_a_missing_or_older_interpreter_is_named(make):
+    assert re.search("there is no ./nowhere here", make(python="./nowhere"))
+    make()
+    os.utime(make.folder / "pyproject.toml")
+    (make.folder / "env" / ".flatmin-ready").unlink()
+    assert re.search("env/bin/python is older. Remove env, and use another", make("old"))
 
 
 def test_every_way_of_installing_names_the_same_extras():
-    readme = (ROOT / "README.md").read_text()
-    assert (
-        f'-e "{install.EXTRAS}"' in readme
-        and install.EXTRAS in (ROOT / "constraints.txt").read_text()
-    )
+    [extras] = re.findall(r"^EXTRAS := (.*)$", read(ROOT / "Makefile"), re.M)
+    assert f'-e "{extras}"' in read(ROOT / "README.md")
+    assert extras in read(ROOT / "constraints.txt")

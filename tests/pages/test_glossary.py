@@ -11,7 +11,9 @@ from notebooks import BOOK, chapters
 
 ENTRY = re.compile(r"^(\S.*)\n((?:  .*\n?)+)", re.M)
 ENTRIES = dict(
-    ENTRY.findall((BOOK / "glossary.md").read_text().split("```")[1].partition("\n\n")[2])
+    ENTRY.findall(
+        (BOOK / "glossary.md").read_text(encoding="utf-8").split("```")[1].partition("\n\n")[2]
+    )
 )
 CHAPTERS = [path.stem for path in chapters()]
 

@@ -47,6 +47,7 @@ def page(tmp_path_factory):
                 confoverrides={
                     "extensions": ["sphinx.ext.autodoc", "myst_parser", "flatmin_book"],
                     "project": "try",
+                    "source_suffix": {".md": "markdown"},  # Sphinx keeps its default for later apps
                 },
             )
             app.build()

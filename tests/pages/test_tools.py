@@ -4,13 +4,16 @@ import importlib.util
 import subprocess
 from importlib.machinery import PathFinder
 from importlib.metadata import version
+from pathlib import Path
 
 import claims
 import nbformat
 import notebooks
 import pytest
 from flatmin_book import claims_in
-from notebooks import bootstrap, chapters, differences
+from notebooks import bootstrap, chapters, differences, read
+
+from flatmin._files import replace
 
 CHAPTER = """---
 jupytext:
@@ -37,6 +40,12 @@ print(os.listdir("."), os.environ["OMP_NUM_THREADS"])
 """
 
 
+CONFIG = """title: try
+only_build_toc_files: true
+exclude_patterns: ["[0-9]*.md"]
+"""
+
+
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -45,12 +54,13 @@ def code_cells(notebook):
 def tree(tmp_path, monkeypatch):
     """A book of one chapter."""
     (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "01_try.md").write_text(CHAPTER)
-    (tmp_path / "book" / "index.md").write_text("# Cover")
-    (tmp_path / "_config.yml").write_text("title: try")
+    (tmp_path / "book" / "01_try.md").write_text(CHAPTER, encoding="utf-8")
+    (tmp_path / "book" / "index.md").write_text("# Cover", encoding="utf-8")
+    (tmp_path / "_config.yml").write_text(CONFIG, encoding="utf-8")
     (tmp_path / "src" / "flatmin").mkdir(parents=True)
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "BOOK", tmp_path / "book")
+    monkeypatch.setattr(notebooks, "BUILD", tmp_path / "_build")
     return tmp_path
 
 
@@ -61,7 +71,7 @@ def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
     assert notebooks.run(chapters()) == {} and target.read_bytes() == first
     notebooks.sync(chapters()[0])
     assert target.read_bytes() == first
-    assert differences(chapters()[0]) == []
+    assert differences(chapters()[0]) == ""
     outputs = [cell.outputs[0].text for cell in code_cells(nbformat.read(target, as_version=4))]
     assert outputs == ["2\n", "[] 1\n"]
 
@@ -69,35 +79,78 @@ def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
 def test_sync_keeps_the_outputs_of_unchanged_cells_only(tree):
     [path] = chapters()
     notebooks.run([path])
-    path.write_text(CHAPTER.replace("1 + 1", "1 + 2").replace("Prose", "New prose"))
-    assert differences(path) == ["01_try, cell 1: source differs", "01_try, cell 2: source differs"]
+    replace(path, CHAPTER.replace("1 + 1", "1 + 2").replace("Prose", "New prose"))
+    assert "1 + 2" in differences(path)
     notebooks.sync(path)
     changed, unchanged = code_cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
-    assert changed.outputs == [] and unchanged.outputs and differences(path) == []
+    assert changed.outputs == [] and unchanged.outputs and differences(path) == ""
 
 
-def test_book_executes_only_what_changed_and_leaves_the_tree_alone(tree, capsys):
+@pytest.mark.parametrize("change", ["a new cell", "an edited cell", "a new text"])
+def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
+    """By an editor that knows nothing of the text half."""
     [path] = chapters()
-    rendered = tree / "_build" / "source" / "book" / "01_try.ipynb"
+    notebooks.sync(path)
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    if change == "an edited cell":
+        notebook.cells[1].source += "; my_answer = 42"
+    else:
+        new = nbformat.v4.new_code_cell if change == "a new cell" else nbformat.v4.new_markdown_cell
+        notebook.cells.append(new("my_answer = 42"))
+    nbformat.write(notebook, path.with_suffix(".ipynb"))
+    before = path.with_suffix(".ipynb").read_bytes()
+    for command in (notebooks.sync, lambda path: notebooks.run([path]), lambda _: notebooks.book()):
+        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*my_answer.*another name"):
+            command(path)
+    assert path.with_suffix(".ipynb").read_bytes() == before and differences(path)
+    assert read(path) == CHAPTER
+
+
+def test_a_notebook_is_written_in_utf_8_and_replaced_whole(tree, monkeypatch):
+    [path] = chapters()
+    replace(path, CHAPTER.replace("Prose", "✓ Prosa für alle"))
+    notebooks.run([path])
+    before = path.with_suffix(".ipynb").read_bytes()
+    assert "✓ Prosa für alle".encode() in before
+    replace(path, CHAPTER)
+
+    def full(self, *_, **__):
+        raise OSError("no space left on the disk")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        notebooks.sync(path)
+    assert path.with_suffix(".ipynb").read_bytes() == before
+
+
+def test_book_shows_what_this_machine_computes(tree, capsys):
+    """It executes only what changed, and takes nothing that a notebook stores."""
+    [path] = chapters()
+    replace(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
+    replace(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)"))
+    notebooks.run([path])
+    stored = read(path.with_suffix(".ipynb"))
+    replace(path.with_suffix(".ipynb"), stored.replace(r"42\n", r"77\n"))
 
     def executed():
-        assert notebooks.book(tree / "_build") == {}
-        return "01_try: executed" in capsys.readouterr().out
+        capsys.readouterr()
+        assert not notebooks.book()
+        out = capsys.readouterr().out
+        assert out.splitlines()[-1].startswith("book: ready in ")
+        return "01_try: executed" in out, read(tree / "_build" / "html" / "01_try.html")
 
-    assert executed() and not executed()
-    path.write_text(CHAPTER.replace("Prose", "New prose"))
-    assert not executed() and "New prose" in rendered.read_text() and r"2\n" in rendered.read_text()
-    path.write_text(CHAPTER.replace("1 + 1", "1 + 2"))
-    assert executed() and r"3\n" in rendered.read_text()
-    (tree / "src" / "flatmin" / "new.py").write_text("")
-    assert executed()
-    assert not path.with_suffix(".ipynb").exists() and (rendered.parent / "index.md").exists()
-    assert not (rendered.parent / path.name).exists()
+    again, page = executed()
+    assert again and ">42\n" in page and ">77\n" not in page
+    replace(path, CHAPTER.replace("print(1 + 1)", "print(40 + 1 + 1)").replace("Pro", "New pro"))
+    again, page = executed()
+    assert not again and ">42\n" in page and "New prose" in page
+    replace(tree / "src" / "flatmin" / "new.py", "")
+    assert executed()[0]
 
 
 def test_a_cell_that_raises_is_reported_and_nothing_is_written(tree, capsys):
     [path] = chapters()
-    path.write_text(CHAPTER.replace("1 + 1", "1 / 0"))
+    replace(path, CHAPTER.replace("1 + 1", "1 / 0"))
     assert (
         list(notebooks.run([path])) == ["01_try"] and "ZeroDivisionError" in capsys.readouterr().out
     )
@@ -105,7 +158,18 @@ def test_a_cell_that_raises_is_reported_and_nothing_is_written(tree, capsys):
         cell.outputs == []
         for cell in code_cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
     )
-    assert list(notebooks.book(tree / "_build")) == ["01_try"]
+    assert list(notebooks.book()) == ["01_try"]
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert last == "book: NOT rendered, because these chapters failed (see above): 01_try"
+
+
+def test_a_warning_of_the_renderer_fails_each_time(tree, capsys):
+    [path] = chapters()
+    replace(tree / "book" / "_toc.yml", "{format: jb-book, root: index, chapters: [file: 01_try]}")
+    replace(path, CHAPTER.replace("Prose", "[nowhere](nowhere.md)"))
+    for _ in range(2):
+        assert notebooks.book()
+        assert capsys.readouterr().out.splitlines()[-1].startswith("book: rendering FAILED after ")
 
 
 def with_claims(*lines):
@@ -117,13 +181,14 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
     [path] = chapters()
     monkeypatch.setattr(claims, "SEEDS", [1, 2])
     seed = 'os.environ["FLATMIN_SEED"]'
-    path.write_text(
+    replace(
+        path,
         with_claims(
             'claim("always", "it holds", True)',
             f'claim("odd", "the seed is odd", {seed} == "1")',
             f'assert {seed} != "2"',
             'claim("last", "it is reached", True)',
-        )
+        ),
     )
     assert claims.main([]) == 1
     out = capsys.readouterr().out
@@ -138,7 +203,7 @@ def test_claims_marks_what_fails_and_what_is_never_reached(tree, monkeypatch, ca
 
 def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
     monkeypatch.setattr(claims, "SEEDS", [3])
-    chapters()[0].write_text(with_claims('claim("always", "it holds", True)'))
+    replace(chapters()[0], with_claims('claim("always", "it holds", True)'))
     assert (
         claims.main([]) == 0
         and "claims: 1 of 1 hold, 0 chapter runs crashed" in capsys.readouterr().out
@@ -147,7 +212,7 @@ def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
 
 def test_claims_list_requires_plain_strings(tree):
     [path] = chapters()
-    path.write_text(with_claims('claim("a-" + "b", "computed name", True)'))
+    replace(path, with_claims('claim("a-" + "b", "computed name", True)'))
     notebooks.sync(path)
     with pytest.raises(ValueError, match="plain strings: claim"):
         claims_in(path.with_suffix(".ipynb"))
@@ -204,20 +269,3 @@ def test_a_notebook_installs_its_own_version():
     repo = notebooks.repository()
     assert notebooks.source("0.2.0.dev0") == f"git+{repo['url']}@{repo['branch']}"
     assert notebooks.source("0.1.0") == f"git+{repo['url']}@v0.1.0"
-
-
-def test_make_book_ends_with_a_one_line_summary(tree, monkeypatch, capsys):
-    [path] = chapters()
-    last = lambda: capsys.readouterr().out.rstrip().splitlines()[-1]
-    monkeypatch.setattr(notebooks, "book", lambda: {})
-    for status, summary in (
-        (0, "book: ready in 0 s, open "),
-        (1, "book: rendering FAILED after 0 s, see the warnings above"),
-    ):
-        monkeypatch.setattr(notebooks, "render", lambda status=status: status)
-        assert notebooks.make_book() == status and last().startswith(summary)
-    monkeypatch.setattr(notebooks, "book", lambda: {path.stem: "error"})
-    assert (
-        notebooks.make_book()
-        and last() == "book: NOT rendered, because these chapters failed (see above): 01_try"
-    )

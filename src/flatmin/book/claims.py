@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .._files import print_line
 from ..stack import unexpectedly_diverged
 
 __all__ = ["claim"]
@@ -77,7 +78,7 @@ def claim(id: str, text: str, condition: Any) -> None:
         )
     elif not holds:
         raise AssertionError(f"claim {id!r} does not hold: {text}")
-    print(f"{'✓' if holds else '✗'} {id}: {text}")
+    print_line(f"{'✓' if holds else '✗'} {id}: {text}")
 
 
 def _diverged(value: Any, depth: int = 3) -> Iterator[str]:

@@ -26,7 +26,6 @@ files of the unpacked archives are read from there instead, and nothing is downl
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gzip
 import io
@@ -35,9 +34,9 @@ import os
 import pickle
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,16 +61,9 @@ __all__ = [
     "two_gaussians",
 ]
 
+_Part = tuple[Tensor, Tensor]  # inputs and labels
+
 # ------------------------------------------------------------------ subset, split and label noise
-
-
-class _Choice(NamedTuple):
-    """The four arguments of every set."""
-
-    train_size: int | None
-    validation_size: int
-    label_noise: float
-    seed: int
 
 
 def data_stream(seed: int, purpose: str) -> torch.Generator:
@@ -88,14 +80,16 @@ def data_stream(seed: int, purpose: str) -> torch.Generator:
 def _assemble(
     name: str,
     num_classes: int,
-    pool: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    choice: _Choice,
+    pool: _Part,
+    test: _Part,
+    train_size: int | None,
+    validation_size: int,
+    label_noise: float,
+    seed: int,
 ) -> Data:
     """Draw training and validation rows from the pool and flip labels, as the module describes."""
     size = len(pool[0])
-    held_out = whole("validation_size", choice.validation_size, 0)
-    train_size = choice.train_size
+    held_out = whole("validation_size", validation_size, 0)
     if train_size is None:
         train_size = max(1, size - held_out)
     if whole("train_size", train_size, 1) + held_out > size:
@@ -103,7 +97,7 @@ def _assemble(
             f"train_size + validation_size must be at most {size}, the number of training "
             f"examples of {name}, got {train_size} + {held_out}"
         )
-    order = torch.randperm(size, generator=data_stream(choice.seed, "rows"))
+    order = torch.randperm(size, generator=data_stream(seed, "rows"))
     parts: dict[str, Tensor] = {"x_test": _floating(test[0]), "y_test": test[1]}
     rows_of = {"train": order[:train_size], "validation": order[size - held_out :]}
     for split, rows in rows_of.items():
@@ -111,7 +105,7 @@ def _assemble(
         parts[f"x_{split}"] = _floating(pool[0][rows])
         parts[f"y_{split}_clean"] = y
         parts[f"y_{split}"] = flip_labels(
-            y, num_classes, choice.label_noise, data_stream(choice.seed, f"{split} labels")
+            y, num_classes, label_noise, data_stream(seed, f"{split} labels")
         )
     return Data(name, num_classes, **parts)
 
@@ -173,17 +167,18 @@ def _floating(x: Tensor) -> Tensor:
 
 def _synthetic(
     name: str,
-    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    draw: Callable[[int, torch.Generator], _Part],
     test_size: int,
-    choice: _Choice,
+    train_size: int,
+    validation_size: int,
+    label_noise: float,
+    seed: int,
 ) -> Data:
     """A set of two classes and of any size."""
-    pool_size = whole("train_size", choice.train_size, 1) + whole(
-        "validation_size", choice.validation_size, 0
-    )
-    test = draw(whole("test_size", test_size, 1), data_stream(choice.seed, "test inputs"))
-    pool = draw(pool_size, data_stream(choice.seed, "inputs"))
-    return _assemble(name, 2, pool, test, choice)
+    size = whole("train_size", train_size, 1) + whole("validation_size", validation_size, 0)
+    test = draw(whole("test_size", test_size, 1), data_stream(seed, "test inputs"))
+    pool = draw(size, data_stream(seed, "inputs"))
+    return _assemble(name, 2, pool, test, train_size, validation_size, label_noise, seed)
 
 
 def two_gaussians(
@@ -220,12 +215,13 @@ def two_gaussians(
     """
     dimension, distance = whole("dimension", dimension, 1), number("distance", distance, 0)
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(n: int, generator: torch.Generator) -> _Part:
         y = torch.randint(2, (n,), generator=generator)
         return torch.randn(n, dimension, generator=generator) + distance * y[:, None], y
 
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _synthetic("two_gaussians", draw, test_size, choice)
+    return _synthetic(
+        "two_gaussians", draw, test_size, train_size, validation_size, label_noise, seed
+    )
 
 
 def sinusoid(
@@ -257,13 +253,12 @@ def sinusoid(
     True
     """
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(n: int, generator: torch.Generator) -> _Part:
         stuv = torch.randn(n, 4, generator=generator)
         x = 2 * stuv[:, 2:] / stuv.norm(dim=1, keepdim=True)
         return x, (1.5 * x[:, 0] + torch.sin(1.5 * x[:, 1]) > 0).long()
 
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _synthetic("sinusoid", draw, test_size, choice)
+    return _synthetic("sinusoid", draw, test_size, train_size, validation_size, label_noise, seed)
 
 
 def spiral(
@@ -276,9 +271,11 @@ def spiral(
 ) -> Data:
     r"""Two spirals of the flooding paper (Ishida et al., ICML 2020).
 
-    .. math:: x = (a + \pi y)\,(\cos a, \sin a) + \tau\,\nu,
-              \quad a \sim U[0, 4\pi], \quad \nu \sim \mathcal N(0, I_2),
-              \qquad y \in \{0, 1\} \text{ with probability } \tfrac12
+    .. math:: \begin{gathered}
+              x = (a + \pi y)\,(\cos a, \sin a) + \tau\,\nu, \\
+              a \sim U[0, 4\pi], \quad \nu \sim \mathcal N(0, I_2),
+              \quad y \in \{0, 1\} \text{ with probability } \tfrac12
+              \end{gathered}
 
     Parameters
     ----------
@@ -296,14 +293,13 @@ def spiral(
     """
     noise = number("noise", noise, 0)
 
-    def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(n: int, generator: torch.Generator) -> _Part:
         y = torch.randint(2, (n,), generator=generator)
         a = 4 * math.pi * torch.rand(n, generator=generator)
         arm = (a + math.pi * y)[:, None] * torch.stack([a.cos(), a.sin()], dim=1)
         return arm + noise * torch.randn(n, 2, generator=generator), y
 
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _synthetic("spiral", draw, test_size, choice)
+    return _synthetic("spiral", draw, test_size, train_size, validation_size, label_noise, seed)
 
 
 # ------------------------------------------------------- sets that come with a Python package
@@ -336,8 +332,8 @@ def digits(
     order = torch.randperm(len(labels), generator=data_stream(0, "digits"))
     x = torch.tensor(images, dtype=torch.float32).div_(16)[order]
     y = torch.tensor(labels, dtype=torch.int64)[order]
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _assemble("digits", 10, (x[597:], y[597:]), (x[:597], y[:597]), choice)
+    pool, test = (x[597:], y[597:]), (x[:597], y[:597])
+    return _assemble("digits", 10, pool, test, train_size, validation_size, label_noise, seed)
 
 
 def mnist1d(
@@ -363,8 +359,8 @@ def mnist1d(
     Data('mnist1d', 10 classes, inputs [40], 3500 train (700 noisy), 500 validation, 1000 test)
     """
     x, y, x_test, y_test = (torch.tensor(a) for a in _mnist1d_arrays())
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _assemble("mnist1d", 10, (x.float(), y), (x_test.float(), y_test), choice)
+    pool, test = (x.float(), y), (x_test.float(), y_test)
+    return _assemble("mnist1d", 10, pool, test, train_size, validation_size, label_noise, seed)
 
 
 @functools.lru_cache(maxsize=1)
@@ -434,59 +430,60 @@ def _download(folder: str, archive: str) -> Path:
         ) from error
 
 
-def _local(folder: str, *names: str) -> Path | None:
-    """The first of these names that is a file under FLATMIN_DATA; None if that is not set."""
-    root = os.environ.get("FLATMIN_DATA")
-    if not root:
-        return None
-    paths = [Path(root).expanduser() / folder / name for name in names]
-    for path in paths:
-        if path.is_file():
-            return path
+def _local(path: Path) -> Path:
+    """This file of an unpacked archive, with its ending or without."""
+    for file in (path, path.with_suffix("")):
+        if file.is_file():
+            return file
     raise FileNotFoundError(
-        f"{paths[0]} does not exist. FLATMIN_DATA is set, so sets are read from that folder and "
+        f"{path} does not exist. FLATMIN_DATA is set, so sets are read from that folder and "
         "nothing is downloaded: put the file there, or unset FLATMIN_DATA."
     )
 
 
-@contextlib.contextmanager
-def _reading(path: object) -> Iterator[None]:
-    """Whatever goes wrong in parsing a file becomes an error that names it."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{path} is corrupt or cut short: {error!r}") from error
+def _read(folder: str, archive: str, names: list[str], parse: Callable[[bytes], Any]) -> list[Any]:
+    """Parse these files of an archive, those under FLATMIN_DATA or else the downloaded ones."""
+    if root := os.environ.get("FLATMIN_DATA"):
+        paths = [_local(Path(root).expanduser() / folder / name) for name in names]
+        files = {str(path): path.read_bytes() for path in paths}
+    elif (path := _download(folder, archive)).name in names:
+        files = {str(path): path.read_bytes()}
+    else:
+        with tarfile.open(path) as tar:  # in one pass; nothing is unpacked
+            members = {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
+        files = {name: members[f"{folder}/{name}"] for name in names}
+    parsed = []
+    for name, raw in files.items():
+        try:
+            parsed.append(parse(raw))
+        except Exception as error:
+            raise ValueError(f"{name} is corrupt or cut short: {error!r}") from error
+    return parsed
 
 
-def _read_idx(folder: str, archive: str, shape: tuple[int, ...]) -> Tensor:
-    """An IDX file of bytes as a tensor of shape [n, *shape].
-
-    The format: two zero bytes, the type (8 = unsigned byte), the number of dimensions, each size
-    as a big-endian 32-bit integer, then the data.
-    """
-    name = f"{archive}-ubyte"
-    path = _local(folder, f"{name}.gz", name) or _download(folder, archive)
-    raw = path.read_bytes()
-    with _reading(path):
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        start = 4 * (2 + len(shape))
-        n, *sizes = np.frombuffer(raw[4:start], dtype=">u4").tolist()
-        if raw[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(sizes) != shape:
-            raise ValueError(f"its header is not that of an IDX file of items of shape {shape}")
-        return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(n, *shape)
+def _idx(raw: bytes, shape: tuple[int, ...]) -> Tensor:
+    """An IDX file of bytes, zipped or not: a magic number, the sizes, all big-endian; the data."""
+    if raw[:2] == b"\x1f\x8b":
+        raw = gzip.decompress(raw)
+    magic, n, *sizes = np.frombuffer(raw, ">u4", 2 + len(shape)).tolist()
+    if (magic, *sizes) != (0x801 + len(shape), *shape):
+        raise ValueError(f"its header is not that of an IDX file of items of shape {shape}")
+    return torch.tensor(np.frombuffer(raw, np.uint8, offset=4 * (2 + len(shape)))).view(n, *shape)
 
 
-def _idx_set(name: str, choice: _Choice) -> Data:
-    """MNIST and the sets in its format."""
-    parts = []
-    for part in ("train", "t10k"):
-        x = _read_idx(name, f"{part}-images-idx3", (28, 28))
-        y = _read_idx(name, f"{part}-labels-idx1", ())
+def _mnist(name: str) -> tuple[_Part, _Part]:
+    """Training and test part of MNIST or of a set in its format."""
+
+    def read(archive: str, *shape: int) -> Tensor:
+        return _read(name, archive, [f"{archive}-ubyte.gz"], lambda raw: _idx(raw, shape))[0]
+
+    def part(which: str) -> _Part:
+        x, y = read(f"{which}-images-idx3", 28, 28), read(f"{which}-labels-idx1")
         if len(x) != len(y):
-            raise ValueError(f"{name} is corrupt: {len(x)} {part} images but {len(y)} labels")
-        parts.append((x[:, None], y.long()))
-    return _assemble(name, 10, parts[0], parts[1], choice)
+            raise ValueError(f"{name} is corrupt: {len(x)} {which} images but {len(y)} labels")
+        return x[:, None], y.long()
+
+    return part("train"), part("t10k")
 
 
 def mnist(
@@ -511,7 +508,8 @@ def mnist(
     ValueError
         If a file under ``FLATMIN_DATA`` is corrupt.
     """
-    return _idx_set("mnist", _Choice(train_size, validation_size, label_noise, seed))
+    parts = _mnist("mnist")
+    return _assemble("mnist", 10, *parts, train_size, validation_size, label_noise, seed)
 
 
 def fashion_mnist(
@@ -524,7 +522,8 @@ def fashion_mnist(
 
     Parameters and errors are those of :func:`mnist`.
     """
-    return _idx_set("fashion_mnist", _Choice(train_size, validation_size, label_noise, seed))
+    parts = _mnist("fashion_mnist")
+    return _assemble("fashion_mnist", 10, *parts, train_size, validation_size, label_noise, seed)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -539,29 +538,18 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
 
 
-def _cifar_files(folder: str, names: list[str]) -> dict[str, bytes]:
-    """The bytes of these members of a CIFAR archive, each by its path."""
-    local = [_local(folder, name) for name in names]
-    if all(local):
-        return {str(path): path.read_bytes() for path in local if path}
+def _cifar(folder: str, names: list[str], labels: bytes) -> tuple[_Part, _Part]:
+    """Training and test part of files that are pickled dictionaries, the last one for testing."""
+
+    def parse(raw: bytes) -> _Part:
+        batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
+        y = torch.tensor(batch[labels])
+        return torch.from_numpy(batch[b"data"]).reshape(len(y), 3, 32, 32), y
+
     (archive,) = _ARCHIVES[folder][1]
-    with tarfile.open(_download(folder, archive)) as tar:  # in one pass; nothing is unpacked
-        files = {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
-    return {name: files[f"{folder}/{name}"] for name in names}
-
-
-def _cifar_set(
-    name: str, num_classes: int, folder: str, names: list[str], labels: bytes, choice: _Choice
-) -> Data:
-    """CIFAR-10 and CIFAR-100: files are pickled dictionaries, the last one for testing."""
-    batches = []
-    for path, raw in _cifar_files(folder, names).items():
-        with _reading(path):
-            batch = _PlainUnpickler(io.BytesIO(raw), encoding="bytes").load()
-            y = torch.tensor(batch[labels])
-            batches.append((torch.from_numpy(batch[b"data"]).reshape(len(y), 3, 32, 32), y))
-    x, y = (torch.cat(part) for part in zip(*batches[:-1], strict=True))
-    return _assemble(name, num_classes, (x, y), batches[-1], choice)
+    *batches, test = _read(folder, archive, names, parse)
+    x, y = map(torch.cat, zip(*batches, strict=True))
+    return (x, y), test
 
 
 def cifar10(
@@ -587,8 +575,8 @@ def cifar10(
         If a file under ``FLATMIN_DATA`` is corrupt.
     """
     names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _cifar_set("cifar10", 10, "cifar-10-batches-py", names, b"labels", choice)
+    parts = _cifar("cifar-10-batches-py", names, b"labels")
+    return _assemble("cifar10", 10, *parts, train_size, validation_size, label_noise, seed)
 
 
 def cifar100(
@@ -602,9 +590,8 @@ def cifar100(
     They belong to 20 superclasses, see :data:`CIFAR100_SUPERCLASS`. Parameters and errors are
     those of :func:`cifar10`.
     """
-    names = ["train", "test"]
-    choice = _Choice(train_size, validation_size, label_noise, seed)
-    return _cifar_set("cifar100", 100, "cifar-100-python", names, b"fine_labels", choice)
+    parts = _cifar("cifar-100-python", ["train", "test"], b"fine_labels")
+    return _assemble("cifar100", 100, *parts, train_size, validation_size, label_noise, seed)
 
 
 # fmt: off

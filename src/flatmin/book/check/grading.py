@@ -19,6 +19,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from ..._files import print_line
 from ...pipeline import Recipe
 from ...stack import Runs, fit
 from ..models import MLP
@@ -356,7 +357,7 @@ class Check:
 
     def __call__(self, answer: Callable[..., Any], seed: int = 0) -> Report:
         report = self.run(answer, seed)
-        print(report)
+        print_line(report)
         return report
 
     def verify(self, answer: Callable[..., Any], seed: int = 0) -> None:

@@ -1,6 +1,5 @@
 """The records of the experiments: where they are, what they contain, how they are plotted."""
 
-import contextlib
 import functools
 import importlib
 import io
@@ -9,7 +8,6 @@ import lzma
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +16,7 @@ import torch
 import xarray as xr
 
 from ..._checks import number
+from ..._files import replace
 
 NAMES = [
     "flooding_synthetic",
@@ -35,18 +34,6 @@ SCHEMA = (
     "experiment size device machine python numpy torch cuda flatmin commit seeds settings seconds "
     "data cost"
 ).split()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that replaces ``path`` at the end; if interrupted, ``path`` is unchanged."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def experiment(name: str) -> ModuleType:
@@ -142,8 +129,7 @@ def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | 
 def write(path: Path, dataset: xr.Dataset) -> None:
     """Write netCDF, compressed by xz; the file appears as a whole or not at all."""
     content = bytes(dataset.to_netcdf(engine="scipy"))
-    with replacing(path) as part:
-        part.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+    replace(path, lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
 
 
 def read(path: Path) -> xr.Dataset:

@@ -1,8 +1,18 @@
-/* What scrolls sideways inside the page (a wide table, a long formula) can be reached and scrolled by keyboard, and
-   says what it is; what fits is no stop on the way. */
+/* What the theme's pages lack for a keyboard and a screen reader. */
 addEventListener("DOMContentLoaded", () => {
+  // The sidebar is a landmark, a blank corner of a table is no heading, and a reference is an item of its list.
+  const sidebar = document.getElementById("pst-primary-sidebar");
+  sidebar?.setAttribute("role", "complementary");
+  sidebar?.setAttribute("aria-label", "Book");
+  for (const th of document.querySelectorAll("th")) {
+    if (!th.textContent.trim()) th.replaceWith(document.createElement("td"));
+  }
+  for (const entry of document.querySelectorAll("[role='doc-biblioentry']")) entry.setAttribute("role", "listitem");
+
+  // What scrolls sideways inside the page (a wide table, a long formula) can be reached and scrolled by keyboard, and
+  // says what it is; what fits is no stop on the way.
   const kinds = {
-    "Table, scrolls sideways": ".pst-scrollable-table-container",
+    "Table, scrolls sideways": ".pst-scrollable-table-container, .indextable",
     "Formula, scrolls sideways": "div.math, mjx-container[display='true']",
     "Code, scrolls sideways": ".bd-article pre",
   };
