@@ -359,8 +359,8 @@ def synthetic() -> Data:
     y = torch.arange(800) % 10
     x = pattern.repeat_interleave(8, 3)[y] + 0.4 * torch.randn(800, 3, 32, 32, generator=generator)
     x = (x.clamp(0, 1) * 255).to(torch.uint8)
-    choice = sets._Choice(None, 0, 0.0, 0)
-    return sets._assemble("synthetic", 10, (x[:600], y[:600]), (x[600:], y[600:]), choice)
+    pool, test = (x[:600], y[:600]), (x[600:], y[600:])
+    return sets._assemble("synthetic", 10, pool, test, None, 0, 0.0, 0)
 
 
 # The settings of the smallest size of the experiments that train one network per unit.
@@ -400,8 +400,8 @@ def load(
     if name not in SETS:
         raise ValueError(f"data must be one of {sorted(SETS)}, got {name!r}")
     pool, test, num_classes = _read(name)
-    choice = sets._Choice(train_size, validation_size, label_noise, seed)
-    return sets._assemble(name, num_classes, pool, test, choice)
+    how = train_size, validation_size, label_noise, seed
+    return sets._assemble(name, num_classes, pool, test, *how)
 
 
 @functools.lru_cache(maxsize=1)
