@@ -129,7 +129,8 @@ def save(name: str, dataset: xr.Dataset, folder: str | os.PathLike, size: str | 
 def write(path: Path, dataset: xr.Dataset) -> None:
     """Write netCDF, compressed by xz; the file appears as a whole or not at all."""
     content = bytes(dataset.to_netcdf(engine="scipy"))
-    replace(path, lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
+    # presets above 6 only have more memory, for contents of more than 8 MiB, and clear it each time
+    replace(path, lzma.compress(content, preset=6 | lzma.PRESET_EXTREME))
 
 
 def read(path: Path) -> xr.Dataset:
