@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import tomllib
+import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
@@ -275,6 +276,8 @@ def render(cache):
         "nb_execution_cache_path": str(cache.path),
         "nb_execution_raise_on_error": True,
     }
+    # it looks at every object in memory, torch's deprecated ones too
+    warnings.filterwarnings("ignore", category=FutureWarning, module="sphinx_external_toc")
     status = build_sphinx(
         BOOK,
         BUILD / "html",
