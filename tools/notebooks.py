@@ -8,6 +8,7 @@ python tools/notebooks.py book               the book, from chapters executed on
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -85,7 +86,9 @@ def parse(path, reads, **form):
 
 
 def digest(cell):
-    return hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]
+    """Of what a text half holds of a cell: its source, tags, and alt text."""
+    held = [cell.cell_type, cell.source, *map(cell.metadata.get, ("tags", "mystnb"))]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_text(path):
@@ -118,16 +121,16 @@ def sync(path):
     target, notebook = path.with_suffix(".ipynb"), read_text(path)
     if target.exists():
         old = parse(target, nbformat.reads, as_version=4)
-        texts = {cell.source for cell in notebook.cells}
+        texts = {digest(cell) for cell in notebook.cells}
         own = [
             cell
             for cell in old.cells
-            if cell.source not in texts and not cell.get("id", "").startswith(digest(cell))
+            if digest(cell) not in texts and not cell.get("id", "").startswith(digest(cell))
         ]
         if own:
             sys.exit(
-                f"{target.name} has cells ({len(own)}) that were written there and that {path.name} "
-                f"lacks; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
+                f"{target.name} has cells ({len(own)}) whose text, tags or alt text was written there "
+                f"and is not in {path.name}; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
                 f"{path.name}, or save the notebook under another name and take the old one from git"
             )
         keep_outputs(notebook, old)

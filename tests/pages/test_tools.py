@@ -88,7 +88,7 @@ def test_sync_keeps_the_outputs_of_unchanged_cells_only(tree):
     assert changed.outputs == [] and unchanged.outputs and differences(path) == ""
 
 
-@pytest.mark.parametrize("change", ["a new cell", "an edited cell", "a new text"])
+@pytest.mark.parametrize("change", ["a new cell", "an edited cell", "a new text", "an alt text"])
 def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
     """By an editor that knows nothing of the text half."""
     [path] = chapters()
@@ -96,13 +96,15 @@ def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     if change == "an edited cell":
         notebook.cells[1].source += "; my_answer = 42"
+    elif change == "an alt text":
+        notebook.cells[1].metadata["mystnb"] = {"image": {"alt": "my_answer"}}
     else:
         new = nbformat.v4.new_code_cell if change == "a new cell" else nbformat.v4.new_markdown_cell
         notebook.cells.append(new("my_answer = 42"))
     nbformat.write(notebook, path.with_suffix(".ipynb"))
     before = path.with_suffix(".ipynb").read_bytes()
     for command in (notebooks.sync, lambda path: notebooks.run([path]), lambda _: notebooks.book()):
-        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*my_answer.*another name"):
+        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*another name"):
             command(path)
     assert path.with_suffix(".ipynb").read_bytes() == before and differences(path)
     assert read(path) == CHAPTER
