@@ -64,17 +64,21 @@ def bootstrap():
     return read(ROOT / "tools" / "bootstrap.py").strip().replace("SOURCE", source())
 
 
-def chapters(names=()):
-    """The paths of the text halves, all or those whose file name starts with one of `names`."""
-    available = sorted(BOOK.glob("[0-9]*.md"))
+def choose(kind, folder, names):
+    """The text halves in a folder, all or those whose file name starts with one of `names`."""
+    available = sorted(folder.glob("[0-9]*.md"))
     starts = tuple(Path(name).stem for name in names)
     for start in starts:
         if not any(path.stem.startswith(start) for path in available):
             sys.exit(
-                f"no chapter is called {start}; "
+                f"no {kind} is called {start}; "
                 f"there are {', '.join(path.stem for path in available)}"
             )
     return [path for path in available if not names or path.stem.startswith(starts)]
+
+
+def chapters(names=()):
+    return choose("chapter", BOOK, names)
 
 
 def parse(path, reads, **form):
