@@ -4,13 +4,15 @@ VENV   ?= .venv
 PYTHON ?= python3
 # chapters for `make notebooks`, or assignments for `make assignments`, e.g. N=02_flooding
 N      ?=
-# name and title for `make new-chapter`
-NAME   ?=
-TITLE  ?=
 # seed of the hidden tests of `make assignments`; submissions and table of `make grade`
 SEED   ?= 2026
 FROM   ?= submissions
 TO     ?= grades.csv
+
+# An unset $CONDA_PREFIX would be /, and make splits names at spaces.
+ifneq ($(words $(VENV)),1)
+$(error VENV must be a path without spaces, got "$(VENV)")
+endif
 
 SHELL := bash
 BIN   := $(VENV)/bin
@@ -27,7 +29,7 @@ CHECKED := _build/check/_build/html
 .PHONY: help book pdf lint test test-fast test-units test-notebooks test-book test-assignments test-web notebooks claims colab bench new-chapter assignments grade lab clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Versions are those of constraints.txt. In an environment that was not made here, an installed torch (one for your GPU, say) is kept.
 # Files that were only touched, as git does, need no installation and no network.
@@ -116,13 +118,13 @@ colab: $(READY)  ## every chapter alone, without flatmin, as in Colab (one: N=02
 	$(BIN)/python tools/colab.py $(if $(COLAB),--python $(COLAB)) $(N)
 
 new-chapter: $(READY)  ## authors: a skeleton that runs and passes all tests: NAME=weight_averaging TITLE="Weight averaging"
-	$(BIN)/python tools/new_chapter.py "$(NAME)" --title "$(TITLE)"
+	$(BIN)/python tools/new_chapter.py "$$NAME" --title "$$TITLE"
 
 assignments: $(READY)  ## instructors: student notebooks, solutions and autograders (one: N=02_flooding)
 	$(BIN)/python tools/assignments.py build --seed $(SEED) $(N)
 
 grade: $(READY)  ## instructors: a folder of submissions into a table: N=02_flooding FROM=folder TO=grades.csv
-	$(BIN)/python tools/assignments.py grade $(N) $(FROM) -o $(TO)
+	$(BIN)/python tools/assignments.py grade "$(N)" "$(FROM)" -o "$(TO)"
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	-@$(BIN)/python tools/notebooks.py check

@@ -25,7 +25,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from notebooks import LANGUAGE, ROOT, bootstrap, source
+from notebooks import LANGUAGE, ROOT, bootstrap, choose, source
 from otter.generate import main as generate
 
 from flatmin._files import print_line, replace
@@ -43,14 +43,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def masters(names=()):
-    available = sorted(MASTERS.glob("[0-9]*.md"))
-    chosen = [path for path in available if not names or path.stem.startswith(tuple(names))]
-    if not chosen:
-        sys.exit(
-            f"no assignment is called {' or '.join(names)}; "
-            f"there are {', '.join(path.stem for path in available)}"
-        )
-    return chosen
+    return choose("assignment", MASTERS, names)
 
 
 def read(path):
@@ -244,7 +237,9 @@ def grade(path, folder, out, archive=None, jobs=1):
             f"feedback goes into the folder {feedback}"
         )
     submissions = sorted(
-        p for p in folder.rglob("*.ipynb") if p.is_file() and ".ipynb_checkpoints" not in p.parts
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() == ".ipynb" and p.is_file() and ".ipynb_checkpoints" not in p.parts
     )
     if not submissions:
         sys.exit(f"no notebook in {folder}")
@@ -259,12 +254,12 @@ def grade(path, folder, out, archive=None, jobs=1):
             rows.append([name, total, most, *(f"{points:g}" for points in earned), note])
             said = {text for _, messages in results.values() for text in messages}
             remarks = sorted({text[max(text.find("✗ check."), 0) :].strip() for text in said})
-            text = "\n\n".join([f"{total} of {most} points", *remarks]) + "\n"
+            text = "\n\n".join([f"{total} of {most} points", *remarks, note]).strip() + "\n"
             replace(feedback / name.with_suffix(".txt"), text)
+            table = io.StringIO()
+            csv.writer(table).writerows(rows)
+            replace(out, table.getvalue().encode(errors="surrogateescape"))  # any file name
             print_line(f"  {name}: {total} of {most}  {note}")
-    table = io.StringIO()
-    csv.writer(table).writerows(rows)
-    replace(out, table.getvalue().encode(errors="surrogateescape"))  # any file name
 
 
 def main():

@@ -8,14 +8,15 @@ python tools/notebooks.py book               the book, from chapters executed on
 
 import argparse
 import hashlib
-import itertools
+import json
 import os
 import shutil
 import sys
 import time
 import tomllib
+import warnings
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,7 +31,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from packaging.version import Version
 
-from flatmin._files import replace
+from flatmin._files import print_line, replace
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -63,29 +64,42 @@ def bootstrap():
     return read(ROOT / "tools" / "bootstrap.py").strip().replace("SOURCE", source())
 
 
+def choose(kind, folder, names):
+    """The text halves in a folder, all or those whose file name starts with one of `names`."""
+    available = sorted(folder.glob("[0-9]*.md"))
+    starts = tuple(Path(name).stem for name in names)
+    for start in starts:
+        if not any(path.stem.startswith(start) for path in available):
+            sys.exit(
+                f"no {kind} is called {start}; "
+                f"there are {', '.join(path.stem for path in available)}"
+            )
+    return [path for path in available if not names or path.stem.startswith(starts)]
+
+
 def chapters(names=()):
-    """The paths of the text halves, all or those whose file name starts with one of `names`."""
-    available = sorted(BOOK.glob("[0-9]*.md"))
-    chosen = [
-        path
-        for path in available
-        if not names or path.stem.startswith(tuple(Path(n).stem for n in names))
-    ]
-    if names and not chosen:
-        sys.exit(
-            f"no chapter is called {' or '.join(names)}; "
-            f"there are {', '.join(path.stem for path in available)}"
-        )
-    return chosen
+    return choose("chapter", BOOK, names)
+
+
+def parse(path, reads, **form):
+    """A notebook or text half, read by a library's function; one that cannot be read is named."""
+    try:
+        return reads(read(path), **form)
+    except Exception as error:  # the libraries raise a dozen kinds, and none names the file
+        sys.exit(f"{path.name} cannot be read: mend it, or take it from git. {error}")
 
 
 def digest(cell):
-    return hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:12]
+    """Of what a text half holds of a cell: its source, tags, and alt text."""
+    held = [cell.cell_type, cell.source, *map(cell.metadata.get, ("tags", "mystnb"))]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_text(path):
     """A text half as a notebook.  Its cell ids are digests, so that an edited notebook shows it."""
-    notebook, seen = jupytext.reads(read(path), fmt="md:myst"), Counter()
+    notebook, seen = parse(path, jupytext.reads, fmt="md:myst"), Counter()
+    if "formats" not in notebook.metadata.get("jupytext", {}):
+        sys.exit(f"{path.name} must begin with a line --- and the header that pairs its halves")
     notebook.metadata.jupytext.pop("text_representation", None)
     notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
@@ -110,17 +124,17 @@ def sync(path):
     """Bring a notebook up to its text half.  A notebook with cells of somebody's own is refused."""
     target, notebook = path.with_suffix(".ipynb"), read_text(path)
     if target.exists():
-        old = nbformat.reads(read(target), as_version=4)
-        texts = {cell.source for cell in notebook.cells}
+        old = parse(target, nbformat.reads, as_version=4)
+        texts = {digest(cell) for cell in notebook.cells}
         own = [
             cell
             for cell in old.cells
-            if cell.source not in texts and not cell.get("id", "").startswith(digest(cell))
+            if digest(cell) not in texts and not cell.get("id", "").startswith(digest(cell))
         ]
         if own:
             sys.exit(
-                f"{target.name} has cells ({len(own)}) that were written there and that {path.name} "
-                f"lacks; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
+                f"{target.name} has cells ({len(own)}) whose text, tags or alt text was written there "
+                f"and is not in {path.name}; the first begins {own[0].source[:60]!r}. Nothing was changed: copy them to "
                 f"{path.name}, or save the notebook under another name and take the old one from git"
             )
         keep_outputs(notebook, old)
@@ -153,33 +167,40 @@ def execute(notebook, threads=1, **environment):
     notebook.metadata["language_info"] = LANGUAGE  # the kernel wrote its version there
 
 
-def execute_all(jobs):
-    """Execute `jobs`, a list of (name, notebook, keywords), in parallel.  Returns {name: error}."""
-    done = itertools.count(1)
+def execute_all(jobs, keep=lambda name, notebook: None):
+    """Execute `jobs`, a list of (name, notebook, keywords), in parallel.  Returns {name: error}.
 
-    def run_job(job):
-        name, notebook, keywords = job
+    `keep` gets each executed notebook at once, so that an interruption costs only those running.
+    """
+    failed = {}
+
+    def run_job(name, notebook, keywords):
         start, error = time.monotonic(), None
         try:
             execute(notebook, **keywords)
         except CRASHES as crash:
             error = crash
-        status = f"FAILED\n{error}" if error else f"executed in {time.monotonic() - start:.0f} s"
-        print(f"  [{next(done)}/{len(jobs)}] {name}: {status}", flush=True)
-        return name, error
+        return name, notebook, error, time.monotonic() - start
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {name: error for name, error in pool.map(run_job, jobs) if error}
+        try:
+            running = [pool.submit(run_job, *job) for job in jobs]
+            for done, job in enumerate(as_completed(running), 1):
+                name, notebook, error, seconds = job.result()
+                if error:
+                    failed[name] = error
+                else:
+                    keep(name, notebook)
+                status = f"FAILED\n{error}" if error else f"executed in {seconds:.0f} s"
+                print_line(f"  [{done}/{len(jobs)}] {name}: {status}")
+        except KeyboardInterrupt:  # threads wait for their kernels, which end with this process
+            os._exit(130)
+    return failed
 
 
 def run(paths):
-    notebooks = {path: sync(path) for path in paths}
-    base_seed = {"FLATMIN_SEED": "0"}
-    failed = execute_all([(path.stem, notebook, base_seed) for path, notebook in notebooks.items()])
-    for path, notebook in notebooks.items():
-        if path.stem not in failed:
-            write(notebook, path)
-    return failed
+    jobs = [(path.stem, sync(path), {"FLATMIN_SEED": "0"}) for path in paths]
+    return execute_all(jobs, lambda name, notebook: write(notebook, BOOK / f"{name}.md"))
 
 
 def differences(path):
@@ -188,7 +209,7 @@ def differences(path):
     if not target.exists():
         return f"{target.name} is missing"
     try:
-        notebook = nbformat.reads(read(target), as_version=4)
+        notebook = parse(target, nbformat.reads, as_version=4)
         compare_notebooks(notebook, read_text(path), fmt="md:myst")
     except NotebookDifference as difference:
         return f"{path.stem}: {difference}"
@@ -230,11 +251,12 @@ def book():
         shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
     threads = max(1, os.cpu_count() // max(1, len(stale)))
     jobs = [(path.stem, notebook, {"threads": threads}) for path, notebook in stale.items()]
-    failed = execute_all(jobs)
-    for path, notebook in stale.items():
-        if path.stem not in failed:
-            bundle = CacheBundleIn(notebook, str(path))
-            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+
+    def keep(name, notebook):
+        bundle = CacheBundleIn(notebook, str(BOOK / f"{name}.md"))
+        cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+
+    failed = execute_all(jobs, keep)
     if failed:
         print(f"book: NOT rendered, because these chapters failed (see above): {', '.join(failed)}")
         return failed
@@ -261,6 +283,8 @@ def render(cache):
         "nb_execution_cache_path": str(cache.path),
         "nb_execution_raise_on_error": True,
     }
+    # it looks at every object in memory, torch's deprecated ones too
+    warnings.filterwarnings("ignore", category=FutureWarning, module="sphinx_external_toc")
     status = build_sphinx(
         BOOK,
         BUILD / "html",

@@ -8,6 +8,7 @@ show their static picture, solutions are unfolded, and code that the book folds 
 """
 
 import argparse
+import io
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 import yaml
 from bs4 import BeautifulSoup
 from notebooks import BOOK, ROOT
+
+from flatmin._files import replace
 
 FLAGS = [
     "--no-sandbox",
@@ -126,11 +129,11 @@ def book(folder):
 {"".join(map(str, articles.values()))}"""
 
 
-def numbers(path):
+def numbers(file):
     """{anchor: page} of a PDF."""
     from pypdf import PdfReader
 
-    reader = PdfReader(path)
+    reader = PdfReader(file)
     pages = {
         name: reader.get_destination_page_number(target)
         for name, target in reader.named_destinations.items()
@@ -151,14 +154,12 @@ def make(browser, folder, target):
     for wide in page.evaluate(WIDE)[:5]:
         print(f"pdf: wider than the paper: {wide}", file=sys.stderr)
     paper = {
-        "path": target,
         "scale": SCALE,
         "prefer_css_page_size": True,
         "print_background": True,
     }
-    page.pdf(**paper)
-    page.evaluate(NUMBER, numbers(target))
-    page.pdf(**paper, outline=True, tagged=True)
+    page.evaluate(NUMBER, numbers(io.BytesIO(page.pdf(**paper))))
+    replace(target, page.pdf(**paper, outline=True, tagged=True))
     page.close()
 
 
@@ -179,7 +180,6 @@ def main(arguments):
         )
     from playwright.sync_api import sync_playwright
 
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     print("pdf: typesetting and printing the book, a minute or two", file=sys.stderr)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)

@@ -298,6 +298,24 @@ def test_otter_subtracts_the_points_of_one_mistake(built, path, name, tmp_path):
     assert graded(built, path, notebook(path, answered), tmp_path) == expected
 
 
+def test_an_interruption_keeps_what_is_graded(tmp_path, monkeypatch):
+    (tmp_path / "ada.IPYNB").touch()
+    (tmp_path / "bob.ipynb").touch()
+
+    def one(submission, archive):
+        if submission.name == "bob.ipynb":
+            raise KeyboardInterrupt
+        return {}, "not graded: no JSON"
+
+    monkeypatch.setattr(assignments, "grade_one", one)
+    out, archive = tmp_path / "grades.csv", tmp_path / "ada.IPYNB"
+    with pytest.raises(KeyboardInterrupt):
+        assignments.grade(MASTERS[3], tmp_path, out, archive)
+    assert "ada.IPYNB,0,20," in out.read_text(encoding="utf-8")
+    feedback = (tmp_path / "grades" / "ada.txt").read_text(encoding="utf-8")
+    assert feedback == "0 of 20 points\n\nnot graded: no JSON\n"
+
+
 @pytest.mark.course
 def test_a_folder_becomes_a_table(built, tmp_path, monkeypatch, capsys):
     """Even if half of the answers are missing, a file is no notebook, or a cell never ends."""

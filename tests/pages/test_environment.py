@@ -178,6 +178,14 @@ def test_a_missing_or_older_interpreter_is_named(make):
     assert re.search("env/bin/python is older. Remove env, and use another", make("old"))
 
 
+@pytest.mark.parametrize("venv", ["", "my env"])
+def test_an_environment_that_make_cannot_name_is_refused(make, venv):
+    command = ["make", f"VENV={venv}", "lint"]
+    ran = subprocess.run(command, cwd=make.folder, capture_output=True, encoding="utf-8")
+    assert ran.returncode and f'VENV must be a path without spaces, got "{venv}"' in ran.stderr
+    assert not ran.stdout
+
+
 def test_every_way_of_installing_names_the_same_extras():
     [extras] = re.findall(r"^EXTRAS := (.*)$", read(ROOT / "Makefile"), re.M)
     assert f'-e "{extras}"' in read(ROOT / "README.md")

@@ -1,7 +1,9 @@
 """The scripts in tools/, on a book of one chapter; the bootstrap cell, with a mock of pip."""
 
 import importlib.util
+import os
 import subprocess
+import sys
 from importlib.machinery import PathFinder
 from importlib.metadata import version
 from pathlib import Path
@@ -86,7 +88,7 @@ def test_sync_keeps_the_outputs_of_unchanged_cells_only(tree):
     assert changed.outputs == [] and unchanged.outputs and differences(path) == ""
 
 
-@pytest.mark.parametrize("change", ["a new cell", "an edited cell", "a new text"])
+@pytest.mark.parametrize("change", ["a new cell", "an edited cell", "a new text", "an alt text"])
 def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
     """By an editor that knows nothing of the text half."""
     [path] = chapters()
@@ -94,16 +96,69 @@ def test_sync_loses_nothing_that_was_written_in_the_notebook(tree, change):
     notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
     if change == "an edited cell":
         notebook.cells[1].source += "; my_answer = 42"
+    elif change == "an alt text":
+        notebook.cells[1].metadata["mystnb"] = {"image": {"alt": "my_answer"}}
     else:
         new = nbformat.v4.new_code_cell if change == "a new cell" else nbformat.v4.new_markdown_cell
         notebook.cells.append(new("my_answer = 42"))
     nbformat.write(notebook, path.with_suffix(".ipynb"))
     before = path.with_suffix(".ipynb").read_bytes()
     for command in (notebooks.sync, lambda path: notebooks.run([path]), lambda _: notebooks.book()):
-        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*my_answer.*another name"):
+        with pytest.raises(SystemExit, match=r"01_try.ipynb has cells .*another name"):
             command(path)
     assert path.with_suffix(".ipynb").read_bytes() == before and differences(path)
     assert read(path) == CHAPTER
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("01_try.ipynb", "", "01_try.ipynb cannot be read: .* JSON"),  # a write that failed
+        ("01_try.ipynb", "[]", "01_try.ipynb cannot be read: "),
+        ("01_try.md", CHAPTER.replace("output]", "output"), "01_try.md cannot be read: .*YAML"),
+        ("01_try.md", f"\ufeff{CHAPTER}", "01_try.md must begin with a line ---"),
+        ("01_try.md", "", "01_try.md must begin with a line ---"),
+    ],
+)
+def test_a_damaged_half_is_named_and_nothing_is_written(tree, name, content, message):
+    [path] = chapters()
+    notebooks.sync(path)
+    replace(tree / "book" / name, content)
+    before = {half: half.read_bytes() for half in (tree / "book").iterdir()}
+    for command in (notebooks.sync, differences):
+        with pytest.raises(SystemExit, match=message):
+            command(path)
+    assert {half: half.read_bytes() for half in (tree / "book").iterdir()} == before
+
+
+def test_an_interruption_keeps_what_was_executed(tree, monkeypatch):
+    """It does not wait for the chapters that are running, and leaves their stored outputs."""
+    replace(tree / "book" / "02_next.md", CHAPTER.replace("1 + 1", "2 + 2"))
+    executed, real = [], notebooks.execute
+
+    def interrupted(notebook, **environment):
+        executed.append(notebook.cells[1].source)
+        if executed[-1] == "print(2 + 2)":
+            raise KeyboardInterrupt
+        real(notebook, **environment)
+
+    monkeypatch.setattr(notebooks, "execute", interrupted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="130"):
+        notebooks.run(chapters())
+    first, second = (nbformat.read(p.with_suffix(".ipynb"), as_version=4) for p in chapters())
+    assert first.cells[1].outputs and not second.cells[1].outputs
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="130"):
+            notebooks.book()
+    assert executed == ["print(1 + 1)", "print(2 + 2)"] * 2 + ["print(2 + 2)"]
+
+
+def test_each_name_must_be_that_of_a_chapter(tree):
+    assert [path.stem for path in chapters(["book/01_try.md"])] == ["01_try"]
+    with pytest.raises(SystemExit, match="no chapter is called 99; there are 01_try"):
+        chapters(["01", "99"])
 
 
 def test_a_notebook_is_written_in_utf_8_and_replaced_whole(tree, monkeypatch):
