@@ -81,7 +81,7 @@ lint: $(READY)  ## style of the code, types, halves of the chapters
 
 test-units: $(READY)
 	@echo "test: unit tests and doctests"
-	$(ONE) $(BIN)/python -m pytest -q -n 2 -m "not web and not course and not colab" --junitxml=_build/reports/units.xml
+	$(ONE) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not web and not course and not colab" --junitxml=_build/reports/units.xml
 
 test-notebooks: $(READY)
 	@echo "test: every notebook, re-executed and compared with what it stores"

@@ -37,8 +37,8 @@ def test_a_new_chapter_passes_the_tests(copy, capsys):
     assert stem in [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
 
     path = copy / "book" / f"{stem}.md"
-    text = path.with_suffix(".ipynb").read_bytes()
-    given = {"path": path, "cells": notebooks.nbformat.reads(text, as_version=4).cells}
+    made = notebooks.nbformat.reads(read(path.with_suffix(".ipynb")), as_version=4)
+    given = {"path": path, "cells": made.cells}
     done = 0
     for name, test in vars(test_notebooks).items():
         wanted = inspect.signature(test).parameters if name.startswith("test_") else ()
@@ -46,7 +46,6 @@ def test_a_new_chapter_passes_the_tests(copy, capsys):
             test(**{key: given[key] for key in wanted})
             done += 1
     assert done >= 10
-    assert notebooks.run([path]) == {} and path.with_suffix(".ipynb").read_bytes() == text
 
 
 @pytest.mark.parametrize("name", ["Weight", "2fast", "a-b", "sam"])

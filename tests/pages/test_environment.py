@@ -134,7 +134,8 @@ def test_what_is_installed_is_not_installed_again(make):
     """A file that was only touched (as git does) must not need a network."""
     make()
     os.utime(make.folder / "pyproject.toml")
-    ran = subprocess.run(["make", "VENV=env", "env/.flatmin-ready"], cwd=make.folder)
+    command = ["make", "VENV=env", "env/.flatmin-ready"]
+    ran = subprocess.run(command, cwd=make.folder, env={"PATH": os.environ["PATH"]})
     assert ran.returncode == 0
     assert read(make.folder / "installed.txt") == "1\n"
     with open(make.folder / "pyproject.toml", "a", encoding="utf-8") as file:
@@ -181,7 +182,8 @@ def test_a_missing_or_older_interpreter_is_named(make):
 @pytest.mark.parametrize("venv", ["", "my env"])
 def test_an_environment_that_make_cannot_name_is_refused(make, venv):
     command = ["make", f"VENV={venv}", "lint"]
-    ran = subprocess.run(command, cwd=make.folder, capture_output=True, encoding="utf-8")
+    env = {"PATH": os.environ["PATH"]}  # without what a make around this test passes on
+    ran = subprocess.run(command, cwd=make.folder, env=env, capture_output=True, encoding="utf-8")
     assert ran.returncode and f'VENV must be a path without spaces, got "{venv}"' in ran.stderr
     assert not ran.stdout
 
