@@ -18,7 +18,7 @@ SHELL := bash
 BIN   := $(VENV)/bin
 READY := $(VENV)/.flatmin-ready
 EXTRAS := .[book,test,course]
-CHAPTERS = $(wildcard book/[0-9]*.ipynb)
+CHAPTERS = $(wildcard book/[0-9]*.ipynb book/evidence/[0-9]*.ipynb)
 
 # Tests and comparisons use two processes with one thread each, and the book's own seed.
 ONE := OMP_NUM_THREADS=1 FLATMIN_SEED=0

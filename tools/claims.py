@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from notebooks import BOOK, chapters, execute_all, read, read_text, sync
+from notebooks import BOOK, chapters, execute_all, key, read, read_text, sync
 
 from flatmin._files import print_line
 
@@ -34,16 +34,16 @@ def main(names):
         sync(path)
     with TemporaryDirectory() as folder:
         logs = {
-            (path.stem, seed): Path(folder, f"{path.stem}-{seed}.jsonl")
+            (key(path), seed): Path(folder, f"{key(path).replace('/', '-')}-{seed}.jsonl")
             for path in paths
             for seed in SEEDS
         }
         crashed = execute_all(
             [
                 (
-                    f"{path.stem}, seed {seed}",
+                    f"{key(path)}, seed {seed}",
                     read_text(path),
-                    {"FLATMIN_SEED": str(seed), "FLATMIN_CLAIMS_LOG": str(logs[path.stem, seed])},
+                    {"FLATMIN_SEED": str(seed), "FLATMIN_CLAIMS_LOG": str(logs[key(path), seed])},
                 )
                 for path in paths
                 for seed in SEEDS
@@ -54,10 +54,10 @@ def main(names):
     good = total = 0
     for path in paths:
         ids = [name for name, _ in claims_in(path.with_suffix(".ipynb"))]
-        print(f"\n{path.stem:<50} seed {'  '.join(map(str, SEEDS))}")
+        print(f"\n{key(path):<50} seed {'  '.join(map(str, SEEDS))}")
         for name in ids:
             # None: the chapter never reached the claim
-            row = [verdicts[path.stem, seed].get(name) for seed in SEEDS]
+            row = [verdicts[key(path), seed].get(name) for seed in SEEDS]
             print_line(f"  {name:<53}{'  '.join(MARKS[held] for held in row)}")
             good, total = good + sum(held is True for held in row), total + len(row)
     print(f"\nclaims: {good} of {total} hold, {len(crashed)} chapter runs crashed")

@@ -24,7 +24,7 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from notebooks import CRASHES, ROOT, chapters, read
+from notebooks import CRASHES, ROOT, chapters, key, read
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -183,10 +183,10 @@ class Colab:
 
     def run(self, path):
         """Execute a notebook. Returns it, and what the first cell added to the environment."""
-        python = self.interpreter(path.stem)
+        python = self.interpreter(key(path))
         before = self.installed(python)
         assert "flatmin" not in before
-        kernel = self.folder / path.stem / "kernels" / "colab"
+        kernel = self.folder / key(path) / "kernels" / "colab"
         kernel.mkdir(parents=True)
         argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (kernel / "kernel.json").write_text(
@@ -197,7 +197,7 @@ class Colab:
             kernel_name="colab",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(kernel.parent)]),
         )
-        content = self.folder / path.stem / "content"
+        content = self.folder / key(path) / "content"
         content.mkdir()
         notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
         for cell in notebook.cells:
@@ -250,9 +250,9 @@ def main():
                 _, added = colab.run(path)
                 outcome = f"ran in {time.monotonic() - start:.0f} s; installed {', '.join(f'{n} {v}' for n, v in added.items())}"
             except (*CRASHES, RuntimeError) as error:
-                failed.append(path.stem)
+                failed.append(key(path))
                 outcome = f"FAILED\n{error}"
-            print(f"  {path.stem}: {outcome}", flush=True)
+            print(f"  {key(path)}: {outcome}", flush=True)
     print(
         f"colab: {len(paths) - len(failed)} of {len(paths)} notebooks ran, each alone, nothing replaced"
         + (f"; failed: {', '.join(failed)}" if failed else "")

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -64,17 +65,20 @@ def bootstrap():
     return read(ROOT / "tools" / "bootstrap.py").strip().replace("SOURCE", source())
 
 
+def key(path):
+    """The name of a chapter: its path below book/, 02_flooding or evidence/02_flooding."""
+    return path.relative_to(BOOK).with_suffix("").as_posix()
+
+
 def choose(kind, folder, names):
-    """The text halves in a folder, all or those whose file name starts with one of `names`."""
-    available = sorted(folder.glob("[0-9]*.md"))
-    starts = tuple(Path(name).stem for name in names)
+    """The text halves in a folder, all or those whose path starts with one of `names`."""
+    found = [*sorted(folder.glob("[0-9]*.md")), *sorted(folder.glob("evidence/[0-9]*.md"))]
+    available = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
+    starts = tuple(re.sub(r"^book/|\.(md|ipynb)$", "", Path(name).as_posix()) for name in names)
     for start in starts:
-        if not any(path.stem.startswith(start) for path in available):
-            sys.exit(
-                f"no {kind} is called {start}; "
-                f"there are {', '.join(path.stem for path in available)}"
-            )
-    return [path for path in available if not names or path.stem.startswith(starts)]
+        if not any(name.startswith(start) for name in available):
+            sys.exit(f"no {kind} is called {start}; there are {', '.join(available)}")
+    return [path for name, path in available.items() if not names or name.startswith(starts)]
 
 
 def chapters(names=()):
@@ -199,7 +203,7 @@ def execute_all(jobs, keep=lambda name, notebook: None):
 
 
 def run(paths):
-    jobs = [(path.stem, sync(path), {"FLATMIN_SEED": "0"}) for path in paths]
+    jobs = [(key(path), sync(path), {"FLATMIN_SEED": "0"}) for path in paths]
     return execute_all(jobs, lambda name, notebook: write(notebook, BOOK / f"{name}.md"))
 
 
@@ -212,7 +216,7 @@ def differences(path):
         notebook = parse(target, nbformat.reads, as_version=4)
         compare_notebooks(notebook, read_text(path), fmt="md:myst")
     except NotebookDifference as difference:
-        return f"{path.stem}: {difference}"
+        return f"{key(path)}: {difference}"
     path.touch()
     return ""
 
@@ -250,7 +254,7 @@ def book():
     if stale:  # Sphinx would not see that only outputs changed
         shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
     threads = max(1, os.cpu_count() // max(1, len(stale)))
-    jobs = [(path.stem, notebook, {"threads": threads}) for path, notebook in stale.items()]
+    jobs = [(key(path), notebook, {"threads": threads}) for path, notebook in stale.items()]
 
     def keep(name, notebook):
         bundle = CacheBundleIn(notebook, str(BOOK / f"{name}.md"))

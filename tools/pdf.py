@@ -9,6 +9,8 @@ show their static picture, solutions are unfolded, and code that the book folds 
 
 import argparse
 import io
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -69,8 +71,9 @@ def chromium():
 def parts():
     """(caption, [page, …]) of the table of contents."""
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+    pages = lambda entry: [entry["file"], *(page["file"] for page in entry.get("sections", ()))]
     return [
-        (part.get("caption"), [entry["file"] for entry in part["chapters"]])
+        (part.get("caption"), [page for entry in part["chapters"] for page in pages(entry)])
         for part in toc["parts"]
     ]
 
@@ -86,9 +89,12 @@ def article(folder, name, names):
     for key in ("id", "for", "aria-labelledby"):
         for element in article.select(f"[{key}]"):
             element[key] = f"{name}--{element[key]}"
+    here = lambda target: posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    for picture in article.select("img[src]"):
+        picture["src"] = here(picture["src"]) if ":" not in picture["src"] else picture["src"]
     for link in article.select("a[href]"):
         target, _, anchor = link["href"].partition("#")
-        page = target.removesuffix(".html") or name
+        page = here(target).removesuffix(".html") if target else name
         if page in names:
             link["href"] = f"#{page}--{anchor}" if anchor else f"#{page}"
         elif ":" not in target:
@@ -116,7 +122,7 @@ def book(folder):
         for name in group:
             [heading] = headings(articles[name], 1)
             toc += line(name, "Preface" if name == "index" else heading.decode_contents(), "page")
-            if name[0].isdigit():
+            if re.match(r"\d", name.rpartition("/")[2]):
                 for heading in headings(articles[name], 2):
                     toc += line(heading.parent["id"], heading.decode_contents(), "section")
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))

@@ -135,6 +135,12 @@ def chapters(env):
     return {name: path for name, path in paths.items() if path.endswith(".ipynb")}
 
 
+def numbered(name):
+    """A chapter's number, linked: 2, or "2, evidence"."""
+    folder, _, stem = name.rpartition("/")
+    return f"{int(stem[:2])}{folder and f', {folder}'} <{name}>"
+
+
 def attribute_text(attributes, key):
     """An attribute of a record as text, with a commit shortened to twelve digits."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", f"{key} {attributes[key]}")
@@ -196,7 +202,7 @@ class PapersList(Table):
             for row in papers_in(path, cache):
                 finding = ": ".join(row[key] for key in ("paper", "finding") if key in row)
                 ours = [row.get(key, "–") for key in ("theirs", "ours", "our setting", "verdict")]
-                rows.append((f"{{doc}}`{int(chapter[:2])} <{chapter}>`", finding, *ours))
+                rows.append((f"{{doc}}`{numbered(chapter)}`", finding, *ours))
         head = ("Ch.", "Finding", "Theirs", "Ours", "Our setting", "Verdict")
         return self.table((4, 24, 20, 22, 16, 14), head, rows, "papers")
 
@@ -340,7 +346,7 @@ def link_package_to_chapters(app, what, name, thing, options, lines):
     if users:
         lines += [
             "",
-            "In the book: " + ", ".join(f":doc:`{int(user[:2])} <{user}>`" for user in users) + ".",
+            "In the book: " + "; ".join(f":doc:`{numbered(user)}`" for user in users) + ".",
             "",
         ]
 

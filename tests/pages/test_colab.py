@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, requires
 import colab
 import nbformat
 import pytest
-from notebooks import chapters
+from notebooks import chapters, key
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -33,7 +33,7 @@ def imported(source):
             yield node.module.split(".")[0]
 
 
-@pytest.fixture(params=chapters(), ids=lambda path: path.stem)
+@pytest.fixture(params=chapters(), ids=key)
 def path(request):
     return request.param
 

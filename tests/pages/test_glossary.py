@@ -7,7 +7,7 @@ import pytest
 from glossary_links import forms, normalized
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
-from notebooks import BOOK, chapters
+from notebooks import BOOK, chapters, key
 
 ENTRY = re.compile(r"^(\S.*)\n((?:  .*\n?)+)", re.M)
 ENTRIES = dict(
@@ -15,12 +15,12 @@ ENTRIES = dict(
         (BOOK / "glossary.md").read_text(encoding="utf-8").split("```")[1].partition("\n\n")[2]
     )
 )
-CHAPTERS = [path.stem for path in chapters()]
+CHAPTERS = [key(path) for path in chapters()]
 
 
 def introduced_in(text):
     """The chapters that an entry names, in the brackets at its end."""
-    return re.findall(r"<(\w+)>", re.search(r"\(Chapters? (.*)\)\s*$", text)[1])
+    return re.findall(r"<([\w/]+)>", re.search(r"\(Chapters? (.*)\)\s*$", text)[1])
 
 
 def emphasised(path):

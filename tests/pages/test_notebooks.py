@@ -9,10 +9,15 @@ import nbformat
 import pytest
 import yaml
 from flatmin_book import claims_in, names_in, papers_in, public_name
-from notebooks import BOOK, bootstrap, chapters, differences
+from notebooks import BOOK, bootstrap, chapters, differences, key
 
 toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-in_toc = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+in_toc = [
+    page["file"]
+    for part in toc["parts"]
+    for entry in part["chapters"]
+    for page in (entry, *entry.get("sections", ()))
+]
 COLUMNS = 80  # of code, which fit the column of a page
 # Chapters whose visible code is wider. The rewriting of a chapter takes it off this list.
 WIDE = (
@@ -31,7 +36,7 @@ TIMING = re.compile(
 )
 
 
-@pytest.fixture(params=chapters(), ids=lambda path: path.stem)
+@pytest.fixture(params=chapters(), ids=key)
 def path(request):
     return request.param
 
@@ -67,8 +72,8 @@ def test_the_table_of_contents_names_files_that_exist():
 
 
 def test_every_chapter_is_in_the_table_of_contents():
-    stems = [path.stem for path in chapters()]
-    assert stems and [name for name in in_toc if name[0].isdigit()] == stems
+    names = [key(path) for path in chapters()]
+    assert names and sorted(name for name in in_toc if re.search(r"\b\d\d_", name)) == names
 
 
 def test_both_halves_are_equal(path):
@@ -99,7 +104,7 @@ def test_a_chapter_begins_with_its_title_and_its_question(cells):
 
 def test_visible_code_fits_the_column():
     long = {
-        path.stem: [
+        key(path): [
             f"cell {i}, line {j}: {len(line)} columns: {line}"
             for i, cell in enumerate(nbformat.read(path.with_suffix(".ipynb"), as_version=4).cells)
             if is_visible_code(cell)
@@ -115,7 +120,7 @@ def test_visible_code_fits_the_column():
 def test_code_on_other_pages_fits_the_column():
     """Printed text wraps, so it may be longer."""
     block = re.compile(r"^```(?:bash|python)\n(.*?)^```", re.S | re.M)
-    pages = [path for path in BOOK.glob("*.md") if path not in chapters()]
+    pages = [path for path in BOOK.rglob("*.md") if path not in chapters()]
     blocks = [
         (path.name, code)
         for path in pages

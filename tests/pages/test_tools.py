@@ -78,6 +78,22 @@ def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
     assert outputs == ["2\n", "[] 1\n"]
 
 
+def test_a_lesson_and_its_evidence_are_two_chapters(tree):
+    lesson, evidence = tree / "book" / "01_try.md", tree / "book" / "evidence" / "01_try.md"
+    replace(evidence, CHAPTER.replace("1 + 1", "1 + 2"))
+    assert [notebooks.key(path) for path in chapters()] == ["01_try", "evidence/01_try"]
+    for names, path in (
+        (["01"], lesson),
+        (["book/01_try.md"], lesson),
+        (["evidence/01"], evidence),
+        (["book/evidence/01_try.ipynb"], evidence),
+    ):
+        assert chapters(names) == [path]
+    assert notebooks.run(chapters()) == {} and not any(map(differences, chapters()))
+    firsts = [code_cells(nbformat.read(p.with_suffix(".ipynb"), 4))[0] for p in chapters()]
+    assert [cell.outputs[0].text for cell in firsts] == ["2\n", "3\n"]
+
+
 def test_sync_keeps_the_outputs_of_unchanged_cells_only(tree):
     [path] = chapters()
     notebooks.run([path])
