@@ -46,19 +46,27 @@ def code_in(path):
 
 def claims_in(path):
     """The (id, text) of each `claim("id", "text", ...)` in a notebook's code cells, in order."""
-    claims = []
+    return strings_in(path, "claim", 2)
+
+
+def stated_in(path):
+    """The text of each `stated("text", ...)` in a notebook's code cells, in order."""
+    return [text for (text,) in strings_in(path, "stated", 1)]
+
+
+def strings_in(path, function, count):
+    """The first arguments of each call of a function in a notebook; they must be plain strings."""
+    calls = []
     for node in (node for tree in code_in(path) for node in ast.walk(tree)):
-        if isinstance(node, ast.Call) and "claim" in (
-            getattr(node.func, "id", ""),
-            getattr(node.func, "attr", ""),
-        ):
-            values = [getattr(argument, "value", None) for argument in node.args[:2]]
-            if len(values) < 2 or not all(isinstance(value, str) for value in values):
+        names = (getattr(getattr(node, "func", None), name, "") for name in ("id", "attr"))
+        if isinstance(node, ast.Call) and function in names:
+            values = [getattr(argument, "value", None) for argument in node.args[:count]]
+            if len(values) < count or not all(isinstance(value, str) for value in values):
                 raise ValueError(
-                    f"{path}: a claim's id and text must be plain strings: {ast.unparse(node)}"
+                    f"{path}: {function} must be given plain strings: {ast.unparse(node)}"
                 )
-            claims.append(tuple(values))
-    return claims
+            calls.append(tuple(values))
+    return calls
 
 
 # The packages under whose names the API reference lists the contents of private modules.

@@ -9,7 +9,17 @@ import torch
 import xarray as xr
 
 from flatmin import Recipe, best_step, fit
-from flatmin.book import MLP, claim, first_seed, seeds, two_gaussians
+from flatmin.book import (
+    MLP,
+    checks,
+    claim,
+    first_seed,
+    mean_interval,
+    pm,
+    seeds,
+    stated,
+    two_gaussians,
+)
 from flatmin.optimizer import SGD
 
 TRUE = [
@@ -236,3 +246,105 @@ def test_bad_base_seed(monkeypatch, value):
 def test_bad_number_of_seeds(n):
     with pytest.raises(ValueError, match=f"n must be a whole number >= 1, got {n!r}"):
         seeds(n)
+
+
+# -------------------------------------------------------------------------------- stated numbers
+
+VALUES = xr.DataArray([-3.1, -4.6, -3.9, -4.2, -3.2], dims="seed")  # -3.80 ± 0.80
+BOTH = [VALUES, VALUES.values, torch.tensor(VALUES.values), VALUES.values.tolist()]
+
+
+@pytest.fixture
+def author(monkeypatch):
+    monkeypatch.setenv("FLATMIN_AUTHOR", "1")
+
+
+@pytest.mark.parametrize("values", BOTH, ids=lambda values: type(values).__name__)
+def test_for_the_author_a_number_comes_out_as_printed(author, values, capsys):
+    assert pm(VALUES, 2) == "-3.80 ± 0.80"
+    for text in ("by −3.8 ± 0.8 points", "by -3.80 ± 0.80", "−3.8 points", "-4"):
+        stated(text, values)
+        assert capsys.readouterr().out == f"✓ {text}\n"
+    for text in ("by −3.7 ± 0.8", "−3.8 ± 0.7", "−3.81", "3.8", "−3.80 ± 0.8"):
+        if text == "−3.80 ± 0.8":  # each part has its own decimals
+            stated(text, values)
+            continue
+        with pytest.raises(
+            AssertionError, match=rf"states '{text}', the run gives -[34]\.?\d* ± 0"
+        ):
+            stated(text, values)
+
+
+def test_later_a_number_may_move_within_its_interval(monkeypatch):
+    monkeypatch.delenv("FLATMIN_AUTHOR", raising=False)
+    half = float(mean_interval(VALUES)["half"])
+    for shift in (-0.79, 0.79):
+        stated("−3.8 ± 0.8", VALUES + shift)
+        stated("−3.8", VALUES + np.sign(shift) * 0.99 * half)
+    for shift in (-0.81, 0.81):
+        with pytest.raises(AssertionError, match="the run gives"):
+            stated("−3.8 ± 0.8", VALUES + shift)
+        with pytest.raises(AssertionError, match="the run gives"):
+            stated("−3.8", VALUES + np.sign(shift) * 1.01 * half)
+    spread = lambda factor: VALUES.mean() + factor * (VALUES - VALUES.mean())
+    for factor in (0.52, 1.98):
+        stated("−3.8 ± 0.80", spread(factor))
+        stated("−3.8", spread(factor))
+    for factor in (0.48, 2.03):
+        with pytest.raises(AssertionError, match="the run gives"):
+            stated("−3.8 ± 0.80", spread(factor))
+
+
+def test_a_run_that_diverged_is_not_averaged_away():
+    with pytest.raises(AssertionError, match="the run gives nan"):
+        stated("−3.8 ± 0.8", VALUES.where(VALUES < -4))
+
+
+def test_other_seeds_and_devices_print_both_numbers(author, monkeypatch, capsys):
+    monkeypatch.setenv("FLATMIN_SEED", "3")
+    stated("−2.0 ± 0.10 points", VALUES)
+    assert capsys.readouterr().out == "– −2.0 ± 0.10 points: here -3.8 ± 0.80\n"
+    monkeypatch.delenv("FLATMIN_SEED")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stated("−2 points", VALUES)
+    assert capsys.readouterr().out == "– −2 points: here -4 ± 1\n"
+    with pytest.raises(AssertionError, match="the run gives 61"):
+        stated("60 degrees", 61, exact=True)  # deterministic everywhere
+
+
+def test_an_exact_number_comes_out_as_printed(capsys):
+    stated("2,410 weights", 2410, exact=True)
+    stated("0.0", -1e-9, exact=True)
+    for text, value in (("2,400 weights", 2410), ("0.33", 0.3366), ("1.0 ± 0.0", 1.0)):
+        with pytest.raises(AssertionError, match="the run gives"):
+            stated(text, value, exact=True)
+
+
+@pytest.mark.parametrize("text", ["", "points", "3 of 5", "3.8 ± 0.7 and 2"])
+def test_a_text_has_one_number(text):
+    with pytest.raises(ValueError, match="text must have one number, .* got "):
+        stated(text, VALUES)
+
+
+def test_checks_print_one_line(capsys):
+    with checks():
+        claim("some-id", "the statement", True)
+        stated("−3.8 ± 0.8", VALUES)
+    assert capsys.readouterr().out == "✓ 2 checks\n"
+    claim("some-id", "the statement", True)
+    assert capsys.readouterr().out == "✓ some-id: the statement\n"
+
+
+def test_checks_show_what_is_not_right(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLATMIN_SEED", "1")
+    monkeypatch.setenv("FLATMIN_CLAIMS_LOG", str(tmp_path / "log"))
+    with checks():
+        claim("some-id", "the statement", False)
+        claim("other-id", "the statement", True)
+        stated("−3.8 ± 0.8", VALUES)
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["✗ some-id: the statement", "– −3.8 ± 0.8: here -3.8 ± 0.8", "✓ 1 check"]
+    monkeypatch.delenv("FLATMIN_CLAIMS_LOG")
+    with pytest.raises(AssertionError, match="does not hold"), checks():
+        claim("some-id", "the statement", False)
+    assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ from collections import Counter
 import nbformat
 import pytest
 import yaml
-from flatmin_book import claims_in, names_in, papers_in, public_name
+from flatmin_book import claims_in, names_in, papers_in, public_name, stated_in
 from notebooks import BOOK, bootstrap, chapters, differences, key
 
 toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
@@ -211,6 +211,25 @@ def test_code_is_plain_python_and_short(cells):
 def test_claims_are_found_and_unique():
     ids = Counter(name for path in chapters() for name, _ in claims_in(path.with_suffix(".ipynb")))
     assert ids and [name for name, times in ids.items() if times > 1] == []
+
+
+def not_found_once(stated, text):
+    """The stated numbers that a text does not have exactly once, each as a whole."""
+    words = " ".join(text.split())
+    whole = lambda each: rf"(?<![\d.,−-]){re.escape(each)}(?![\d]|[.,]\d| ±)"
+    return [each for each in stated if len(re.findall(whole(each), words)) != 1]
+
+
+def test_a_stated_number_is_found_as_a_whole():
+    text = "It falls\nby 3.8 ± 0.7 points to 12.5 %, by 3 then by 3."
+    assert not_found_once(["falls by 3.8 ± 0.7", "to 12.5 %", "by 3 then"], text) == []
+    wrong = ["2.5 %", "12.5 ± 1", "by 3.8", "3.8 ± 0", "by 3", "by 3.9 ± 0.7"]
+    assert not_found_once(wrong, text) == wrong
+
+
+def test_stated_numbers_are_in_the_text(path, cells):
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert not_found_once(stated_in(path.with_suffix(".ipynb")), text) == []
 
 
 def documented(name):

@@ -285,7 +285,7 @@ def test_claims_list_requires_plain_strings(tree):
     [path] = chapters()
     replace(path, with_claims('claim("a-" + "b", "computed name", True)'))
     notebooks.sync(path)
-    with pytest.raises(ValueError, match="plain strings: claim"):
+    with pytest.raises(ValueError, match="claim must be given plain strings: claim"):
         claims_in(path.with_suffix(".ipynb"))
 
 

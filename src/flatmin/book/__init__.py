@@ -5,7 +5,7 @@ for a notebook in :mod:`flatmin.book.experiments`, checks of assignments in ``fl
 """
 
 from .._random import first_seed, seeds
-from .claims import claim
+from .claims import checks, claim, stated
 from .datasets import (
     CIFAR100_SUPERCLASS,
     cifar10,
@@ -29,6 +29,7 @@ __all__ = [
     "ResNet",
     "SmallCNN",
     "cifar10",
+    "checks",
     "cifar100",
     "claim",
     "critical_length",
@@ -44,5 +45,6 @@ __all__ = [
     "seeds",
     "sinusoid",
     "spiral",
+    "stated",
     "two_gaussians",
 ]
