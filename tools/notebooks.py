@@ -107,6 +107,8 @@ def read_text(path):
     notebook.metadata.jupytext.pop("text_representation", None)
     notebook.metadata["language_info"] = LANGUAGE
     for cell in notebook.cells:
+        if "hide-input" in cell.metadata.get("tags", ()):  # folded in JupyterLab and Colab, too
+            cell.metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}
         cell.id = digest(cell)
         seen[cell.id] += 1
         cell.id += f"-{seen[cell.id]}" if seen[cell.id] > 1 else ""
@@ -203,7 +205,8 @@ def execute_all(jobs, keep=lambda name, notebook: None):
 
 
 def run(paths):
-    jobs = [(key(path), sync(path), {"FLATMIN_SEED": "0"}) for path in paths]
+    author = {"FLATMIN_SEED": "0", "FLATMIN_AUTHOR": "1"}  # stated numbers come out as printed
+    jobs = [(key(path), sync(path), author) for path in paths]
     return execute_all(jobs, lambda name, notebook: write(notebook, BOOK / f"{name}.md"))
 
 

@@ -102,6 +102,13 @@ def test_a_chapter_begins_with_its_title_and_its_question(cells):
     assert re.match(r"# .+\n\n## .*[Qq]uestion.*\n\n\w", text)
 
 
+def test_what_is_folded_in_the_book_is_folded_everywhere(cells):
+    for cell in code(cells):
+        folded = "hide-input" in cell.metadata.get("tags", ())
+        assert cell.metadata.get("jupyter", {}).get("source_hidden", False) == folded, "JupyterLab"
+        assert (cell.metadata.get("cellView") == "form") == folded, "Colab"
+
+
 def test_visible_code_fits_the_column():
     long = {
         key(path): [
