@@ -26,7 +26,7 @@ RENDER = $(BIN)/jupyter-book build -W --keep-going -n --quiet
 CHECKED := _build/check/_build/html
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf lint test test-fast test-units test-notebooks test-book test-assignments test-web notebooks claims colab bench new-chapter assignments grade lab clean
+.PHONY: help book pdf lint test test-fast test-units test-notebooks test-book test-assignments test-web notebooks reading claims colab bench new-chapter assignments grade lab clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ test-web: $(READY)  ## the rendered book in headless Chromium, after make test
 
 notebooks: $(READY)  ## authors: text halves to notebooks, executed in place (one: N=02_flooding)
 	$(BIN)/python tools/notebooks.py run $(N)
+
+reading: $(READY)  ## authors: each lesson beside its measure, and numbers in the text that nothing holds (one: N=02_flooding)
+	$(BIN)/python tools/reading.py $(N)
 
 claims: $(READY)  ## authors: do all claims hold for five other seeds?
 	$(BIN)/python tools/claims.py $(N)

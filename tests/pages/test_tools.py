@@ -12,6 +12,7 @@ import claims
 import nbformat
 import notebooks
 import pytest
+import reading
 from flatmin_book import claims_in
 from notebooks import bootstrap, chapters, differences, read
 
@@ -279,6 +280,33 @@ def test_claims_succeeds_when_all_hold(tree, monkeypatch, capsys):
         claims.main([]) == 0
         and "claims: 1 of 1 hold, 0 chapter runs crashed" in capsys.readouterr().out
     )
+
+
+def test_reading_measures_a_lesson_and_names_the_numbers_that_nothing_holds(tree, capsys):
+    [path] = chapters()
+    text = with_claims('stated("falls by 3.8 points", [3.7, 3.9])', "x = 1").replace(
+        "Prose.", "It falls by 3.8 points, or by 12.5 %; $a$ is one word.\n\n$$ 7 % $$"
+    )
+    replace(path, text + "\n## Exercises\n\nNot counted, 5 %.\n\n## Summary\n\nShort.\n")
+    notebooks.sync(path)
+    found, minutes = reading.measured(path)
+    assert found == {
+        "words": 19,  # with the signs of two headings
+        "visible code cells": 2,
+        "lines of the longest": 4,
+        "columns of the widest": 53,
+        "figures": 0,
+        "tables": 0,
+    }
+    assert minutes == 19 / 200 + 6 / 10
+    reading.main([])
+    out = capsys.readouterr().out
+    assert "01_try: 1 minutes to read, 0 claims, 1 stated numbers" in out and "!" not in out
+    assert "12.5 %" in out.split("?")[1] and out.count("?") == 1
+    replace(path, text.replace("x = 1", "x = 1" + " " * 80 + "# wide"))
+    notebooks.sync(path)
+    reading.main(["01"])
+    assert "!    91 of 80   columns of the widest" in capsys.readouterr().out
 
 
 def test_claims_list_requires_plain_strings(tree):
