@@ -295,6 +295,15 @@ def test_later_a_number_may_move_within_its_interval(monkeypatch):
             stated("−3.8 ± 0.80", spread(factor))
 
 
+def test_rounding_in_the_text_is_no_difference():
+    """The number of the author's run holds for the same run, however narrow its interval."""
+    narrow = 3.4 + 0.01 * VALUES
+    stated("about 3", narrow)
+    stated("3.4 ± 0.0", narrow)
+    with pytest.raises(AssertionError, match="the run gives"):
+        stated("about 4", narrow)
+
+
 def test_a_run_that_diverged_is_not_averaged_away():
     with pytest.raises(AssertionError, match="the run gives nan"):
         stated("−3.8 ± 0.8", VALUES.where(VALUES < -4))
@@ -315,9 +324,11 @@ def test_other_seeds_and_devices_print_both_numbers(author, monkeypatch, capsys)
 def test_an_exact_number_comes_out_as_printed(capsys):
     stated("2,410 weights", 2410, exact=True)
     stated("0.0", -1e-9, exact=True)
-    for text, value in (("2,400 weights", 2410), ("0.33", 0.3366), ("1.0 ± 0.0", 1.0)):
+    for text, value in (("2,400 weights", 2410), ("0.33", 0.3366)):
         with pytest.raises(AssertionError, match="the run gives"):
             stated(text, value, exact=True)
+    with pytest.raises(ValueError, match="no interval with exact=True, got '1.0 ± 0.0'"):
+        stated("1.0 ± 0.0", 1.0, exact=True)
 
 
 @pytest.mark.parametrize("text", ["", "points", "3 of 5", "3.8 ± 0.7 and 2"])
