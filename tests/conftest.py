@@ -27,6 +27,18 @@ settings.register_profile("ci", **any_time, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+class Seeded:
+    """Starts each test, examples in docstrings too, with the same global random numbers."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self):
+        torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Seeded())  # a hook of this file would not reach src/
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -62,7 +62,7 @@ class SAM(torch.optim.Optimizer):
 
     Examples
     --------
-    >>> model, (x, y) = nn.Linear(3, 1), (torch.ones(4, 3), torch.zeros(4, 1))
+    >>> model, (x, y) = nn.Linear(3, 1), (torch.ones(4, 3), torch.full((4, 1), 9.0))
     >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
     >>> def closure():
     ...     optimizer.zero_grad()
