@@ -156,7 +156,7 @@ def test_global_random_states_are_neither_read_nor_changed(make):
 
     first = make(seed=1, label_noise=0.1)
     torch.manual_seed(9), np.random.seed(9), random.seed(9)
-    module._mnist1d_arrays.cache_clear()
+    module._mnist1d_sequences.cache_clear()
     before = states()
     second = make(seed=1, label_noise=0.1)
     assert states() == before
@@ -294,7 +294,7 @@ def test_mnist1d_is_generated_with_default_arguments_and_no_network(monkeypatch)
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("requests.sessions.Session.request", refuse)
-    module._mnist1d_arrays.cache_clear()
+    module._mnist1d_sequences.cache_clear()
     data = mnist1d()
     assert data.x_train.shape == (4000, 40) and data.x_test.shape == (1000, 40)
     state = np.random.get_state(), random.getstate()
@@ -307,6 +307,25 @@ def test_mnist1d_is_generated_with_default_arguments_and_no_network(monkeypatch)
     )
     everything = torch.cat([data.x_train, data.x_test])
     assert abs(everything.mean()) < 1e-4 and abs(everything.std() - 1) < 1e-3
+
+
+def test_generated_mnist1d_has_sequences_of_its_own_for_each_seed():
+    published = mnist1d()
+    one, again, other = (mnist1d(200, 100, seed=s, generate=True, test_size=50) for s in (3, 3, 4))
+    assert same(one, again) and one.x_validation.shape == (100, 40) and one.x_test.shape == (50, 40)
+    rows = lambda *sets: {tuple(row) for x in sets for row in x.tolist()}
+    old = rows(published.x_train, published.x_test)
+    new = [rows(d.x_train, d.x_validation, d.x_test) for d in (one, other)]
+    assert [len(each) for each in new] == [350, 350]  # no example is in two splits
+    assert not (new[0] & new[1] or new[0] & old or new[1] & old)
+    assert abs(one.x_train.mean()) < 0.1 and abs(one.x_train.std() - 1) < 0.1
+    assert mnist1d(validation_size=500, generate=True).x_train.shape == (3500, 40)
+    assert mnist1d(101, test_size=7, generate=True, label_noise=0.5).x_test.shape == (7, 40)
+
+
+def test_a_published_test_set_has_its_size():
+    with pytest.raises(ValueError, match="test_size must be 1000 without generate=True, got 50"):
+        mnist1d(test_size=50)
 
 
 def test_superclasses_of_cifar100_have_five_classes_each():

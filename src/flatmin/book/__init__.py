@@ -19,6 +19,7 @@ from .datasets import (
     two_gaussians,
 )
 from .distance import CriticalLength, critical_length, input_distance
+from .evidence import keep, kept
 from .models import MLP, ResNet, SmallCNN, resnet20
 from .statistics import mean_interval, pm
 
@@ -37,6 +38,8 @@ __all__ = [
     "fashion_mnist",
     "first_seed",
     "input_distance",
+    "keep",
+    "kept",
     "mean_interval",
     "mnist",
     "mnist1d",

@@ -341,6 +341,9 @@ def mnist1d(
     validation_size: int = 0,
     label_noise: float = 0.0,
     seed: int = 0,
+    *,
+    generate: bool = False,
+    test_size: int = 1000,
 ) -> Data:
     """MNIST-1D (Greydanus & Kobak, ICML 2024): 4,000 + 1,000 sequences of length 40, 10 classes.
 
@@ -352,30 +355,49 @@ def mnist1d(
     ----------
     train_size, validation_size, label_noise, seed
         As in every set, see :mod:`flatmin.book.datasets`.
+    generate : bool
+        Whether each ``seed`` has sequences of its own, for training and for testing: then results
+        vary with the data, too.  A thousand take about a third of a second.
+    test_size : int
+        Examples to test on; other numbers than 1,000 need ``generate=True``.
 
     Examples
     --------
     >>> mnist1d(validation_size=500, label_noise=0.2)
     Data('mnist1d', 10 classes, inputs [40], 3500 train (700 noisy), 500 validation, 1000 test)
+    >>> mnist1d(100, test_size=50, generate=True)
+    Data('mnist1d', 10 classes, inputs [40], 100 train, 0 validation, 50 test)
     """
-    x, y, x_test, y_test = (torch.tensor(a) for a in _mnist1d_arrays())
-    pool, test = (x.float(), y), (x_test.float(), y_test)
+    size = 4000
+    if whole("test_size", test_size, 1) != 1000 and not generate:
+        raise ValueError(f"test_size must be 1000 without generate=True, got {test_size}")
+    if not generate:
+        x, y = _mnist1d_sequences()
+    else:
+        if train_size is not None:
+            size = whole("train_size", train_size, 1) + whole("validation_size", validation_size, 0)
+        own = data_stream(seed, "sequences").initial_seed() % 2**32
+        x, y = _mnist1d_sequences.__wrapped__(size + test_size, own)
+    pool, test = (x[:size], y[:size]), (x[size:][:test_size].clone(), y[size:][:test_size].clone())
     return _assemble("mnist1d", 10, pool, test, train_size, validation_size, label_noise, seed)
 
 
 @functools.lru_cache(maxsize=1)
-def _mnist1d_arrays() -> tuple[np.ndarray, ...]:
-    """Generate MNIST-1D; the package seeds the global generators, so restore them."""
+def _mnist1d_sequences(size: int = 5000, seed: int = 42) -> _Part:
+    """At least ``size`` sequences; the package seeds the global generators, so restore them."""
     with needs("data", "mnist1d()"):
-        from mnist1d.data import make_dataset
+        from mnist1d.data import get_dataset_args, make_dataset
 
+    arguments = get_dataset_args()
+    arguments.num_samples, arguments.seed = -(-size // 10) * 10, seed  # as many of each class
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        arrays = make_dataset()
+        arrays = make_dataset(arguments)
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-    return arrays["x"], arrays["y"], arrays["x_test"], arrays["y_test"]
+    x, y = (np.concatenate([arrays[name], arrays[f"{name}_test"]]) for name in "xy")
+    return torch.tensor(x).float(), torch.tensor(y)
 
 
 # ------------------------------------------------------------------------------ downloaded sets
