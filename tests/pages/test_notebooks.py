@@ -28,7 +28,7 @@ WIDE = (
     "05_mixup",
     "06_sam",
     "07_sharpness",
-    "08_together",
+    "09_together",
 )
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 TIMING = re.compile(
