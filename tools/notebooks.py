@@ -9,6 +9,7 @@ python tools/notebooks.py book               the book, from chapters executed on
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 BUILD = ROOT / "_build"
 LANGUAGE = {"name": "python"}
+HEAD = re.compile(
+    r"^> Reading: (\S+) minutes?\. Running: (\S+) minutes? on one core\. You need: ", re.M
+)
+WORDS_A_MINUTE, LINES_A_MINUTE = 200, 10  # of prose; of code
+FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 CRASHES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 
 
@@ -126,8 +132,44 @@ def keep_outputs(notebook, executed):
             cell.outputs, cell.execution_count = old.outputs, old.execution_count
 
 
+def is_visible_code(cell):
+    return cell.cell_type == "code" and not FOLDED & set(cell.metadata.get("tags", ()))
+
+
+def prose(cells):
+    """The text of a chapter: no exercises, code, display formulas, tags, and targets of links."""
+    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    text = re.sub(r"^## Exercises\n.*?(?=^## |\Z)", "", text, flags=re.S | re.M)
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|<[^>]*>", " ", text, flags=re.S)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def reading_minutes(cells):
+    """How long one reads a chapter without its exercises, in steps of five minutes."""
+    lines = sum(len(cell.source.splitlines()) for cell in cells if is_visible_code(cell))
+    minutes = len(prose(cells).split()) / WORDS_A_MINUTE + lines / LINES_A_MINUTE
+    return 5 * max(1, round(minutes / 5))
+
+
+def plural(number, unit="minute"):
+    return f"{number} {unit}{'s' * (number not in (1, '½', '1'))}"
+
+
+def renew_head(path, seconds=None):
+    """Say at the head of a chapter how long it takes to read, and to run if that was measured."""
+    text = read(path)
+    if head := HEAD.search(text):
+        halves = None if seconds is None else max(1, math.ceil(seconds / 30))
+        running = head[2] if halves is None else f"{halves // 2 or ''}{'½' * (halves % 2)}"
+        reading = plural(reading_minutes(read_text(path).cells))
+        new = f"> Reading: {reading}. Running: {plural(running)} on one core. You need: "
+        if new != head[0]:
+            replace(path, text[: head.start()] + new + text[head.end() :])
+
+
 def sync(path):
     """Bring a notebook up to its text half.  A notebook with cells of somebody's own is refused."""
+    renew_head(path)
     target, notebook = path.with_suffix(".ipynb"), read_text(path)
     if target.exists():
         old = parse(target, nbformat.reads, as_version=4)
@@ -173,10 +215,10 @@ def execute(notebook, threads=1, **environment):
     notebook.metadata["language_info"] = LANGUAGE  # the kernel wrote its version there
 
 
-def execute_all(jobs, keep=lambda name, notebook: None):
+def execute_all(jobs, keep=lambda name, notebook, seconds: None):
     """Execute `jobs`, a list of (name, notebook, keywords), in parallel.  Returns {name: error}.
 
-    `keep` gets each executed notebook at once, so that an interruption costs only those running.
+    `keep` gets each executed notebook, and its seconds, at once, so that an interruption costs only those running.
     """
     failed = {}
 
@@ -196,7 +238,7 @@ def execute_all(jobs, keep=lambda name, notebook: None):
                 if error:
                     failed[name] = error
                 else:
-                    keep(name, notebook)
+                    keep(name, notebook, seconds)
                 status = f"FAILED\n{error}" if error else f"executed in {seconds:.0f} s"
                 print_line(f"  [{done}/{len(jobs)}] {name}: {status}")
         except KeyboardInterrupt:  # threads wait for their kernels, which end with this process
@@ -206,8 +248,15 @@ def execute_all(jobs, keep=lambda name, notebook: None):
 
 def run(paths):
     author = {"FLATMIN_SEED": "0", "FLATMIN_AUTHOR": "1"}  # stated numbers come out as printed
-    jobs = [(key(path), sync(path), author) for path in paths]
-    return execute_all(jobs, lambda name, notebook: write(notebook, BOOK / f"{name}.md"))
+
+    def keep(name, executed, seconds):
+        path = BOOK / f"{name}.md"
+        renew_head(path, seconds)
+        notebook = read_text(path)
+        keep_outputs(notebook, executed)
+        write(notebook, path)
+
+    return execute_all([(key(path), sync(path), author) for path in paths], keep)
 
 
 def differences(path):
@@ -259,7 +308,7 @@ def book():
     threads = max(1, os.cpu_count() // max(1, len(stale)))
     jobs = [(key(path), notebook, {"threads": threads}) for path, notebook in stale.items()]
 
-    def keep(name, notebook):
+    def keep(name, notebook, _):
         bundle = CacheBundleIn(notebook, str(BOOK / f"{name}.md"))
         cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
 

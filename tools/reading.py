@@ -7,7 +7,7 @@ import re
 import sys
 
 import nbformat
-from notebooks import BOOK, chapters, key, read
+from notebooks import BOOK, chapters, is_visible_code, key, prose, read, reading_minutes
 
 from flatmin._files import print_line
 
@@ -23,16 +23,7 @@ MEASURE = {
     "figures": 6,
     "tables": 2,
 }
-WORDS_A_MINUTE, LINES_A_MINUTE = 200, 10  # of prose; of visible code
 NUMERAL = re.compile(r"(?<![\w.,])[-−+]?\d+(?:[.,]\d+)*(?: ± \d+(?:\.\d+)?)?(?: ?%| points| times)")
-
-
-def prose(cells):
-    """The text of a chapter: no exercises, code, display formulas, tags, and targets of links."""
-    text = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    text = re.sub(r"^## Exercises\n.*?(?=^## |\Z)", "", text, flags=re.S | re.M)
-    text = re.sub(r"```.*?```|\$\$.*?\$\$|<[^>]*>", " ", text, flags=re.S)
-    return re.sub(r"\]\([^)]*\)", "]", text)
 
 
 def kinds(cell):
@@ -49,22 +40,17 @@ def measured(path):
     """{what: number} of a chapter, and its minutes."""
     cells = nbformat.reads(read(path.with_suffix(".ipynb")), as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    hidden = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
-    visible = [
-        cell.source.splitlines() for cell in code if not hidden & {*cell.metadata.get("tags", ())}
-    ]
-    words = len(prose(cells).split())
+    visible = [cell.source.splitlines() for cell in filter(is_visible_code, cells)]
     figures, tables = (sum(counts) for counts in zip(*map(kinds, code)))
     numbers = (
-        words,
+        len(prose(cells).split()),
         len(visible),
         max(map(len, visible), default=0),
         max((len(line) for lines in visible for line in lines), default=0),
         figures,
         tables,
     )
-    minutes = words / WORDS_A_MINUTE + sum(map(len, visible)) / LINES_A_MINUTE
-    return dict(zip(MEASURE, numbers, strict=True)), minutes
+    return dict(zip(MEASURE, numbers, strict=True)), reading_minutes(cells)
 
 
 def uncovered(path):
@@ -81,7 +67,7 @@ def main(names):
         found, minutes = measured(path)
         notebook = path.with_suffix(".ipynb")
         print_line(
-            f"\n{key(path)}: {minutes:.0f} minutes to read, "
+            f"\n{key(path)}: {minutes} minutes to read, "
             f"{len(claims_in(notebook))} claims, {len(stated_in(notebook))} stated numbers"
         )
         for what, number in found.items():

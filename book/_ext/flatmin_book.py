@@ -322,6 +322,14 @@ class Colab(SphinxRole):
         return [nodes.reference("", "open in Colab", refuri=address, classes=["colab"])], []
 
 
+def name_folded_cells(app, doctree):
+    """Let a folded cell's button say what is inside, as its first line `#@title ...` does in Colab."""
+    for cell in doctree.findall(nodes.container):
+        code = next(iter(cell.findall(nodes.literal_block)), None)
+        if "prompt_show" in cell and code and (title := re.match("#@title (.+)", code.astext())):
+            cell["prompt_show"] = cell["prompt_hide"] = title[1]
+
+
 def link_chapter_to_package(app, doctree):
     """Append to a chapter what it imports from the package, linked to the API reference."""
     env = app.env
@@ -379,6 +387,7 @@ def setup(app):
     app.add_directive("benchmarks-list", BenchmarksList)
     app.add_role("colab", Colab())
     app.connect("doctree-read", link_chapter_to_package)
+    app.connect("doctree-read", name_folded_cells)
     app.connect("missing-reference", resolve_public_name)
     app.connect("autodoc-process-docstring", link_package_to_chapters)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

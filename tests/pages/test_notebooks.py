@@ -9,7 +9,17 @@ import nbformat
 import pytest
 import yaml
 from flatmin_book import claims_in, names_in, papers_in, public_name, stated_in
-from notebooks import BOOK, bootstrap, chapters, differences, key
+from notebooks import (
+    BOOK,
+    HEAD,
+    bootstrap,
+    chapters,
+    differences,
+    is_visible_code,
+    key,
+    plural,
+    reading_minutes,
+)
 
 toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
 in_toc = [
@@ -30,7 +40,6 @@ WIDE = (
     "07_sharpness",
     "09_together",
 )
-FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 TIMING = re.compile(
     r"\d\s*(?:ms|µs|us|it/s|s/it)\b|\b\d+(?:\.\d+)?\s+(?:s|sec|secs|seconds|minutes)\b|\d%\|"
 )
@@ -48,10 +57,6 @@ def cells(path):
 
 def code(cells):
     return [cell for cell in cells if cell.cell_type == "code"]
-
-
-def is_visible_code(cell):
-    return cell.cell_type == "code" and not FOLDED & set(cell.metadata.get("tags", ()))
 
 
 def data(cell):
@@ -96,10 +101,45 @@ def test_the_first_code_cell_is_the_bootstrap(cells):
 
 def test_a_chapter_begins_with_its_title_and_its_question(cells):
     imports = code(cells)[1]
-    assert imports.source.startswith(("from ", "import ")) and not is_visible_code(imports)
+    assert re.match("(#@title .+\n)?\n*(from|import) ", imports.source)
+    assert not is_visible_code(imports)
     before = cells[: cells.index(imports)]
     text = "\n\n".join(cell.source for cell in before if cell.cell_type == "markdown")
-    assert re.match(r"# .+\n\n## .*[Qq]uestion.*\n\n\w", text)
+    assert re.match(r"# .+\n\n(> .+\n\n)?## .*[Qq]uestion.*\n\n\w", text)
+
+
+def is_second_edition(path):
+    """Whether a chapter has been rewritten: Chapters 3 to 7 and 9 have the first edition's form."""
+    return key(path) not in WIDE
+
+
+def test_a_chapter_says_how_long_it_takes(path, cells):
+    if is_second_edition(path):
+        head = HEAD.search(cells[0].source)
+        assert head and head[1] == plural(reading_minutes(cells)).split()[0], "sync updates it"
+        assert "?" not in head[0], "make notebooks measures the time to run"
+
+
+def test_folded_cells_say_what_is_inside(path, cells):
+    if is_second_edition(path):
+        folded = [cell for cell in code(cells) if "hide-input" in cell.metadata.get("tags", ())]
+        assert folded and all(re.match(r"#@title \w.+\n", cell.source) for cell in folded)
+
+
+def test_checks_are_folded_and_print_one_line(path, cells):
+    """No line of code that a reader sees is about the text."""
+    for cell in code(cells) if is_second_edition(path) else ():
+        if calls := re.findall(r"\b(?:claim|stated)\(", cell.source):
+            assert not is_visible_code(cell) and "with checks():" in cell.source
+            assert [o.text for o in cell.outputs] == [f"✓ {plural(len(calls), 'check')}\n"]
+
+
+def test_a_lesson_and_its_evidence_name_each_other():
+    names = [key(path) for path in chapters()]
+    for name in (name for name in names if name.startswith("evidence/")):
+        lesson = name.removeprefix("evidence/")
+        assert f"({name}.ipynb" in (BOOK / f"{lesson}.md").read_text(encoding="utf-8")
+        assert f"(../{lesson}.ipynb" in (BOOK / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_what_is_folded_in_the_book_is_folded_everywhere(cells):
@@ -263,5 +303,8 @@ def test_what_a_package_exports_is_in_the_api_reference(package):
 
 
 def test_every_comparison_with_a_paper_has_a_verdict(path):
+    """A lesson leaves the comparison to its evidence page."""
     rows = papers_in(path.with_suffix(".ipynb"))
-    assert rows and all(row["finding"] and row["ours"] and row["verdict"] for row in rows)
+    assert all(row["finding"] and row["ours"] and row["verdict"] for row in rows)
+    compares = "evidence/" in key(path) or not is_second_edition(path)
+    assert bool(rows) == compares

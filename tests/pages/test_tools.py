@@ -79,6 +79,28 @@ def test_run_executes_in_place_and_gives_the_same_bytes_again(tree):
     assert outputs == ["2\n", "[] 1\n"]
 
 
+def test_the_head_of_a_chapter_says_how_long_it_takes(tree, monkeypatch):
+    path = tree / "book" / "01_try.md"
+    head = "> Reading: ? minutes. Running: ? minutes on one core. You need: a pencil.\n\n"
+    text = read(path).replace("title\n", "title\n\n" + head + 1900 * "word " + "\n")
+    replace(path, text)
+    notebooks.sync(path)
+    assert "> Reading: 10 minutes. Running: ? minutes on one core. You need: a pencil." in read(
+        path
+    )
+    for seconds, words in (
+        (1, "½ minute"),
+        (31, "1 minute"),
+        (61, "1½ minutes"),
+        (95, "2 minutes"),
+    ):
+        notebooks.renew_head(path, seconds)
+        assert f"10 minutes. Running: {words} on one core. You need" in read(path)
+    assert not notebooks.run([path])
+    assert "Running: ½ minute on" in read(path) and differences(path) == ""
+    assert "Running: ½ minute on" in read(path.with_suffix(".ipynb"))
+
+
 def test_a_lesson_and_its_evidence_are_two_chapters(tree):
     lesson, evidence = tree / "book" / "01_try.md", tree / "book" / "evidence" / "01_try.md"
     replace(evidence, CHAPTER.replace("1 + 1", "1 + 2"))
@@ -298,7 +320,7 @@ def test_reading_measures_a_lesson_and_names_the_numbers_that_nothing_holds(tree
         "figures": 0,
         "tables": 0,
     }
-    assert minutes == 19 / 200 + 6 / 10
+    assert minutes == 5
     reading.main([])
     out = capsys.readouterr().out
     assert "01_try: 1 minutes to read, 0 claims, 1 stated numbers" in out and "!" not in out
