@@ -323,7 +323,7 @@ def test_reading_measures_a_lesson_and_names_the_numbers_that_nothing_holds(tree
     assert minutes == 5
     reading.main([])
     out = capsys.readouterr().out
-    assert "01_try: 1 minutes to read, 0 claims, 1 stated numbers" in out and "!" not in out
+    assert "01_try: 5 minutes to read, 0 claims, 1 stated numbers" in out and "!" not in out
     assert "12.5 %" in out.split("?")[1] and out.count("?") == 1
     replace(path, text.replace("x = 1", "x = 1" + " " * 80 + "# wide"))
     notebooks.sync(path)
