@@ -42,7 +42,7 @@ LANGUAGE = {"name": "python"}
 HEAD = re.compile(
     r"^> Reading: (\S+) minutes?\. Running: (\S+) minutes? on one core\. You need: ", re.M
 )
-WORDS_A_MINUTE, LINES_A_MINUTE = 200, 10  # of prose; of code
+WORDS_A_MINUTE, LINES_A_MINUTE = 100, 10  # of prose with mathematics; of code
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 CRASHES = (CellExecutionError, CellTimeoutError, DeadKernelError)
 

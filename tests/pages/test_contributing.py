@@ -21,31 +21,37 @@ def copy(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "book").mkdir()
-    for path in [BOOK / "_toc.yml", *BOOK.glob("*.md")]:
-        shutil.copy(path, tmp_path / "book")
+    (tmp_path / "book" / "evidence").mkdir()
+    for path in [BOOK / "_toc.yml", *BOOK.glob("*.md"), *BOOK.glob("evidence/*.md")]:
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(notebooks, "ROOT", tmp_path)
     monkeypatch.setattr(notebooks, "BOOK", tmp_path / "book")
     return tmp_path
 
 
 def test_a_new_chapter_passes_the_tests(copy, capsys):
-    stem = f"{1 + max(int(path.stem[:2]) for path in chapters()):02d}_nobody_s_chapter"
+    numbers = {int(path.stem[:2]) for path in chapters()}
+    number = next(n for n in range(1, 100) if n not in numbers)
+    stem = f"{number:02d}_nobody_s_chapter"
     assert not new_chapter.main([stem[3:], "--title", "Nobody's chapter"])
     assert f"Edit {stem}.md" in capsys.readouterr().out
     assert all(stem in read(copy / name) for name in ("README.md", "book/index.md"))
     toc = yaml.safe_load(read(copy / "book" / "_toc.yml"))
-    assert stem in [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    (lessons,) = (part["chapters"] for part in toc["parts"] if part.get("caption") == "Chapters")
+    at = [lesson["file"] for lesson in lessons].index(stem)
+    assert lessons[at]["sections"] == [{"file": f"evidence/{stem}"}]
+    assert all(lessons[at - 1]["file"] < stem < later["file"] for later in lessons[at + 1 :])
 
-    path = copy / "book" / f"{stem}.md"
-    made = notebooks.nbformat.reads(read(path.with_suffix(".ipynb")), as_version=4)
-    given = {"path": path, "cells": made.cells}
-    done = 0
-    for name, test in vars(test_notebooks).items():
-        wanted = inspect.signature(test).parameters if name.startswith("test_") else ()
-        if wanted and set(wanted) <= set(given):
-            test(**{key: given[key] for key in wanted})
-            done += 1
-    assert done >= 10
+    for path in (copy / "book" / f"{stem}.md", copy / "book" / "evidence" / f"{stem}.md"):
+        made = notebooks.nbformat.reads(read(path.with_suffix(".ipynb")), as_version=4)
+        given = {"path": path, "cells": made.cells}
+        done = 0
+        for name, test in vars(test_notebooks).items():
+            wanted = inspect.signature(test).parameters if name.startswith("test_") else ()
+            if wanted and set(wanted) <= set(given):
+                test(**{key: given[key] for key in wanted})
+                done += 1
+        assert done >= 10
 
 
 @pytest.mark.parametrize("name", ["Weight", "2fast", "a-b", "sam"])

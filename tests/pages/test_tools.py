@@ -85,7 +85,7 @@ def test_the_head_of_a_chapter_says_how_long_it_takes(tree, monkeypatch):
     text = read(path).replace("title\n", "title\n\n" + head + 1900 * "word " + "\n")
     replace(path, text)
     notebooks.sync(path)
-    assert "> Reading: 10 minutes. Running: ? minutes on one core. You need: a pencil." in read(
+    assert "> Reading: 20 minutes. Running: ? minutes on one core. You need: a pencil." in read(
         path
     )
     for seconds, words in (
@@ -95,7 +95,7 @@ def test_the_head_of_a_chapter_says_how_long_it_takes(tree, monkeypatch):
         (95, "2 minutes"),
     ):
         notebooks.renew_head(path, seconds)
-        assert f"10 minutes. Running: {words} on one core. You need" in read(path)
+        assert f"20 minutes. Running: {words} on one core. You need" in read(path)
     assert not notebooks.run([path])
     assert "Running: ½ minute on" in read(path) and differences(path) == ""
     assert "Running: ½ minute on" in read(path.with_suffix(".ipynb"))
