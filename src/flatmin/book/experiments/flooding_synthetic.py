@@ -8,8 +8,8 @@ figures then choose the level by validation, with or without early stopping.
 
 Network, optimizers and set sizes are, for all three sets, those of the authors' demo for the
 sinusoid.  ``"paper"`` has the paper's levels and noise, and 500 epochs, the default of the authors'
-script for synthetic data.  ``"demo"``, which Chapter 2 plots, has the demo's noise, levels and 200
-epochs, and smaller test sets.
+script for synthetic data.  ``"demo"``, of which the evidence for Chapter 2 takes the early
+stopping, has the demo's noise, levels and 200 epochs, and smaller test sets.
 """
 
 import json
