@@ -90,8 +90,9 @@ def test_a_chapter_runs_alone_and_installs_flatmin(tmp_path):
         output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     text = "".join(output.get("text", "") for output in outputs)
-    claims = len(re.findall(r"\bclaim\(\s*[\"']", "\n".join(code_of(first))))
-    assert text.count("✓ ") >= claims > 0 and "✗" not in text
+    held = sum(int(n) for n in re.findall(r"✓ (\d+) checks", text))
+    checked = re.findall(r"\b(?:claim|stated)\(\s*[\"']", "\n".join(code_of(first)))
+    assert held == len(checked) > 0 and "✗" not in text
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
