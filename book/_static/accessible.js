@@ -4,6 +4,10 @@ addEventListener("DOMContentLoaded", () => {
   const sidebar = document.getElementById("pst-primary-sidebar");
   sidebar?.setAttribute("role", "complementary");
   sidebar?.setAttribute("aria-label", "Book");
+  // The arrow beside a chapter in the sidebar opens the list of the pages beneath it.
+  for (const arrow of document.querySelectorAll(".toctree-l1 > details > summary")) {
+    arrow.setAttribute("aria-label", `Pages beneath ${arrow.closest("li").querySelector("a").textContent.trim()}`);
+  }
   for (const th of document.querySelectorAll("th")) {
     if (!th.textContent.trim()) th.replaceWith(document.createElement("td"));
   }
