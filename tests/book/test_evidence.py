@@ -44,6 +44,7 @@ def test_a_readers_run_writes_nothing(folders, monkeypatch):
 
 def test_what_is_kept_says_how_it_was_made():
     paths = sorted(records.FOLDERS[1].glob("evidence_*.json"))
+    assert paths
     for path in paths:
         attrs = json.loads(path.read_text(encoding="utf-8"))["attrs"]
         assert {"device", "torch", "python", "seeds", "settings"} <= set(attrs), path.name

@@ -249,6 +249,13 @@ def test_a_page_with_its_own_pictures_is_light(name):
     assert sum(file.stat().st_size for file in files) < 1.5e6
 
 
+def test_the_button_of_a_folded_cell_says_what_is_inside():
+    lesson = text("02_flooding.html")
+    buttons = re.findall(r"<summary[^>]*>.*?</summary>", lesson, re.S)
+    words = " ".join(re.sub(r"<[^>]+>", " ", button) for button in buttons)
+    assert "How Figure 2.1 is drawn" in words and "Checks" in words and "source" not in words
+
+
 def test_the_book_works_anywhere(browser, anywhere):
     for name in ("index.html", CHAPTERS[0], SOURCES[0]):
         # a new page each time: leaving a page would abort what is still loading

@@ -41,7 +41,13 @@ def keep(name: str, results: xr.Dataset) -> None:
 
 
 def kept(name: str) -> xr.Dataset:
-    """The results that an evidence page has left, with device and versions in ``attrs``."""
+    """The results that an evidence page has left, with device and versions in ``attrs``.
+
+    Examples
+    --------
+    >>> "torch" in kept("02_flooding").attrs
+    True
+    """
     import xarray as xr
 
     for folder in FOLDERS:
