@@ -154,7 +154,7 @@ def make(browser, folder, target):
     )
     page.set_default_timeout(600_000)
     page.emulate_media(media="print")
-    page.goto(min(folder.glob("0*.html")).as_uri())  # a chapter: it loads the styles and MathJax
+    page.goto((folder / "notation.html").as_uri())  # only pages with formulas load MathJax
     page.evaluate(REPLACE, book(folder))
     page.evaluate(FIT)
     for wide in page.evaluate(WIDE)[:5]:
