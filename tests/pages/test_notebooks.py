@@ -35,7 +35,6 @@ WIDE = (
     "04_stiffness",
     "05_mixup",
     "06_sam",
-    "07_sharpness",
     "09_together",
 )
 TIMING = re.compile(
@@ -107,7 +106,7 @@ def test_a_chapter_begins_with_its_title_and_its_question(cells):
 
 
 def is_second_edition(path):
-    """Whether a chapter has been rewritten: Chapters 3 to 7 and 9 have the first edition's form."""
+    """Whether a chapter has been rewritten: Chapters 3 to 6 and 9 have the first edition's form."""
     return key(path) not in WIDE
 
 

@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from scipy.stats import spearmanr
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from flatmin import Data, Recipe, fit, sharpness
+from flatmin import Data, Recipe, fit
 from flatmin.book import MLP, ResNet, experiments
-from flatmin.book.experiments import m_sharpness, record, sam_spectrum, stiffness_training, vision
+from flatmin.book.experiments import record, sam_spectrum, stiffness_training, vision
 from flatmin.gradient import SAM
-from flatmin.measure import eigenvalues, on, spectral_density, trace
+from flatmin.measure import eigenvalues, spectral_density, trace
 from flatmin.optimizer import SGD, Adam
 
-MODULES = {
-    m.__name__.rpartition(".")[2]: m for m in (stiffness_training, sam_spectrum, m_sharpness)
-}
+MODULES = {m.__name__.rpartition(".")[2]: m for m in (stiffness_training, sam_spectrum)}
 CASES = (1, 2, 2)  # data, networks, labels; then follow moments, rates, seeds, measures, pairs
 SHAPES = {
     "stiffness_training": {
@@ -33,7 +30,6 @@ SHAPES = {
         "density_nodes": (2, 2, 2, 1, 4),
         "trace": (2, 2, 2),
     },
-    "m_sharpness": {"sharpness": (2, 2, 2, 2), "test_error": (2, 2, 2)},
 }
 MAY_BE_MISSING = {"xi", "by_distance"}  # no crossing; no pair
 
@@ -285,86 +281,6 @@ def test_lines_cross_zero_where_the_critical_length_is():
     inside = found.xi.notnull()
     assert inside.any()
     xr.testing.assert_allclose(far.where(inside), found.xi, rtol=1e-5)
-
-
-# -------------------------------------------------------------------------------- m-sharpness
-
-
-def test_m_sharpness_is_that_of_the_networks_that_fit_keeps(records):
-    settings = settings_of(m_sharpness)
-    data = vision.load("synthetic", 32, 32)
-    recipe = Recipe(gradient=SAM(m=4), optimizer=SGD(0.05, momentum=0.9, schedule="cosine"))
-    kept = fit(
-        lambda: stiffness_training.network("CNN", data),
-        data,
-        recipe,
-        steps=4,
-        batch_size=16,
-        grid={"rho": [0.05]},
-        seeds=settings["seeds"],
-        networks="last",
-        device="cpu",
-    ).networks
-    model = kept.module(rho=0.05, seed=1)
-    for m in settings["measured_m"]:
-        ours = on(model, sharpness, data.x_train[:16], data.y_train[:16], rho=0.05, m=m)
-        found = records["m_sharpness"].sharpness.sel(m=4, rho=0.05, seed=1, measured_m=m)
-        np.testing.assert_allclose(float(found), float(ours), rtol=1e-3)
-
-
-def made_up_record():
-    random = np.random.default_rng(0)
-    dims, shape = ("m", "rho", "seed"), (3, 4, 2)
-    draw = lambda: (dims, random.random(shape))
-    coords = {"m": [1, 4, 16], "rho": [0.0, 0.1, 0.2, 0.3], "seed": [0, 1]}
-    record = xr.Dataset(
-        {k: draw() for k in ("train_error", "train_loss", "validation_error")}, coords
-    )
-    gap = random.random(shape)
-    gap[:, 0] = gap[:1, 0]  # radius 0 is SGD for every m
-    record["test_error"] = record.train_error + xr.DataArray(gap, dims=dims)
-    record["sharpness"] = xr.DataArray(
-        np.stack([np.exp(gap), -gap, random.random(shape)]), dims=("measured_m", *dims)
-    ).assign_coords(measured_m=[1, 4, 16])
-    return record
-
-
-def test_correlation_is_of_ranks_and_counts_sgd_once():
-    record = made_up_record()
-    record["test_error"][2, 3, 1] = np.nan  # a run that diverged
-    found = m_sharpness.correlation(record)
-    np.testing.assert_allclose(found.sel(measured_m=1), 1)
-    np.testing.assert_allclose(found.sel(measured_m=4), -1)
-    for seed in (0, 1):
-        one = record.sel(seed=seed)
-        keep = np.ones((3, 4), bool)
-        keep[1:, 0] = False
-        keep[2, 3] = seed == 0
-        gap = (one.test_error - one.train_error).values
-        expected = spearmanr(one.sharpness.sel(measured_m=16).values[keep], gap[keep]).statistic
-        np.testing.assert_allclose(float(found.sel(measured_m=16, seed=seed)), expected)
-
-
-def test_partial_correlation_is_that_of_the_residuals():
-    record = made_up_record().isel(rho=slice(1, None))
-    found = m_sharpness.correlation(record, "train_loss").sel(measured_m=16, seed=0)
-    one = record.sel(seed=0)
-    flat = lambda v: xr.DataArray(v).values.ravel().argsort().argsort().astype(float)
-    c = np.stack([np.ones(9), flat(one.train_loss)], 1)
-    left = lambda v: v - c @ np.linalg.lstsq(c, v, rcond=None)[0]
-    a, b = flat(one.sharpness.sel(measured_m=16)), flat(one.test_error - one.train_error)
-    np.testing.assert_allclose(float(found), np.corrcoef(left(a), left(b))[0, 1])
-    nothing_left = record.assign(train_loss=record.sharpness.sel(measured_m=16, drop=True))
-    assert np.isnan(m_sharpness.correlation(nothing_left, "train_loss").sel(measured_m=16)).all()
-
-
-def test_radius_is_chosen_by_validation():
-    record = made_up_record()
-    record["validation_error"][0, 0] = np.nan  # a diverged run is never chosen
-    best = m_sharpness.best_radius(record)
-    for m in record.m.values:
-        mean = record.validation_error.sel(m=m).mean("seed", skipna=False)
-        assert float(best.rho.sel(m=m)) == float(record.rho[int(np.nanargmin(mean))])
 
 
 # ---------------------------------------------------------------------------------------- GPU

@@ -115,7 +115,7 @@ def lanczos(trial: Trial) -> None:
             deviation < accuracy,
             "The rows of Q are not orthonormal.",
             got=f"largest entry of QQᵀ - 1: {deviation:.1e}",
-            hint="In floating point (7.5) alone loses orthogonality, and ghosts appear: make each "
+            hint="In floating point (8.1) alone loses orthogonality, and ghosts appear: make each "
             "new vector orthogonal to all earlier ones, twice. And divide it by its length.",
         )
         T = basis @ H.double() @ basis.T
@@ -126,7 +126,7 @@ def lanczos(trial: Trial) -> None:
         )
         trial.compare(beta, T.diagonal(1), hint=hint, atol=atol)
         rest = T - torch.diag(alpha) - torch.diag(beta, 1) - torch.diag(beta, -1)
-        trial.require(rest.abs().max() < atol, "Q H Qᵀ is not tridiagonal: is Q that of (7.5)?")
+        trial.require(rest.abs().max() < atol, "Q H Qᵀ is not tridiagonal: is Q that of (8.1)?")
         trial.require(
             len(calls) <= steps,
             f"There were {len(calls)} products for {steps} steps; one per step is enough.",

@@ -25,7 +25,6 @@ NAMES = [
     "mixup_corrupt",
     "sam_label_noise",
     "sam_spectrum",
-    "m_sharpness",
 ]
 
 HERE = Path(__file__).parent
