@@ -207,6 +207,8 @@ def execute(notebook, threads=1, **environment):
             notebook,
             kernel_name="python3",
             timeout=1800,
+            iopub_timeout=60,  # by default outputs that a busy machine delays by 4 s are lost
+            raise_on_iopub_timeout=True,
             record_timing=False,
             coalesce_streams=True,
             extra_arguments=["--log-level=40"],
