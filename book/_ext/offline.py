@@ -1,4 +1,4 @@
-"""Serve MathJax from the book itself and drop thebe, so that pages need no other host."""
+"""Serve MathJax from the book itself and drop what a page does not need, such as thebe."""
 
 import shutil
 from importlib.metadata import files
@@ -22,20 +22,19 @@ def copy_mathjax(app, error):
     shutil.copy2(source / BUNDLE, target)
 
 
-def drop_thebe(app, pagename, templatename, context, doctree):
-    def is_thebe(script):
-        return (
-            "thebe"
-            in (
-                str(getattr(script, "filename", script)) + str(getattr(script, "attributes", ""))
-            ).lower()
-        )
+def drop_scripts(app, pagename, templatename, context, doctree):
+    """Thebe asks another host; the playground loads its own files, in their order."""
 
-    context["script_files"] = [script for script in context["script_files"] if not is_thebe(script)]
+    def dropped(file):
+        words = f"{getattr(file, 'filename', file)} {getattr(file, 'attributes', '')}".lower()
+        return "thebe" in words or "playground/" in words
+
+    for kind in ("script_files", "css_files"):
+        context[kind] = [file for file in context[kind] if not dropped(file)]
 
 
 def setup(app):
     app.connect("config-inited", use_local_mathjax)
     app.connect("build-finished", copy_mathjax)
-    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("html-page-context", drop_scripts, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

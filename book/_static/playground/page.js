@@ -1,0 +1,302 @@
+/* The page: controls, frames from the worker, and the address that holds the whole state. */
+(() => {
+  const {lib, draw} = playground, {SHARED, SIDE, SIDE_SETTINGS, PRESETS} = lib;
+  const root = document.getElementById("playground");
+  const element = (tag, attributes = {}, ...children) => {
+    const e = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) e.addEventListener(name.slice(2), value);
+      else if (value !== false) e.setAttribute(name, value === true ? "" : value);
+    }
+    e.append(...children);
+    return e;
+  };
+
+  // ------------------------------------------------------------------------------- the worker
+
+  const fail = reason => {
+    worker?.terminate();
+    root.querySelector(".playground-live")?.remove();
+    root.querySelector(".playground-recorded").hidden = false;
+    root.querySelector(".playground-why").textContent =
+      `The playground could not start here: ${reason}. This is a recorded picture of it.`;
+  };
+  let worker = null;
+  try {
+    const source = `${playground.source}\nonmessage = lib.serve(message => postMessage(message));`;
+    worker = new Worker(URL.createObjectURL(new Blob([source], {type: "text/javascript"})));
+  } catch (error) {
+    return fail(`this browser lets the page start no worker (${error.message})`);
+  }
+  const patience = setTimeout(() => fail("its worker did not answer within ten seconds"), 10_000);
+  worker.onerror = event => fail(`its worker stopped (${event.message || "the browser refused it"})`);
+  const send = (type, more = {}) => worker.postMessage({type, ...more});
+
+  // ---------------------------------------------------------------------------------- the state
+
+  let {state, problems} = lib.readState(location.hash.slice(1));
+  let data = null, frame = null, hiddenWhilePlaying = false;
+  const written = () => lib.writeState(state);
+
+  /** Takes over a state: with new weights if what they depend on has changed. */
+  const apply = (next, restart = false) => {
+    const parts = [[SHARED, "shared"], [SIDE_SETTINGS, "a"], [SIDE_SETTINGS, "b"]];
+    restart ||= parts.some(([specs, part]) => Object.keys(specs).some(key =>
+      specs[key].restart && next[part][key] !== state[part][key]));
+    state = next;
+    show();
+    send(restart ? "restart" : "change", {state});
+  };
+  const change = edit => {
+    const next = structuredClone(state);
+    edit(next);
+    apply(next);
+    if (location.hash.slice(1) !== written()) location.hash = written();  // a step that Back undoes
+  };
+  addEventListener("hashchange", () => {
+    if (location.hash.slice(1) === written()) return;
+    const read = lib.readState(location.hash.slice(1));
+    problems = read.problems;
+    const other = read.state.preset !== state.preset;
+    apply(read.state, other);
+    say(problems.join(". "));
+  });
+
+  // ------------------------------------------------------------------------------- the controls
+
+  const SIDES = [["a", "A"], ["b", "B"]];
+  const NAMES = {batch_size: {Infinity: "all"}, p: {Infinity: "∞"}, pause: {Infinity: "never"}};
+  const text = (key, spec, value) =>
+    spec.choice ? spec.values[value] : NAMES[key]?.[value] ?? (key === "noise" ? `${100 * value} %` : String(value));
+  const selects = [];
+
+  const select = (key, spec, part, label) => {
+    const box = element("select", {"aria-label": label, "data-key": `${part}.${key}`, onchange: () => change(next => {
+      next[part][key] = spec.choice ? box.value : Number(box.value);
+    })});
+    selects.push(() => {
+      const value = state[part][key];
+      const values = spec.choice ? Object.keys(spec.values)
+        : [...new Set([...spec.values, value])].sort((x, y) => x - y);
+      const options = values.map(v => element("option", {value: v}, text(key, spec, v)));
+      if (box.options.length !== options.length) box.replaceChildren(...options);
+      box.value = value;
+    });
+    return box;
+  };
+
+  const table = element("table", {class: "playground-settings"},
+    element("caption", {}, "Settings. Those of data and model start anew."));
+  const heading = (title, cells) => table.append(element("tbody", {}, element("tr", {class: "stage"},
+    element("th", {scope: "colgroup", ...(cells ? {} : {colspan: 3})}, title), ...(cells ?? []))));
+  const row = (label, cells) => {
+    const line = element("tr", {}, element("th", {scope: "row"}, label), ...cells);
+    table.lastElementChild.append(line);
+    return line;
+  };
+  const shared = (title, keys) => {
+    heading(title);
+    for (const key of keys) {
+      row(SHARED[key].label, [element("td", {colspan: 2}, select(key, SHARED[key], "shared", SHARED[key].label))]);
+    }
+  };
+  shared("data", ["data", "n", "noise", "seed"]);
+  for (const [stage, specs] of Object.entries(SIDE)) {
+    heading(stage, SIDES.map(([part, name]) => element("th", {scope: "col", class: `side ${part}`}, name)));
+    for (const [key, spec] of Object.entries(specs)) {
+      const cells = SIDES.map(([part, name]) => element("td", {class: `side ${part}`},
+        select(key, spec, part, `${spec.label}, ${name}`)));
+      const line = row(spec.label, cells);
+      selects.push(() => {
+        const used = SIDES.map(([part]) => !spec.when || spec.when(state[part]));
+        const two = state.shared.sides === "2";
+        cells.forEach((cell, i) => (cell.firstChild.hidden = !used[i]));
+        line.hidden = !used[0] && !(two && used[1]);
+        line.classList.toggle("differs", two && (used[0] || used[1]) && state.a[key] !== state.b[key]);
+      });
+    }
+  }
+  shared("instruments", ["radius", "scaled", "view"]);
+  shared("the run", ["sides", "speed", "pause"]);
+
+  const say = words => (status.textContent = words);
+  const status = element("p", {class: "playground-status", role: "status"});
+  const play = element("button", {type: "button", class: "play", onclick: () => send(frame?.playing ? "pause" : "play")}, "Play");
+  const button = (label, action) => element("button", {type: "button", onclick: action}, label);
+  const counter = element("span", {class: "playground-counter"});
+  const copyLink = async () => {
+    try {
+      await navigator.clipboard.writeText(location.href);
+      say("Copied. The link holds the whole state.");
+    } catch {
+      say("This browser does not let the page copy. The address above is the link: it holds the whole state.");
+    }
+  };
+  const toolbar = element("div", {class: "playground-toolbar", role: "group", "aria-label": "Training"},
+    play, button("Step", () => send("step")), button("Restart", () => send("restart", {state})),
+    button("Copy A to B", () => change(next => {
+      next.b = structuredClone(next.a);
+      next.shared.sides = "2";
+    })),
+    button("Copy link", copyLink), counter);
+
+  const preset = element("select", {id: "playground-preset", onchange: () => {
+    apply(lib.stateOf(preset.value), true);
+    location.hash = written();
+    say("");
+  }}, element("option", {value: ""}, "nothing: play"),
+  ...Object.entries(PRESETS).map(([key, {title}]) => element("option", {value: key}, title)));
+  const task = element("div", {class: "playground-task"});
+  const showTask = () => {
+    preset.value = state.preset;
+    const chosen = PRESETS[state.preset];
+    if (task.dataset.preset === state.preset) return;
+    task.dataset.preset = state.preset;
+    task.replaceChildren(...(chosen ? [
+      element("p", {}, element("strong", {}, "Guess first. "), chosen.task),
+      element("details", {}, element("summary", {}, "What should happen"), element("p", {}, `${chosen.effect} `,
+        element("a", {href: chosen.lesson}, "The lesson"), " says why.")),
+    ] : [element("p", {}, "Choose a task above, or set what you like below and press Play. Nothing you do here can break.")]));
+  };
+
+  // -------------------------------------------------------------------------------- the pictures
+
+  const figure = (title, className = "") => {
+    const canvas = element("canvas", {role: "img", "aria-label": title});
+    return {canvas, caption: title, figure: element("figure", {class: className}, element("figcaption", {}, title), canvas)};
+  };
+  const sides = SIDES.map(([part, name]) => {
+    const map = figure(`${name}: what the network says`, "square"), slice = figure(`${name}: the loss nearby`, "square");
+    const words = element("p", {class: "playground-words"});
+    return {map, slice, words, box: element("section", {class: `side ${part}`, "aria-label": `Setting ${name}`},
+      element("div", {class: "pair"}, map.figure, slice.figure), words)};
+  });
+  const column = (side, table, name) => [...frame.sides[side][table][name]];
+  const over = (table, name, dash) => frame.sides.map((_, side) =>
+    ({x: column(side, table, "step"), y: column(side, table, name), side, dash}));
+  const charts = {
+    "Loss: training (solid), test (dashed)": () => ({
+      lines: [...over("losses", "train_loss"), ...over("losses", "test_loss", "dashed")], low: 0, levels: levels()}),
+    "Error in %: training (solid), test (dashed)": () => ({
+      lines: [...over("losses", "train_error"), ...over("losses", "test_error", "dashed")], low: 0}),
+    "λ max (solid) and its edge (dotted)": () => ({
+      lines: [...over("curvature", "largest"), ...over("curvature", "edge", "dotted")], log: true}),
+    "Sharpness: the rise of the loss nearby": () => ({lines: over("curvature", "sharpness"), log: true}),
+    "Length of the gradient": () => ({lines: over("losses", "gradient"), log: true}),
+    "Stiffness: one class (solid), two classes (dashed)": () => ({
+      lines: [...over("curvature", "within"), ...over("curvature", "between", "dashed")], low: -1, high: 1}),
+  };
+  const levels = () => SIDES.slice(0, frame.sides.length)
+    .map(([part], side) => ({value: state[part].flood_level, side})).filter(({value}) => value > 0);
+  const chartBoxes = Object.entries(charts).map(([title, spec]) => ({...figure(title, "chart"), spec}));
+
+  const READINGS = [
+    ["step", "step", v => v.toLocaleString("en")],
+    ["training loss", "train_loss"], ["test loss", "test_loss"],
+    ["training error", "train_error", v => `${v.toFixed(1)} %`], ["test error", "test_error", v => `${v.toFixed(1)} %`],
+    ["length of the gradient", "gradient"], ["λ max", "largest"], ["its edge", "edge"],
+    ["sharpness", "sharpness"], ["stiffness, one class", "within"], ["stiffness, two classes", "between"],
+  ];
+  const cells = READINGS.map(() => SIDES.map(([part]) => element("td", {class: `side ${part}`})));
+  const readings = element("table", {class: "playground-readings"},
+    element("caption", {}, "Readings"),
+    element("thead", {}, element("tr", {}, element("th", {scope: "col"}, "quantity"),
+      ...SIDES.map(([part, name]) => element("th", {scope: "col", class: `side ${part}`}, name)))),
+    element("tbody", {}, ...READINGS.map(([label], i) =>
+      element("tr", {}, element("th", {scope: "row"}, label), ...cells[i]))));
+
+  const reading = (v, format) =>
+    v === undefined || Number.isNaN(v) ? "–" : v === Infinity ? "∞" : (format ?? (v => v.toPrecision(3)))(v);
+
+  const drawAll = () => {
+    if (!frame || !data) return;
+    const size = state.shared.view === "plane" && frame.sides.every(side => side.slice.size);
+    frame.sides.forEach((side, i) => {
+      const {map, slice, words} = sides[i];
+      draw.map(map.canvas, side, data, data.reach);
+      if (size) draw.plane(slice.canvas, side.slice, i, state[SIDES[i][0]].flood_level);
+      else if (!side.slice.size) {
+        const level = levels().filter(({side}) => side === i);
+        draw.line(slice.canvas, [{...side.slice, side: i}], level, i);
+      }
+      if (words.textContent !== side.words) words.textContent = side.words;
+      words.classList.toggle("stopped", Boolean(side.stopped));
+      READINGS.forEach(([, key, format], k) => {
+        cells[k][i].textContent = key === "step" ? reading(side.step, format) : reading(side.now[key], format);
+      });
+      if (frame.playing) return;
+      const {now} = side, error = v => `${v.toFixed(1)} per cent`;
+      map.canvas.setAttribute("aria-label", `${map.caption} at step ${side.step}, over ${data.train.n} training examples: training error ${error(now.train_error)}, test error ${error(now.test_error)}.`);
+      const values = side.slice.values, middle = values[(values.length - 1) / 2];
+      slice.canvas.setAttribute("aria-label", `${slice.caption}: ${lib.digits(middle)} at the weights, up to ${lib.digits(Math.max(...values))} at a distance of ${side.slice.radius} filter lengths.`);
+    });
+    for (const {canvas, caption, spec} of chartBoxes) {
+      const {lines, ...more} = spec();
+      draw.chart(canvas, {lines, ...more});
+      if (frame.playing) continue;
+      const ends = frame.sides.map((_, i) => `${SIDES[i][1]} ${lines.filter(line => line.side === i).map(line => reading(line.y.at(-1))).join(", ")}`);
+      canvas.setAttribute("aria-label", `${caption}. Now: ${ends.join("; ")}.`);
+    }
+  };
+
+  const show = () => {
+    selects.forEach(update => update());
+    live.classList.toggle("two", state.shared.sides === "2");
+    showTask();
+    drawAll();
+  };
+
+  const live = element("div", {class: "playground-live"},
+    element("p", {class: "playground-choice"}, element("label", {for: "playground-preset"}, "Start from "), preset),
+    task, toolbar, status,
+    element("div", {class: "playground-body"},
+      element("div", {class: "playground-figures"},
+        element("div", {class: "playground-sides"}, ...sides.map(side => side.box)),
+        element("div", {class: "playground-charts"}, ...chartBoxes.map(chart => chart.figure)), readings),
+      table));
+
+  let requested = false;
+  const redraw = () => {
+    if (requested) return;
+    requested = true;
+    requestAnimationFrame(() => {
+      requested = false;
+      drawAll();
+      send("drawn");
+    });
+  };
+
+  worker.onmessage = ({data: message}) => {
+    if (message.type === "ready") {
+      clearTimeout(patience);
+      root.querySelector(".playground-recorded").hidden = true;
+      root.append(live);
+      show();
+      say(problems.join(". "));
+      send("restart", {state});
+    } else if (message.type === "data") {
+      data = message;
+    } else {
+      frame = message;
+      play.textContent = frame.playing ? "Pause" : "Play";
+      counter.textContent = `step ${frame.sides[0].step.toLocaleString("en")}` +
+        (frame.playing && frame.speed ? `, ${Math.round(frame.speed).toLocaleString("en")} a second` : "");
+      root.dataset.playing = frame.playing;
+      redraw();
+    }
+  };
+
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      hiddenWhilePlaying = Boolean(frame?.playing);
+      if (hiddenWhilePlaying) send("pause");
+    } else if (hiddenWhilePlaying) send("play");
+  });
+  new MutationObserver(drawAll).observe(document.documentElement, {attributes: true, attributeFilter: ["data-theme"]});
+  let width = 0;
+  new ResizeObserver(() => {
+    if (width === root.clientWidth) return;
+    width = root.clientWidth;
+    drawAll();
+  }).observe(root);
+})();
