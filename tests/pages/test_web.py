@@ -3,45 +3,27 @@
 Reads FLATMIN_HTML (`make test-web`: the book of `make test`); writes _build/screenshots.
 """
 
-import os
 import re
-import threading
 import unicodedata
-from contextlib import contextmanager
-from functools import partial
 from html import unescape
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 
 import pdf
 import pytest
 from notebooks import ROOT
+from web import AXE, HTML, PAGES, RULES, TOO_WIDE, new_page, serve, watched
 
 pytestmark = pytest.mark.web
 
-HTML = ROOT / os.environ.get("FLATMIN_HTML", "_build/check/_build/html")
-PAGES = sorted(
-    path.relative_to(HTML).as_posix()
-    for path in [*HTML.glob("*.html"), *HTML.glob("evidence/*.html")]
-)
 CHAPTERS = [name for name in PAGES if re.search(r"\b\d\d_", name)]
 SOURCES = sorted(str(path.relative_to(HTML)) for path in HTML.glob("_modules/**/*.html"))
 SHOTS = ROOT / "_build" / "screenshots"
-TIMEOUT = 120_000  # milliseconds; a busy machine is no error
 RENDERED = """() => {
     const math = [...document.querySelectorAll('.math')].length;
     return math === 0 || (window.MathJax?.startup?.promise && document.querySelectorAll('mjx-container').length >= math);
 }"""
 UNFOLD = "document.querySelectorAll('details').forEach(d => d.open = true)"
 SETTLED = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-# what sticks out of the page, unless it scrolls inside something
-TOO_WIDE = """() => {
-    const width = document.documentElement.clientWidth;
-    const scrolls = e => e && (getComputedStyle(e).overflowX !== 'visible' || scrolls(e.parentElement));
-    return [...document.querySelectorAll('.bd-article *')]
-        .filter(e => e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement) && !e.closest('mjx-assistive-mml'))
-        .map(e => e.outerHTML.slice(0, 120));
-}"""
 # formulas, and code of at most 80 columns, that are wider than their box, and by how many pixels
 OVERFLOWING = """() => {
     const box = e => getComputedStyle(e).display === 'inline' ? box(e.parentElement) : e;
@@ -55,16 +37,6 @@ OVERFLOWING = """() => {
 }"""
 
 
-# All WCAG 2 rules to AA, and axe-core's best practice (ordered headings, landmarks for everything).
-# Contrast takes nine tenths of the time, so it is tested separately, for one text per pair of
-# colours, size and weight.  axe-core does not see formulas as text, so `empty-table-header` would
-# report headings that are not empty: test_page tests them itself.
-RULES = """{resultTypes: ['violations'], preload: false, rules: {'color-contrast': {enabled: false}, 'empty-table-header': {enabled: false}},
-    runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']}"""
-AXE = (
-    "([context, options]) => axe.run(context, options).then(found => found.violations.flatMap("
-    "v => v.nodes.map(n => `${v.id}: ${n.target} ${n.html.slice(0, 120)} ${n.failureSummary}`)))"
-)
 ONE_OF_EACH = """() => {
     const seen = new Set();
     const clear = color => color === 'transparent' || color.endsWith(', 0)');
@@ -84,44 +56,6 @@ ONE_OF_EACH = """() => {
 }"""
 
 
-def missing(reason):
-    """Skip with a reason; in CI, where the browser must exist, fail."""
-    (pytest.fail if os.environ.get("FLATMIN_REQUIRE_WEB") else pytest.skip)(reason)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not pdf.chromium():
-        missing("no Chromium on this machine (Debian: apt-get install chromium)")
-    if not PAGES:
-        missing(f"no book in {HTML}: make test-book")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=pdf.chromium(), args=pdf.FLAGS, timeout=TIMEOUT
-        )
-        yield browser
-        browser.close()
-
-
-def serve(folder):
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
-    server.handle_error = lambda *_: None  # a page that is closed hangs up
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def address():
-    yield from serve(HTML)
-
-
 @pytest.fixture(scope="module", params=["file", "server", "sub-path"])
 def anywhere(request):
     """The book as a folder of files, as a server's root, and as a folder on a server."""
@@ -137,42 +71,9 @@ def text(name):
     return (HTML / name).read_text(encoding="utf-8")
 
 
-@contextmanager
-def new_page(browser, **options):
-    """A page that does not depend on the desktop's settings, closed at the end."""
-    page = browser.new_page(reduced_motion="reduce", **options)
-    page.set_default_timeout(TIMEOUT)
-    try:
-        yield page
-    finally:
-        page.close()
-
-
 def rendered(page, address):
     page.goto(address, wait_until="load")
     page.wait_for_function(RENDERED)
-
-
-@contextmanager
-def watched(browser, address, **options):
-    """A new page that must be without errors."""
-    troubles = []
-    with new_page(browser, **options) as page:
-        page.on(
-            "request",
-            lambda r: (
-                r.url.startswith((address, "data:", "blob:"))
-                or troubles.append(f"leaves the host: {r.url}")
-            ),
-        )
-        # leaving a page aborts what is still under way, such as its icon
-        aborted = lambda r: r.failure == "net::ERR_ABORTED"
-        page.on("requestfailed", lambda r: aborted(r) or troubles.append(f"failed: {r.url}"))
-        page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
-        page.on("console", lambda m: m.type == "error" and troubles.append(f"console: {m.text}"))
-        page.on("pageerror", lambda e: troubles.append(f"script: {e}"))
-        yield page
-    assert troubles == []
 
 
 def test_there_is_a_book(browser):

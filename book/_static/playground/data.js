@@ -3,10 +3,11 @@ playground.define(function data(lib) {
   const {Stream} = lib;
   const noisy = (random, x, y, noise) => [x + noise * random.normal(), y + noise * random.normal()];
 
-  /** Each draws one example of a class; the coordinates are about as large as standard normal ones. */
+  /** Each draws one example of a class.  `reach`: its picture shows the square |x1|, |x2| ≤ reach. */
   lib.DATA_SETS = {
     moons: {
       name: "two moons",
+      reach: 3.2,
       draw(random) {
         const label = random.below(2), angle = Math.PI * random.uniform();
         const [x, y] = [Math.cos(angle), Math.sin(angle)];
@@ -16,6 +17,7 @@ playground.define(function data(lib) {
     },
     circles: {
       name: "two circles",
+      reach: 3,
       draw(random) {
         const label = random.below(2), angle = 2 * Math.PI * random.uniform(), r = label ? 0.8 : 2;
         return [noisy(random, r * Math.cos(angle), r * Math.sin(angle), 0.3), label];
@@ -23,6 +25,7 @@ playground.define(function data(lib) {
     },
     spiral: {
       name: "two spirals",  // of the flooding paper, at another noise and a seventh of the size
+      reach: 2.4,
       draw(random) {
         const label = random.below(2), angle = 3.5 * Math.PI * random.uniform();
         const r = (angle + Math.PI * label) / 7;
@@ -31,6 +34,7 @@ playground.define(function data(lib) {
     },
     sinusoid: {
       name: "sinusoid",  // of the flooding paper: uniform on a disc, split by a wave
+      reach: 2.2,
       draw(random) {
         const v = random.normals(4), length = lib.norm(v);
         const [x, y] = [2 * v[2] / length, 2 * v[3] / length];
@@ -39,6 +43,7 @@ playground.define(function data(lib) {
     },
     gaussians: {
       name: "two Gaussians",
+      reach: 4,
       draw(random) {
         const label = random.below(2);
         return [noisy(random, label ? 1.5 : -1.5, 0, 0.9), label];
@@ -62,6 +67,7 @@ playground.define(function data(lib) {
     train.clean = train.y.slice();
     const order = new Stream(seed, "labels").permutation(n);
     for (const i of order.slice(0, Math.round(noise * n))) train.y[i] = 1 - train.y[i];
-    return {train, test: examples(data, testSize, new Stream(seed, "test inputs"))};
+    const test = examples(data, testSize, new Stream(seed, "test inputs"));
+    return {train, test, reach: lib.DATA_SETS[data].reach};
   };
 });

@@ -163,11 +163,9 @@ playground.draw = (() => {
   };
 
   /** The loss on a line through the weights: 0 is where they are. */
-  const line = (canvas, slices, levels) => chart(canvas, {
-    lines: slices.map(({radius, values}, side) => ({
-      x: Array.from(values, (_, i) => radius * (2 * i / (values.length - 1) - 1)), y: [...values], side})),
-    levels, low: 0, xlow: -slices[0].radius, xhigh: slices[0].radius, mark: 0,
-    xlabel: "along the direction, in lengths of the filters",
+  const line = (canvas, {radius, values}, side, levels) => chart(canvas, {
+    lines: [{x: Array.from(values, (_, i) => radius * (2 * i / (values.length - 1) - 1)), y: [...values], side}],
+    levels, low: 0, xlow: -radius, xhigh: radius, mark: 0, xlabel: "distance in filter lengths",
   });
 
   /** The loss on a plane through the weights: bands of equal loss, the water, and the way. */

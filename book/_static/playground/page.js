@@ -1,7 +1,7 @@
 /* The page: controls, frames from the worker, and the address that holds the whole state. */
 (() => {
   const {lib, draw} = playground, {SHARED, SIDE, SIDE_SETTINGS, PRESETS} = lib;
-  const root = document.getElementById("playground");
+  const root = document.getElementById("the-playground");
   const element = (tag, attributes = {}, ...children) => {
     const e = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
@@ -34,7 +34,7 @@
 
   // ---------------------------------------------------------------------------------- the state
 
-  let {state, problems} = lib.readState(location.hash.slice(1));
+  let {state, problems} = lib.readState(location.hash.slice(1) || "preset=mixup");
   let data = null, frame = null, hiddenWhilePlaying = false;
   const written = () => lib.writeState(state);
 
@@ -55,7 +55,7 @@
   };
   addEventListener("hashchange", () => {
     if (location.hash.slice(1) === written()) return;
-    const read = lib.readState(location.hash.slice(1));
+    const read = lib.readState(location.hash.slice(1) || "preset=mixup");
     problems = read.problems;
     const other = read.state.preset !== state.preset;
     apply(read.state, other);
@@ -144,7 +144,7 @@
     apply(lib.stateOf(preset.value), true);
     location.hash = written();
     say("");
-  }}, element("option", {value: ""}, "nothing: play"),
+  }}, element("option", {value: "none"}, "no task: play"),
   ...Object.entries(PRESETS).map(([key, {title}]) => element("option", {value: key}, title)));
   const task = element("div", {class: "playground-task"});
   const showTask = () => {
@@ -215,10 +215,7 @@
       const {map, slice, words} = sides[i];
       draw.map(map.canvas, side, data, data.reach);
       if (size) draw.plane(slice.canvas, side.slice, i, state[SIDES[i][0]].flood_level);
-      else if (!side.slice.size) {
-        const level = levels().filter(({side}) => side === i);
-        draw.line(slice.canvas, [{...side.slice, side: i}], level, i);
-      }
+      else if (!side.slice.size) draw.line(slice.canvas, side.slice, i, levels().filter(level => level.side === i));
       if (words.textContent !== side.words) words.textContent = side.words;
       words.classList.toggle("stopped", Boolean(side.stopped));
       READINGS.forEach(([, key, format], k) => {

@@ -5,7 +5,8 @@ playground.define(function pipeline(lib) {
     criterion: lib.LOSSES[s.loss],
     batch: {none: lib.Dirac, mixup: lib.Mixup, noise: lib.Gaussian}[s.transform](s),
     level: s.flood_level,
-    gradient: {plain: lib.PlainGradient, SAM: lib.SAM, penalty: lib.GradientPenalty}[s.gradient](s),
+    gradient: {plain: lib.PlainGradient, SAM: lib.SAM, penalty: lib.GradientPenalty}[s.gradient](
+      {...s, adaptive: s.adaptive === "yes"}),
     optimizer: lib.EMA(lib.SGD(s), s.ema),
   });
 

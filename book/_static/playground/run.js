@@ -154,7 +154,8 @@ playground.define(function run(lib) {
     }
 
     /** The probability of class 1 on a grid over the picture, from its upper left corner. */
-    map(size, reach) {
+    map(size) {
+      const {reach} = this.data;
       const x = new Float64Array(2 * size * size);
       for (let i = 0; i < size * size; i++) {
         x[2 * i] = reach * (2 * ((i % size) + 0.5) / size - 1);

@@ -71,10 +71,10 @@ playground.define(function settings(lib) {
 
   /** The state of a preset, or the defaults. */
   lib.stateOf = name => {
-    const preset = lib.PRESETS[name] ?? {};
+    const preset = Object.hasOwn(lib.PRESETS, name) ? lib.PRESETS[name] : {};
     const a = {...initial(lib.SIDE_SETTINGS), ...preset.a};
     return {
-      preset: name in lib.PRESETS ? name : "",
+      preset: Object.hasOwn(lib.PRESETS, name) ? name : "none",
       shared: {...initial(lib.SHARED), ...preset.shared},
       a,
       b: {...a, ...preset.b},
@@ -106,7 +106,7 @@ playground.define(function settings(lib) {
     const changes = parts(state).flatMap(([prefix, specs, values], i) => Object.keys(specs)
       .filter(key => values[key] !== base[i][2][key])
       .map(key => `${prefix}${key}=${encodeURIComponent(written(values[key]))}`));
-    return [...(state.preset ? [`preset=${state.preset}`] : []), ...changes].join("&");
+    return [`preset=${state.preset}`, ...changes].join("&");
   };
 
   /** The state that an address describes, and in words what in it could not be read. */
@@ -117,9 +117,9 @@ playground.define(function settings(lib) {
       try { value = decodeURIComponent(value); } catch { /* stays as it is, and will be refused */ }
       return [key, value];
     });
-    const problems = [], preset = entries.find(([key]) => key === "preset")?.[1] ?? "";
-    if (preset && !Object.hasOwn(lib.PRESETS, preset)) {
-      problems.push(`preset must be one of ${Object.keys(lib.PRESETS).join(", ")}, got ${preset}`);
+    const problems = [], preset = entries.find(([key]) => key === "preset")?.[1] ?? "none";
+    if (preset !== "none" && !Object.hasOwn(lib.PRESETS, preset)) {
+      problems.push(`preset must be none or one of ${Object.keys(lib.PRESETS).join(", ")}, got ${preset}`);
     }
     const state = lib.stateOf(preset);
     for (const [key, value] of entries.filter(([key]) => key !== "preset")) {

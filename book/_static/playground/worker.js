@@ -1,7 +1,7 @@
 /* The loop that trains, in a worker, so that the page stays responsive.  It sends a frame when the
    page has drawn the last one. */
 playground.define(function worker(lib) {
-  const SIZE = 44, REACH = 3;
+  const SIZE = 44;  // of the map
 
   lib.serve = post => {
     let state, runs = [], playing = false, drawn = true, dirty = false, due = 0, timer = null;
@@ -17,7 +17,7 @@ playground.define(function worker(lib) {
       runs.forEach(run => run.readCurvature());
       slices.clear();
       playing = false;
-      post({type: "data", ...data, reach: REACH});
+      post({type: "data", ...data});
     };
 
     /** The slice of a run: anew if it stands still, or if the last one took less than a tenth of the time. */
@@ -44,7 +44,7 @@ playground.define(function worker(lib) {
         sides: runs.map(run => ({
           step: run.step,
           stopped: run.stopped,
-          map: run.map(SIZE, REACH),
+          map: run.map(SIZE),
           losses: run.losses,
           curvature: run.curvature,
           now: run.now(),

@@ -1,0 +1,396 @@
+"""The playground: the arithmetic of flatmin, and a page that everyone can use.
+
+All of it runs in Chromium, through the page's own scripts.  Reads FLATMIN_HTML, as test_web.
+"""
+
+import math
+import re
+from importlib.resources import files
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.func import functional_call, grad
+from torch.nn.functional import binary_cross_entropy_with_logits
+from web import AXE, HTML, RULES, TOO_WIDE, new_page, watched
+
+from flatmin import Recipe
+from flatmin._tree import flatten, unflatten
+from flatmin.batch import Gaussian, Mixup
+from flatmin.book import MLP
+from flatmin.gradient import SAM, GradientPenalty
+from flatmin.gradient.plain import PlainGradient
+from flatmin.loss import Flooding
+from flatmin.measure import hvp, sharpness, stiffness
+from flatmin.optimizer import EMA, SGD
+from flatmin.pipeline import Batch, State, step
+
+pytestmark = pytest.mark.web
+
+FOLDER = HTML / "_static" / "playground"
+PAGE = HTML / "playground.html"
+REST = "document.querySelector('#the-playground').dataset.playing === 'false'"
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def lib(browser, address):
+    """A function that runs a line of JavaScript with the page's `lib` and arguments."""
+    with new_page(browser) as page:
+        page.goto(f"{address}/playground.html")
+        yield lambda code, **arguments: page.evaluate(
+            "([code, names, values]) => new Function('lib', ...names, code)(playground.lib, ...values)",
+            [code, [*arguments], [*arguments.values()]],
+        )
+
+
+# ------------------------------------------------------------------ one side in both languages
+
+
+def cross_entropy(z, y):
+    target = y[:, 1] if y.ndim == 2 else y.to(z.dtype)
+    return binary_cross_entropy_with_logits(z[:, 0], target, reduction="none")
+
+
+def quadratic(z, y):
+    target = y[:, 1] if y.ndim == 2 else y.to(z.dtype)
+    return (z[:, 0] - (2 * target - 1)) ** 2 / 2
+
+
+DEFAULTS = {
+    "layers": 2, "width": 6, "activation": "tanh", "loss": "cross-entropy", "flood_level": 0.0,
+    "transform": "none", "alpha": 1.0, "sigma": 0.2, "gradient": "plain", "rho": 0.1, "p": 2.0,
+    "adaptive": "no", "penalty": 0.1, "lr": 0.2, "momentum": 0.0, "weight_decay": 0.0, "ema": 0.0,
+}  # fmt: skip
+
+
+class Side:
+    """A model with random weights and examples, and the recipe of flatmin for the settings."""
+
+    def __init__(self, seed=SEED, n=9, **changes):
+        self.settings = s = {**DEFAULTS, **changes}
+        generator = torch.Generator().manual_seed(seed)
+        randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+        activation = {"tanh": nn.Tanh, "ReLU": nn.ReLU}[s["activation"]]
+        self.model = MLP(2, *[s["width"]] * s["layers"], 1, activation=activation).double()
+        self.shapes = {name: w.shape for name, w in self.model.named_parameters()}
+        self.params = {name: 0.7 * randn(*shape) for name, shape in self.shapes.items()}
+        self.x, self.y = randn(n, 2), torch.arange(n) % 2
+        self.criterion = {"cross-entropy": cross_entropy, "quadratic": quadratic}[s["loss"]]
+        lam, partners = float(torch.rand(1, generator=generator)), torch.randperm(n, generator=generator)
+        weights = torch.tensor([lam, 1 - lam], dtype=torch.float64)[:, None].expand(2, n)
+        noise = randn(n, 2)
+        self.draw = {"weights": weights, "partners": partners[None], "noise": noise}
+        self.js = {
+            "settings": s,
+            "w": flatten(self.params).tolist(),
+            "x": self.x.flatten().tolist(),
+            "y": self.y.tolist(),
+            "draw": {"lambda": lam, "partners": partners.tolist(), "noise": noise.flatten().tolist()},
+        }
+
+    @property
+    def recipe(self):
+        s = self.settings
+        sam = SAM(s["rho"], s["p"], s["adaptive"] == "yes")
+        return Recipe(
+            batch={"none": None, "mixup": Mixup(s["alpha"]), "noise": Gaussian(s["sigma"])}[s["transform"]],
+            criterion=self.criterion,
+            loss=Flooding(s["flood_level"]),
+            gradient={"plain": PlainGradient(), "SAM": sam, "penalty": GradientPenalty(s["penalty"])}[s["gradient"]],
+            optimizer=EMA(SGD(s["lr"], s["momentum"], s["weight_decay"]), s["ema"]),
+        )
+
+    def train(self, steps):
+        """(weights, average, loss of the last step) by flatmin."""
+        state = State.init(self.recipe, self.params, {})
+        batch = Batch(self.x, self.y, num_classes=2)
+        for t in range(steps):
+            state, loss = step(self.model, self.recipe, state, batch, self.draw, t)
+        average = self.recipe.optimizer.evaluated(state.params, state.optimizer)
+        return flatten(state.params), flatten(average), loss
+
+    def network(self, params, x):
+        return functional_call(self.model, params, (x,))
+
+    def loss(self, w):
+        return self.criterion(self.network(unflatten(w, self.shapes), self.x), self.y).mean()
+
+
+THE_SIDE = """
+    const {settings} = side, model = new lib.MLP(settings), recipe = lib.recipe(settings);
+    const w = Float64Array.from(side.w);
+    const batch = {x: Float64Array.from(side.x), y: Float64Array.from(side.y), n: side.y.length};
+    const objective = lib.objective(model, batch, recipe.criterion, settings.flood_level);
+"""
+TRAIN = THE_SIDE + """
+    let state = {w, optimizer: recipe.optimizer.init(w)}, loss;
+    for (let t = 0; t < steps; t++) ({state, loss} = lib.step(model, recipe, state, batch, side.draw));
+    return {w: [...state.w], average: [...recipe.optimizer.evaluated(state.optimizer)], loss};
+"""
+
+
+def agree(found, wanted, tolerance=1e-9):
+    """In the norm, relative to the wanted vector."""
+    found, wanted = (torch.as_tensor(v, dtype=torch.float64).flatten() for v in (found, wanted))
+    assert found.shape == wanted.shape
+    assert (found - wanted).norm() <= tolerance * wanted.norm(), (found, wanted)
+
+
+def assert_training_agrees(lib, side, steps=1):
+    found = lib(TRAIN, side=side.js, steps=steps)
+    w, average, loss = side.train(steps)
+    agree(found["loss"], loss)
+    # of what the steps changed, not of the weights, which hardly change
+    start = flatten(side.params)
+    for mine, theirs in ((found["w"], w), (found["average"], average)):
+        agree(torch.tensor(mine, dtype=torch.float64) - start, theirs - start)
+
+
+STAGES = {
+    "plain": {},
+    "quadratic": {"loss": "quadratic"},
+    "linear": {"layers": 0},
+    "one layer": {"layers": 1},
+    "three layers of ReLU": {"layers": 3, "activation": "ReLU"},
+    "mixup": {"transform": "mixup"},
+    "noise": {"transform": "noise"},
+    "flooding, above": {"flood_level": 0.01},
+    "flooding, below": {"flood_level": 5.0},
+    "SAM": {"gradient": "SAM"},
+    "SAM, p = 1": {"gradient": "SAM", "p": 1.0},
+    "SAM, p = inf": {"gradient": "SAM", "p": math.inf},
+    "SAM, adaptive": {"gradient": "SAM", "adaptive": "yes"},
+    "SAM, adaptive, p = 1": {"gradient": "SAM", "adaptive": "yes", "p": 1.0},
+    "SAM, flooded": {"gradient": "SAM", "flood_level": 5.0},
+    "penalty": {"gradient": "penalty"},
+    "penalty, flooded": {"gradient": "penalty", "flood_level": 5.0},
+    "momentum": {"momentum": 0.9},
+    "weight decay": {"weight_decay": 0.1},
+    "average": {"ema": 0.9},
+    "everything": {
+        "transform": "mixup", "flood_level": 5.0, "gradient": "SAM", "adaptive": "yes", "momentum": 0.5,
+        "weight_decay": 0.01, "ema": 0.9, "activation": "ReLU", "layers": 3, "loss": "quadratic",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_one_step_is_that_of_flatmin(lib, name):
+    assert_training_agrees(lib, Side(**STAGES[name]))
+
+
+# 50 steps that stay where a rounding error does not grow
+@pytest.mark.parametrize(
+    "name", ["plain", "quadratic", "mixup", "noise", "SAM", "SAM, p = inf", "penalty", "momentum", "average"]
+)
+def test_fifty_steps_are_those_of_flatmin(lib, name):
+    assert_training_agrees(lib, Side(**{**STAGES[name], "lr": 0.05, "width": 4}), steps=50)
+
+
+ANY = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 10_000),
+        "n": st.integers(2, 12),
+        "layers": st.integers(0, 3),
+        "width": st.integers(2, 8),
+        "activation": st.sampled_from(["tanh", "ReLU"]),
+        "loss": st.sampled_from(["cross-entropy", "quadratic"]),
+        "flood_level": st.sampled_from([0.0, 0.3, 5.0]),
+        "transform": st.sampled_from(["none", "mixup", "noise"]),
+        "sigma": st.floats(0, 2),
+        "gradient": st.sampled_from(["plain", "SAM", "penalty"]),
+        "rho": st.floats(0, 1),
+        "p": st.sampled_from([1.0, 2.0, math.inf]),
+        "adaptive": st.sampled_from(["no", "yes"]),
+        "penalty": st.floats(0, 1),
+        "lr": st.floats(0.01, 1),
+        "momentum": st.floats(0, 0.95),
+        "weight_decay": st.floats(0, 0.1),
+        "ema": st.floats(0, 0.99),
+    }
+)
+
+
+@given(ANY)
+@settings(max_examples=100)
+def test_two_steps_of_any_settings_are_those_of_flatmin(lib, changes):
+    assert_training_agrees(lib, Side(**changes), steps=2)
+
+
+KINDS = [
+    {"layers": layers, "activation": activation, "loss": loss, "width": 4}
+    for layers in (0, 1, 3)
+    for activation in ("tanh", "ReLU")
+    for loss in ("cross-entropy", "quadratic")
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_gradient_hessian_and_largest_eigenvalue_are_those_of_autograd(lib, kind):
+    side = Side(**kind)
+    w = flatten(side.params)
+    v = torch.randn(len(w), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = lib(
+        THE_SIDE + """
+        const product = v => objective.hessianProduct(w, v, true), start = Float64Array.from(v);
+        const {value} = lib.largestEigenvalue(product, start, {tolerance: 1e-12, steps: 500});
+        return {loss: objective.raw(w), gradient: [...objective.gradient(w, true).gradient],
+                Hv: [...product(start)], value};""",
+        side=side.js,
+        v=v.tolist(),
+    )
+    agree(found["loss"], side.loss(w))
+    agree(found["gradient"], grad(side.loss)(w))
+    agree(found["Hv"], hvp(side.loss, w, v))
+    H = torch.func.hessian(side.loss)(w)
+    agree(found["value"], torch.linalg.eigvalsh(H)[-1])
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("adaptive", ["no", "yes"])
+def test_the_perturbation_is_that_of_flatmin(lib, p, adaptive):
+    side = Side(gradient="SAM", p=p, adaptive=adaptive)
+    w = flatten(side.params)
+    gradient = unflatten(grad(side.loss)(w), side.shapes)
+    wanted = side.recipe.gradient.perturbation(side.params, gradient)
+    found = lib(
+        THE_SIDE + "return [...lib.perturbation(w, objective.gradient(w, true).gradient, settings)];",
+        side=side.js,
+    )
+    agree(found, flatten(wanted))
+
+
+def test_equal_gradients_share_the_step_for_p_1(lib):
+    found = lib("return [...lib.dualNormPerturbation(Float64Array.from([2, -2, 1]), 0.5, 1)];")
+    assert found == [0.25, -0.25, 0]
+    assert lib("return [...lib.dualNormPerturbation(new Float64Array(2), 0.5, 1)];") == [0, 0]
+
+
+@pytest.mark.parametrize("scaled", ["no", "yes"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_sharpness_is_that_of_flatmin(lib, scaled, steps):
+    side = Side()
+    found = lib(
+        THE_SIDE + "return lib.sharpness(objective, w, {rho: 0.5, adaptive, steps});",
+        side=side.js,
+        adaptive=scaled == "yes",
+        steps=steps,
+    )
+    wanted = sharpness(
+        side.network, side.params, side.x, side.y, rho=0.5, adaptive=scaled == "yes", steps=steps,
+        criterion=side.criterion,
+    )  # fmt: skip
+    assert found > 0
+    agree(found, wanted)
+
+
+def test_stiffness_is_that_of_flatmin(lib):
+    side = Side(n=12)
+    found = lib(THE_SIDE + "return lib.stiffness(model, w, batch, recipe.criterion);", side=side.js)
+    cosine = stiffness(side.network, side.params, side.x, side.y, criterion=side.criterion).cosine
+    same = side.y[:, None] == side.y
+    agree(found["within"], cosine[same & ~torch.eye(12, dtype=torch.bool)].mean())
+    agree(found["between"], cosine[~same].mean())
+
+
+def test_the_slice_is_along_filters_as_long_as_the_weights(lib):
+    side = Side()
+    direction = torch.randn(len(side.js["w"]), dtype=torch.float64)
+    found = lib(
+        THE_SIDE + """
+        const d = lib.filterNormalized(Float64Array.from(direction), w, model);
+        return {d: [...d], line: [...lib.lossSlice(objective, w, d, 1, 5)]};""",
+        side=side.js,
+        direction=direction.tolist(),
+    )
+    d = unflatten(torch.tensor(found["d"], dtype=torch.float64), side.shapes)
+    for name, w in side.params.items():
+        if w.ndim == 1:
+            assert not d[name].any()
+        else:
+            raw = unflatten(direction, side.shapes)[name]
+            agree(d[name], raw * (w.norm(dim=1) / raw.norm(dim=1))[:, None])
+    w, flat = flatten(side.params), flatten(d)
+    agree(found["line"], torch.stack([side.loss(w + a * flat) for a in (-1, -0.5, 0, 0.5, 1)]))
+
+
+def test_sams_edge_is_that_of_chapter_8(lib):
+    run = "return lib.Run.prototype.edge.call({side, data: {train: {n: 10}}}, gradient);"
+    side = {**DEFAULTS, "batch_size": 10, "gradient": "SAM", "rho": 0.05}
+    wanted = 0.3 / 0.1 * (math.sqrt(1 + 8 * 0.05 / (0.2 * 0.3)) - 1)
+    agree(lib(run, side=side, gradient=0.3), wanted)
+    agree(lib(run, side={**side, "gradient": "plain", "momentum": 0.6}, gradient=0.3), 16.0)
+
+
+# ----------------------------------------------------------------------------- random numbers
+
+
+def test_random_numbers_have_the_distributions_they_claim(lib):
+    from scipy import stats
+
+    numbers = lib("""const s = new lib.Stream(1, "test"), draw = f => Array.from({length: 4000}, f);
+        return {uniform: draw(() => s.uniform()), normal: draw(() => s.normal()),
+                beta: [0.2, 1, 4].map(a => draw(() => s.beta(a)))};""")
+    assert stats.kstest(numbers["uniform"], "uniform").pvalue > 1e-3
+    assert stats.kstest(numbers["normal"], "norm").pvalue > 1e-3
+    for a, beta in zip((0.2, 1, 4), numbers["beta"], strict=True):
+        assert stats.kstest(beta, stats.beta(a, a).cdf).pvalue > 1e-3
+    first = lib("return [1, 2].map(seed => new lib.Stream(seed, 'a').uniform());")
+    again = lib("return [1, 2].map(seed => new lib.Stream(seed, 'a').uniform());")
+    assert first == again and first[0] != first[1]
+    order = lib("return new lib.Stream(3, 'order').permutation(50);")
+    assert sorted(order) == list(range(50)) and order != sorted(order)
+
+
+@pytest.mark.parametrize("name", ["moons", "circles", "spiral", "sinusoid", "gaussians"])
+def test_a_data_set_has_the_wrong_labels_that_were_ordered(lib, name):
+    make = """const {train, test, reach} = lib.makeData({data: name, n: 100, noise, seed});
+        return {x: [...train.x], y: [...train.y], clean: [...train.clean], test: [...test.y], reach};"""
+    noisy, clean = (lib(make, name=name, noise=noise, seed=1) for noise in (0.2, 0.0))
+    assert noisy["x"] == clean["x"] and noisy["clean"] == clean["y"]
+    assert np.not_equal(noisy["y"], noisy["clean"]).sum() == 20
+    assert 0.4 < np.mean(noisy["test"]) < 0.6
+    assert np.mean(np.abs(noisy["x"]) < noisy["reach"]) > 0.99 > noisy["reach"] / 10
+    assert lib(make, name=name, noise=0.0, seed=2)["x"] != clean["x"]
+
+
+# ------------------------------------------------------------------------------------ presets
+
+
+def presets():
+    text = (FOLDER / "presets.js").read_text(encoding="utf-8") if FOLDER.exists() else ""
+    return re.findall(r"^    (\w+): \{$", text, re.M)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_what_a_preset_promises_shows_for_eight_of_ten_seeds(lib, name):
+    shown = lib(
+        """
+        const preset = lib.PRESETS[name], {shared, a, b} = lib.stateOf(name), shown = [];
+        const sides = [a, ...(shared.sides === "2" ? [b] : []), ...(preset.also ? [{...a, ...preset.also}] : [])];
+        for (let seed = 1; seed <= 10; seed++) {
+            const runs = sides.map(side => {
+                const run = new lib.Run({...shared, seed}, side);
+                for (let t = 0; t < preset.steps; t++) run.advance();
+                run.readCurvature();
+                return run;
+            });
+            shown.push(preset.shows(...runs));
+        }
+        return shown;""",
+        name=name,
+    )
+    assert all(isinstance(each, bool) for each in shown)
+    assert sum(shown) >= 8, shown
+
+
+def test_a_preset_links_to_a_paragraph_that_exists(lib):
+    links = lib("return Object.values(lib.PRESETS).map(preset => preset.lesson);")
+    assert len(links) == len(presets()) > 9
+    for link in links:
+        page, anchor = link.split("#")
+        assert f'id="{anchor}"' in (HTML / page).read_text(encoding="utf-8"), link
