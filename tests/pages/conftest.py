@@ -24,3 +24,14 @@ def browser():
 @pytest.fixture(scope="module")
 def address():
     yield from serve(HTML)
+
+
+@pytest.fixture(scope="module", params=["file", "server", "sub-path"])
+def anywhere(request):
+    """The book as a folder of files, as a server's root, and as a folder on a server."""
+    if request.param == "file":
+        yield HTML.as_uri()
+    else:
+        start = serve(HTML if request.param == "server" else HTML.parent)
+        yield next(start) + (f"/{HTML.name}" if request.param == "sub-path" else "")
+        next(start, None)

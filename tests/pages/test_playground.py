@@ -80,7 +80,10 @@ class Side:
         self.params = {name: 0.7 * randn(*shape) for name, shape in self.shapes.items()}
         self.x, self.y = randn(n, 2), torch.arange(n) % 2
         self.criterion = {"cross-entropy": cross_entropy, "quadratic": quadratic}[s["loss"]]
-        lam, partners = float(torch.rand(1, generator=generator)), torch.randperm(n, generator=generator)
+        lam, partners = (
+            float(torch.rand(1, generator=generator)),
+            torch.randperm(n, generator=generator),
+        )
         weights = torch.tensor([lam, 1 - lam], dtype=torch.float64)[:, None].expand(2, n)
         noise = randn(n, 2)
         self.draw = {"weights": weights, "partners": partners[None], "noise": noise}
@@ -89,7 +92,11 @@ class Side:
             "w": flatten(self.params).tolist(),
             "x": self.x.flatten().tolist(),
             "y": self.y.tolist(),
-            "draw": {"lambda": lam, "partners": partners.tolist(), "noise": noise.flatten().tolist()},
+            "draw": {
+                "lambda": lam,
+                "partners": partners.tolist(),
+                "noise": noise.flatten().tolist(),
+            },
         }
 
     @property
@@ -97,10 +104,16 @@ class Side:
         s = self.settings
         sam = SAM(s["rho"], s["p"], s["adaptive"] == "yes")
         return Recipe(
-            batch={"none": None, "mixup": Mixup(s["alpha"]), "noise": Gaussian(s["sigma"])}[s["transform"]],
+            batch={"none": None, "mixup": Mixup(s["alpha"]), "noise": Gaussian(s["sigma"])}[
+                s["transform"]
+            ],
             criterion=self.criterion,
             loss=Flooding(s["flood_level"]),
-            gradient={"plain": PlainGradient(), "SAM": sam, "penalty": GradientPenalty(s["penalty"])}[s["gradient"]],
+            gradient={
+                "plain": PlainGradient(),
+                "SAM": sam,
+                "penalty": GradientPenalty(s["penalty"]),
+            }[s["gradient"]],
             optimizer=EMA(SGD(s["lr"], s["momentum"], s["weight_decay"]), s["ema"]),
         )
 
@@ -126,11 +139,14 @@ THE_SIDE = """
     const batch = {x: Float64Array.from(side.x), y: Float64Array.from(side.y), n: side.y.length};
     const objective = lib.objective(model, batch, recipe.criterion, settings.flood_level);
 """
-TRAIN = THE_SIDE + """
+TRAIN = (
+    THE_SIDE
+    + """
     let state = {w, optimizer: recipe.optimizer.init(w)}, loss;
     for (let t = 0; t < steps; t++) ({state, loss} = lib.step(model, recipe, state, batch, side.draw));
     return {w: [...state.w], average: [...recipe.optimizer.evaluated(state.optimizer)], loss};
 """
+)
 
 
 def agree(found, wanted, tolerance=1e-9):
@@ -185,7 +201,18 @@ def test_one_step_is_that_of_flatmin(lib, name):
 
 # 50 steps that stay where a rounding error does not grow
 @pytest.mark.parametrize(
-    "name", ["plain", "quadratic", "mixup", "noise", "SAM", "SAM, p = inf", "penalty", "momentum", "average"]
+    "name",
+    [
+        "plain",
+        "quadratic",
+        "mixup",
+        "noise",
+        "SAM",
+        "SAM, p = inf",
+        "penalty",
+        "momentum",
+        "average",
+    ],
 )
 def test_fifty_steps_are_those_of_flatmin(lib, name):
     assert_training_agrees(lib, Side(**{**STAGES[name], "lr": 0.05, "width": 4}), steps=50)
@@ -235,7 +262,8 @@ def test_gradient_hessian_and_largest_eigenvalue_are_those_of_autograd(lib, kind
     w = flatten(side.params)
     v = torch.randn(len(w), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = lib(
-        THE_SIDE + """
+        THE_SIDE
+        + """
         const product = v => objective.hessianProduct(w, v, true), start = Float64Array.from(v);
         const {value} = lib.largestEigenvalue(product, start, {tolerance: 1e-12, steps: 500});
         return {loss: objective.raw(w), gradient: [...objective.gradient(w, true).gradient],
@@ -258,8 +286,9 @@ def test_the_perturbation_is_that_of_flatmin(lib, p, adaptive):
     gradient = unflatten(grad(side.loss)(w), side.shapes)
     wanted = side.recipe.gradient.perturbation(side.params, gradient)
     found = lib(
-        THE_SIDE + "return [...lib.perturbation(w, objective.gradient(w, true).gradient, settings)];",
+        THE_SIDE + "return [...lib.perturbation(w, objective.gradient(w, true).gradient, ball)];",
         side=side.js,
+        ball={"rho": 0.1, "p": p, "adaptive": adaptive == "yes"},
     )
     agree(found, flatten(wanted))
 
@@ -301,7 +330,8 @@ def test_the_slice_is_along_filters_as_long_as_the_weights(lib):
     side = Side()
     direction = torch.randn(len(side.js["w"]), dtype=torch.float64)
     found = lib(
-        THE_SIDE + """
+        THE_SIDE
+        + """
         const d = lib.filterNormalized(Float64Array.from(direction), w, model);
         return {d: [...d], line: [...lib.lossSlice(objective, w, d, 1, 5)]};""",
         side=side.js,
@@ -367,12 +397,13 @@ def presets():
 
 
 @pytest.mark.parametrize("name", presets())
-def test_what_a_preset_promises_shows_for_eight_of_ten_seeds(lib, name):
+def test_a_presets_promise_is_kept_for_eight_of_ten_seeds(lib, name):
     shown = lib(
         """
         const preset = lib.PRESETS[name], {shared, a, b} = lib.stateOf(name), shown = [];
         const sides = [a, ...(shared.sides === "2" ? [b] : []), ...(preset.also ? [{...a, ...preset.also}] : [])];
-        for (let seed = 1; seed <= 10; seed++) {
+        const first = preset.firstSeed ?? 1;
+        for (let seed = first; seed < first + 10; seed++) {
             const runs = sides.map(side => {
                 const run = new lib.Run({...shared, seed}, side);
                 for (let t = 0; t < preset.steps; t++) run.advance();
@@ -388,9 +419,275 @@ def test_what_a_preset_promises_shows_for_eight_of_ten_seeds(lib, name):
     assert sum(shown) >= 8, shown
 
 
-def test_a_preset_links_to_a_paragraph_that_exists(lib):
-    links = lib("return Object.values(lib.PRESETS).map(preset => preset.lesson);")
-    assert len(links) == len(presets()) > 9
-    for link in links:
-        page, anchor = link.split("#")
-        assert f'id="{anchor}"' in (HTML / page).read_text(encoding="utf-8"), link
+def test_each_preset_has_a_task_on_the_page():
+    sections = re.findall(r'<span id="(\w+)"></span><h3>(.*?)<', PAGE.read_text(encoding="utf-8"))
+    assert [key for key, _ in sections] == presets() and len(presets()) > 9
+    assert {title[0] for _, title in sections} >= set("123456789"), "one for each lesson"
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+def opened(page, address, state=""):
+    page.goto(f"{address}/playground.html#{state}")
+    page.wait_for_selector(".playground-live")
+    page.wait_for_selector("#the-playground[data-playing]")
+
+
+def steps(page):
+    words = page.inner_text(".playground-counter")
+    return int(re.match(r"step ([\d,]+)", words)[1].replace(",", ""))
+
+
+def train(page, least=30):
+    """Play until so many steps are done, and pause."""
+    page.click("button.play")
+    page.wait_for_function(
+        "least => parseInt(document.querySelector('.playground-counter').textContent.slice(5).replace(',', '')) >= least",
+        arg=least,
+    )
+    if page.inner_text("button.play") == "Pause":
+        page.click("button.play")
+    page.wait_for_function(REST)
+
+
+def control(page, key):
+    return page.locator(f"select[data-key='{key}']")
+
+
+def readings(page, side="a"):
+    rows = page.locator(".playground-readings tbody tr").all()
+    return {row.locator("th").inner_text(): row.locator(f"td.{side}").inner_text() for row in rows}
+
+
+def test_the_page_is_light():
+    own = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert PAGE.stat().st_size + sum(path.stat().st_size for path in own) < 150_000
+    assert not re.search(r"https?://", "".join(f.read_text("utf-8") for f in FOLDER.rglob("*.js")))
+
+
+def test_only_the_playground_loads_its_scripts():
+    assert "page.js" in PAGE.read_text(encoding="utf-8")
+    assert "_static/playground/" not in (HTML / "index.html").read_text(encoding="utf-8")
+
+
+def test_it_trains_pauses_steps_and_restarts(browser, anywhere):
+    with watched(browser, anywhere) as page:
+        opened(page, anywhere)
+        assert steps(page) == 0 and "initial weights" in page.inner_text(
+            ".playground-words >> nth=0"
+        )
+        before = readings(page)
+        train(page)
+        done = steps(page)
+        assert readings(page) != before
+        page.click("text=Step")
+        page.wait_for_function(
+            f"document.querySelector('.playground-counter').textContent.startsWith('step {done + 1:,}')"
+        )
+        page.click("text=Restart")
+        page.wait_for_function(
+            "document.querySelector('.playground-counter').textContent === 'step 0'"
+        )
+        assert readings(page) == before
+
+
+def test_a_run_pauses_where_it_was_told_and_is_repeated_by_its_link(browser, address):
+    found = []
+    for _ in range(2):
+        with watched(browser, address) as page:
+            opened(page, address, "preset=mixup&pause=200")
+            train(page, 200)
+            assert steps(page) == 200
+            found.append([readings(page, side) for side in "ab"])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
+def test_a_link_restores_a_state_and_back_undoes_a_change(browser, address):
+    state = "preset=edge&seed=7&a.lr=0.123&b.momentum=0.9"
+    with watched(browser, address) as page:
+        opened(page, address, state)
+        assert control(page, "shared.seed").input_value() == "7"
+        assert control(page, "a.lr").input_value() == "0.123"
+        assert control(page, "b.lr").input_value() == "0.4"  # the preset's
+        assert control(page, "b.momentum").input_value() == "0.9"
+        control(page, "a.gradient").select_option("SAM")
+        page.wait_for_url(f"**#{state.replace('a.lr=0.123', 'a.gradient=SAM&a.lr=0.123')}")
+        assert control(page, "a.rho").is_visible() and not control(page, "b.rho").is_visible()
+        page.go_back()
+        page.wait_for_url(f"**#{state}")
+        assert control(page, "a.gradient").input_value() == "plain"
+        page.click("text=Copy A to B")
+        assert control(page, "b.lr").input_value() == "0.123"
+
+
+def test_every_state_survives_its_link(lib):
+    """Written and read again, for each value that a control offers."""
+    lost = lib("""
+        const lost = [];
+        for (const preset of ["none", ...Object.keys(lib.PRESETS)]) {
+            for (const [part, specs] of [["shared", lib.SHARED], ["a", lib.SIDE_SETTINGS], ["b", lib.SIDE_SETTINGS]]) {
+                for (const [key, spec] of Object.entries(specs)) {
+                    for (const value of spec.choice ? Object.keys(spec.values) : spec.values) {
+                        const state = lib.stateOf(preset);
+                        state[part][key] = value;
+                        const {state: again, problems} = lib.readState(lib.writeState(state));
+                        if (problems.length || JSON.stringify(again) !== JSON.stringify(state)
+                            || again[part][key] !== value) lost.push([preset, part, key, value]);
+                    }
+                }
+            }
+        }
+        return lost;""")
+    assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("a.lr=11", "a.lr must be a number from 0 to 10, got 11"),
+        ("n=2.5", "n must be a whole number from 1 to 500, got 2.5"),
+        ("a.p=3", "a.p must be a number from 1 to inf, one of 1, 2, inf, got 3"),
+        (
+            "data=mnist",
+            "data must be one of moons, circles, spiral, sinusoid, gaussians, got mnist",
+        ),
+        ("b.rate=1", "there is no setting b.rate"),
+        ("preset=cake", "preset must be none or one of memorize"),
+        ("a.lr=%E0", "a.lr must be a number from 0 to 10, got %E0"),
+        (
+            "toString=1&a.__proto__=2",
+            "there is no setting toString. there is no setting a.__proto__",
+        ),
+    ],
+)
+def test_what_a_link_says_wrong_is_said_and_the_rest_is_used(browser, address, state, message):
+    with watched(browser, address) as page:
+        opened(page, address, f"{state}&seed=5")
+        assert message in page.inner_text(".playground-status")
+        assert control(page, "shared.seed").input_value() == "5"
+        train(page)
+
+
+def test_it_obeys_the_keyboard_alone(browser, address):
+    with watched(browser, address) as page:
+        opened(page, address)
+        page.locator("#playground-preset").focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowDown")
+        assert page.locator("#playground-preset").input_value() == "memorize"
+        focused = "document.activeElement.textContent"
+        for _ in range(3):  # past "What should happen"
+            page.keyboard.press("Tab")
+            if page.evaluate(focused) == "Play":
+                break
+        assert page.evaluate(focused) == "Play"
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('button.play').textContent === 'Pause'")
+        page.keyboard.press("Enter")
+        page.wait_for_function(REST)
+        stops = set()
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            stops.add(page.evaluate("document.activeElement.dataset.key"))
+        visible = page.locator("#the-playground select[data-key]:visible").evaluate_all(
+            "all => all.map(e => e.dataset.key)"
+        )
+        assert len(visible) > 15 and set(visible) <= stops
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_it_is_accessible_and_fits_after_training(browser, address, width, scheme):
+    view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    with watched(browser, address, **view) as page:
+        opened(page, address, "preset=together&view=plane")
+        train(page)
+        page.locator("details summary", has_text="What should happen").click()
+        assert page.evaluate(TOO_WIDE) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        pictures = page.locator("canvas:visible")
+        assert pictures.count() == 10
+        for picture in pictures.all():
+            assert re.search(r"\d", picture.get_attribute("aria-label"))
+            colours = picture.evaluate(
+                "c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+            )
+            assert colours > 10
+        page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8"))
+        contrast = "{runOnly: ['color-contrast'], resultTypes: ['violations'], preload: false}"
+        inside = "{include: [['#the-playground']]}"
+        assert page.evaluate(f"({AXE})([{inside}, {contrast}])") == []
+        assert page.evaluate(f"({AXE})([document, {RULES}])") == []
+
+
+def test_it_pauses_while_its_tab_is_hidden(browser, address):
+    hide = """hidden => {
+        Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with watched(browser, address) as page:
+        opened(page, address, "preset=none")
+        page.click("button.play")
+        page.wait_for_function("document.querySelector('button.play').textContent === 'Pause'")
+        page.evaluate(hide, True)
+        page.wait_for_function(REST)
+        at = steps(page)
+        page.evaluate(hide, False)
+        page.wait_for_function(
+            f"parseInt(document.querySelector('.playground-counter').textContent.slice(5).replace(',', '')) > {at}"
+        )
+        page.click("button.play")
+        page.wait_for_function(REST)
+        page.evaluate(hide, True)
+        page.evaluate(hide, False)
+        assert page.evaluate(REST), "what was paused stays so"
+
+
+EXTREME = [
+    "n=1&noise=1&a.lr=10&a.gradient=SAM&a.rho=10&a.layers=3&a.activation=ReLU&a.loss=quadratic",
+    "a.lr=10&a.loss=quadratic",
+    "a.lr=10&a.momentum=0.95&a.gradient=penalty&a.penalty=1&a.loss=quadratic&a.activation=ReLU",
+    "n=2&a.lr=10&a.weight_decay=0.1&a.gradient=SAM&a.rho=10&a.p=1&view=plane",
+    "n=1&a.lr=0&a.batch_size=1&view=plane&a.layers=0",
+    "a.rescaling=10&a.activation=ReLU&a.lr=10&a.transform=noise&a.sigma=1&sides=2&b.lr=0.1",
+]
+
+
+@pytest.mark.parametrize("state", EXTREME)
+def test_extreme_settings_end_in_words_and_not_in_nan(browser, address, state):
+    with watched(browser, address) as page:
+        opened(page, address, f"{state}&pause=300")
+        page.click("button.play")
+        page.wait_for_function(
+            "document.querySelector('.stopped') || document.querySelector('.playground-counter').textContent.startsWith('step 300')"
+        )
+        if "quadratic" in state:
+            assert page.inner_text(".stopped").startswith("Stopped at step ")
+        assert "NaN" not in page.inner_text("#the-playground")
+        shown = page.locator("canvas:visible").evaluate_all(
+            "all => all.map(c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size)"
+        )
+        assert min(shown[:2]) > 3  # the map and the slice
+
+
+def test_without_scripts_there_is_a_picture_and_a_reason(browser, address):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{address}/playground.html")
+    assert page.locator(".playground-recorded img").is_visible()
+    assert "needs scripts" in page.inner_text(".playground-why")
+    context.close()
+
+
+def test_without_a_worker_there_is_a_picture_and_a_reason(browser, anywhere):
+    with watched(browser, anywhere) as page:
+        page.add_init_script(
+            "window.Worker = class { constructor() { throw new Error('not here'); } };"
+        )
+        page.goto(f"{anywhere}/playground.html")
+        page.wait_for_function(
+            "document.querySelector('.playground-why').textContent.includes('not here')"
+        )
+        assert page.locator(".playground-recorded img").is_visible()
+        assert page.locator(".playground-live").count() == 0

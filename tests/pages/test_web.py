@@ -11,7 +11,7 @@ from importlib.resources import files
 import pdf
 import pytest
 from notebooks import ROOT
-from web import AXE, HTML, PAGES, RULES, TOO_WIDE, new_page, serve, watched
+from web import AXE, HTML, PAGES, RULES, TOO_WIDE, new_page, watched
 
 pytestmark = pytest.mark.web
 
@@ -54,17 +54,6 @@ ONE_OF_EACH = """() => {
         if (!code.querySelector('[data-one-of-each]')) code.textContent = code.textContent;
     return seen.size;
 }"""
-
-
-@pytest.fixture(scope="module", params=["file", "server", "sub-path"])
-def anywhere(request):
-    """The book as a folder of files, as a server's root, and as a folder on a server."""
-    if request.param == "file":
-        yield HTML.as_uri()
-    else:
-        start = serve(HTML if request.param == "server" else HTML.parent)
-        yield next(start) + (f"/{HTML.name}" if request.param == "sub-path" else "")
-        next(start, None)
 
 
 def text(name):

@@ -80,17 +80,19 @@ playground.draw = (() => {
 
   const ticks = (low, high, log) => {
     if (log) {
-      const [first, last] = [Math.ceil(low - 1e-9), Math.floor(high + 1e-9)];
-      const every = Math.max(1, Math.ceil((last - first) / 4));
-      return Array.from({length: Math.max(0, last - first + 1)}, (_, i) => first + i).filter(t => t % every === 0);
+      const marks = high - low > 1.5 ? [1] : [1, 2, 5], all = [];
+      for (let power = Math.floor(low); power <= high; power++) {
+        all.push(...marks.map(mark => power + Math.log10(mark)).filter(t => t >= low - 1e-9 && t <= high + 1e-9));
+      }
+      const every = Math.ceil(all.length / 6);
+      return all.filter((_, i) => i % every === 0);
     }
-    const step = niceStep(high - low);
-    const first = Math.ceil(low / step - 1e-9);
+    const step = niceStep(high - low), first = Math.ceil(low / step - 1e-9);
     return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, i) => (first + i) * step);
   };
 
   const short = v => (v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6))));
-  const power = t => (t >= -3 && t <= 4 ? String(Number((10 ** t).toPrecision(1))) : `1e${t}`);
+  const power = t => (t > -4 && t < 4.5 ? String(Number((10 ** t).toPrecision(1))) : `1e${Math.round(t)}`);
 
   /** Lines over one axis.  lines: {x, y, side, dash}; levels: {value, side} drawn as water. */
   const chart = (canvas, {lines, levels = [], log = false, low, high, xlow, xhigh, xlabel = "step", mark}) => {
@@ -100,7 +102,7 @@ playground.draw = (() => {
     const shown = lines.flatMap(({y}) => y.map(scale)).filter(Number.isFinite).sort((a, b) => a - b);
     if (shown.length === 0) return;
     const at = share => shown[Math.min(shown.length - 1, Math.floor(share * shown.length))];
-    let bottom = low ?? (log ? Math.floor(at(0.01)) : at(0)), top = high ?? (log ? Math.ceil(at(0.995)) : 1.08 * at(0.985));
+    let bottom = low ?? (log ? at(0.01) - 0.1 : at(0)), top = high ?? (log ? at(0.995) + 0.1 : 1.08 * at(0.985));
     for (const {value} of levels) top = Math.max(top, scale(value) * (log ? 1 : 1.3));
     if (!(top > bottom)) top = bottom + 1;
     const xs = lines.flatMap(({x}) => [x[0], x.at(-1)]);
@@ -162,10 +164,10 @@ playground.draw = (() => {
     ctx.restore();
   };
 
-  /** The loss on a line through the weights: 0 is where they are. */
-  const line = (canvas, {radius, values}, side, levels) => chart(canvas, {
+  /** The loss on a line through the weights, which are at 0; `high` is the same for both sides. */
+  const line = (canvas, {radius, values}, side, levels, high) => chart(canvas, {
     lines: [{x: Array.from(values, (_, i) => radius * (2 * i / (values.length - 1) - 1)), y: [...values], side}],
-    levels, low: 0, xlow: -radius, xhigh: radius, mark: 0, xlabel: "distance in filter lengths",
+    levels, low: 0, high, xlow: -radius, xhigh: radius, mark: 0, xlabel: "distance in filter lengths",
   });
 
   /** The loss on a plane through the weights: bands of equal loss, the water, and the way. */

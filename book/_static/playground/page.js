@@ -12,6 +12,15 @@
     return e;
   };
 
+  /** The section of the page that describes a task. */
+  const section = key => document.getElementById(key).closest("section");
+  const title = key => section(key).querySelector("h3").firstChild.textContent;
+  const copied = e => {
+    const copy = e.cloneNode(true);
+    for (const named of [copy, ...copy.querySelectorAll("[id]")]) named.removeAttribute("id");
+    return copy;
+  };
+
   // ------------------------------------------------------------------------------- the worker
 
   const fail = reason => {
@@ -34,7 +43,15 @@
 
   // ---------------------------------------------------------------------------------- the state
 
-  let {state, problems} = lib.readState(location.hash.slice(1) || "preset=mixup");
+  /** The state in the address.  #ring, the name of a task's section, is its preset. */
+  const fromAddress = () => {
+    const fragment = location.hash.slice(1);
+    if (!Object.hasOwn(PRESETS, fragment)) return lib.readState(fragment || "preset=mixup");
+    history.replaceState(null, "", `#preset=${fragment}`);
+    setTimeout(() => root.scrollIntoView());  // after the browser has gone to the section
+    return lib.readState(`preset=${fragment}`);
+  };
+  let {state, problems} = fromAddress();
   let data = null, frame = null, hiddenWhilePlaying = false;
   const written = () => lib.writeState(state);
 
@@ -55,7 +72,7 @@
   };
   addEventListener("hashchange", () => {
     if (location.hash.slice(1) === written()) return;
-    const read = lib.readState(location.hash.slice(1) || "preset=mixup");
+    const read = fromAddress();
     problems = read.problems;
     const other = read.state.preset !== state.preset;
     apply(read.state, other);
@@ -145,18 +162,20 @@
     location.hash = written();
     say("");
   }}, element("option", {value: "none"}, "no task: play"),
-  ...Object.entries(PRESETS).map(([key, {title}]) => element("option", {value: key}, title)));
+  ...Object.keys(PRESETS).map(key => element("option", {value: key}, title(key))));
   const task = element("div", {class: "playground-task"});
   const showTask = () => {
     preset.value = state.preset;
-    const chosen = PRESETS[state.preset];
     if (task.dataset.preset === state.preset) return;
     task.dataset.preset = state.preset;
-    task.replaceChildren(...(chosen ? [
-      element("p", {}, element("strong", {}, "Guess first. "), chosen.task),
-      element("details", {}, element("summary", {}, "What should happen"), element("p", {}, `${chosen.effect} `,
-        element("a", {href: chosen.lesson}, "The lesson"), " says why.")),
-    ] : [element("p", {}, "Choose a task above, or set what you like below and press Play. Nothing you do here can break.")]));
+    if (state.preset === "none") {
+      task.replaceChildren(element("p", {}, "Choose a task above, or set what you like below and press Play. Nothing you do here can break."));
+      return;
+    }
+    const [words, promise] = ["p", "details"].map(tag => copied(section(state.preset).querySelector(tag)));
+    words.prepend(element("strong", {}, "Guess first. "));
+    promise.open = false;
+    task.replaceChildren(words, promise);
   };
 
   // -------------------------------------------------------------------------------- the pictures
@@ -211,11 +230,13 @@
   const drawAll = () => {
     if (!frame || !data) return;
     const size = state.shared.view === "plane" && frame.sides.every(side => side.slice.size);
+    const highest = Math.max(...frame.sides.flatMap(side => [...side.slice.values]));
     frame.sides.forEach((side, i) => {
       const {map, slice, words} = sides[i];
       draw.map(map.canvas, side, data, data.reach);
       if (size) draw.plane(slice.canvas, side.slice, i, state[SIDES[i][0]].flood_level);
-      else if (!side.slice.size) draw.line(slice.canvas, side.slice, i, levels().filter(level => level.side === i));
+      else if (!side.slice.size) draw.line(slice.canvas, side.slice, i, levels().filter(level => level.side === i), highest);
+      words.setAttribute("aria-live", frame.playing ? "off" : "polite");
       if (words.textContent !== side.words) words.textContent = side.words;
       words.classList.toggle("stopped", Boolean(side.stopped));
       READINGS.forEach(([, key, format], k) => {

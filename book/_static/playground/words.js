@@ -20,7 +20,7 @@ playground.define(function words(lib) {
       const ratio = now.largest / now.edge;
       if (ratio > 1.5) said.push(`λ max is ${digits(ratio)} times its edge: the steps are too long for this curvature.`);
       else if (ratio > 0.9) said.push("λ max is at its edge: the weights swing from wall to wall of the valley.");
-      else if (curvature.largest.length > 4 && now.largest > 1.3 * Math.min(...curvature.largest)) {
+      else if (ratio > 0.3 && curvature.largest.length > 4 && now.largest > 1.3 * Math.min(...curvature.largest)) {
         said.push(`λ max has risen to ${digits(100 * ratio)} % of its edge.`);
       }
     }
