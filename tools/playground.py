@@ -22,7 +22,7 @@ PICTURE = BOOK / "_static" / "playground" / "recorded.webp"
 def main(folder=ROOT / "_build/check/_build/html"):
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=pdf.chromium(), args=pdf.FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1240, "height": 1000}, color_scheme="light")
         page.goto(f"{Path(folder).resolve().as_uri()}/playground.html#preset=mixup")
         page.wait_for_selector("#the-playground[data-playing]")
         page.click("button.play")
@@ -32,14 +32,16 @@ def main(folder=ROOT / "_build/check/_build/html"):
         )
         page.wait_for_timeout(1000)  # until the last frame is drawn
         page.add_style_tag(
-            content=".playground-toolbar { position: static } .playground-readings { display: none }"
+            content=".playground :is(.playground-readings, .playground-toolbar, .chart:nth-child(n + 5))"
+            "{ display: none !important }"
         )
         page.wait_for_timeout(500)
         figures = page.locator(".playground-figures")
         image = Image.open(io.BytesIO(figures.screenshot())).convert("RGB")
         browser.close()
+    image.thumbnail((540, 2000))
     buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=50, method=6)
+    image.save(buffer, "webp", quality=25, method=6)
     replace(PICTURE, buffer.getvalue())
     print(
         f"{PICTURE.relative_to(ROOT)}: {image.width} × {image.height}, {len(buffer.getvalue()):,} bytes"

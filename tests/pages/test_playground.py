@@ -434,6 +434,10 @@ def opened(page, address, state=""):
     page.wait_for_selector("#the-playground[data-playing]")
 
 
+def press(page, button):
+    page.get_by_role("button", name=button, exact=True).click()
+
+
 def steps(page):
     words = page.inner_text(".playground-counter")
     return int(re.match(r"step ([\d,]+)", words)[1].replace(",", ""))
@@ -481,11 +485,11 @@ def test_it_trains_pauses_steps_and_restarts(browser, anywhere):
         train(page)
         done = steps(page)
         assert readings(page) != before
-        page.click("text=Step")
+        press(page, "Step")
         page.wait_for_function(
             f"document.querySelector('.playground-counter').textContent.startsWith('step {done + 1:,}')"
         )
-        page.click("text=Restart")
+        press(page, "Restart")
         page.wait_for_function(
             "document.querySelector('.playground-counter').textContent === 'step 0'"
         )
@@ -517,7 +521,7 @@ def test_a_link_restores_a_state_and_back_undoes_a_change(browser, address):
         page.go_back()
         page.wait_for_url(f"**#{state}")
         assert control(page, "a.gradient").input_value() == "plain"
-        page.click("text=Copy A to B")
+        press(page, "Copy A to B")
         assert control(page, "b.lr").input_value() == "0.123"
 
 
@@ -603,7 +607,7 @@ def test_it_is_accessible_and_fits_after_training(browser, address, width, schem
     with watched(browser, address, **view) as page:
         opened(page, address, "preset=together&view=plane")
         train(page)
-        page.locator("details summary", has_text="What should happen").click()
+        page.locator(".playground-task summary").click()
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         pictures = page.locator("canvas:visible")

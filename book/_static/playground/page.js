@@ -95,8 +95,10 @@
       const value = state[part][key];
       const values = spec.choice ? Object.keys(spec.values)
         : [...new Set([...spec.values, value])].sort((x, y) => x - y);
-      const options = values.map(v => element("option", {value: v}, text(key, spec, v)));
-      if (box.options.length !== options.length) box.replaceChildren(...options);
+      if (box.dataset.values !== String(values)) {
+        box.dataset.values = values;
+        box.replaceChildren(...values.map(v => element("option", {value: v}, text(key, spec, v))));
+      }
       box.value = value;
     });
     return box;
