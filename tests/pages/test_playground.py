@@ -525,6 +525,22 @@ def test_a_link_restores_a_state_and_back_undoes_a_change(browser, address):
         assert control(page, "b.lr").input_value() == "0.123"
 
 
+def test_a_lesson_links_to_a_task_and_other_sections_change_nothing(browser, address):
+    with watched(browser, address) as page:
+        page.goto(f"{address}/02_flooding.html")
+        page.locator("a[href^='playground.html#']").click()
+        page.wait_for_selector("#the-playground[data-playing]")
+        assert page.locator("#playground-preset").input_value() == "ring"
+        page.wait_for_url("**/playground.html#preset=ring")
+        control(page, "a.lr").select_option("0.1")
+        page.evaluate("location.hash = 'what-you-see'")
+        page.evaluate("new Promise(done => setTimeout(done, 100))")
+        assert control(page, "a.lr").input_value() == "0.1"
+        page.get_by_role("button", name="Try it").nth(2).click()
+        assert page.locator("#playground-preset").input_value() == "early"
+        assert page.evaluate("document.activeElement.textContent") == "Play"
+
+
 def test_every_state_survives_its_link(lib):
     """Written and read again, for each value that a control offers."""
     lost = lib("""

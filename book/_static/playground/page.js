@@ -43,15 +43,17 @@
 
   // ---------------------------------------------------------------------------------- the state
 
-  /** The state in the address.  #ring, the name of a task's section, is its preset. */
+  /** The state in the address.  A link to the section of a task sets its preset; other sections of the
+      page, and no fragment at all, say nothing about the state. */
   const fromAddress = () => {
     const fragment = location.hash.slice(1);
-    if (!Object.hasOwn(PRESETS, fragment)) return lib.readState(fragment || "preset=mixup");
-    history.replaceState(null, "", `#preset=${fragment}`);
+    const linked = Object.keys(PRESETS).find(key => key === fragment || section(key).id === fragment);
+    if (!linked) return fragment.includes("=") ? lib.readState(fragment) : null;
+    history.replaceState(null, "", `#preset=${linked}`);
     setTimeout(() => root.scrollIntoView());  // after the browser has gone to the section
-    return lib.readState(`preset=${fragment}`);
+    return lib.readState(`preset=${linked}`);
   };
-  let {state, problems} = fromAddress();
+  let {state, problems} = fromAddress() ?? lib.readState("preset=mixup");
   let data = null, frame = null, hiddenWhilePlaying = false;
   const written = () => lib.writeState(state);
 
@@ -73,6 +75,7 @@
   addEventListener("hashchange", () => {
     if (location.hash.slice(1) === written()) return;
     const read = fromAddress();
+    if (!read) return;
     problems = read.problems;
     const other = read.state.preset !== state.preset;
     apply(read.state, other);
@@ -159,12 +162,20 @@
     })),
     button("Copy link", copyLink), counter);
 
-  const preset = element("select", {id: "playground-preset", onchange: () => {
-    apply(lib.stateOf(preset.value), true);
+  const choose = key => {
+    apply(lib.stateOf(key), true);
     location.hash = written();
     say("");
-  }}, element("option", {value: "none"}, "no task: play"),
+  };
+  const preset = element("select", {id: "playground-preset", onchange: () => choose(preset.value)}, element("option", {value: "none"}, "no task: play"),
   ...Object.keys(PRESETS).map(key => element("option", {value: key}, title(key))));
+  for (const key of Object.keys(PRESETS)) {
+    section(key).querySelector("details").before(element("p", {class: "playground"}, button("Try it", () => {
+      choose(key);
+      root.scrollIntoView();
+      play.focus();
+    })));
+  }
   const task = element("div", {class: "playground-task"});
   const showTask = () => {
     preset.value = state.preset;
