@@ -39,9 +39,9 @@ def main(folder=ROOT / "_build/check/_build/html"):
         figures = page.locator(".playground-figures")
         image = Image.open(io.BytesIO(figures.screenshot())).convert("RGB")
         browser.close()
-    image.thumbnail((540, 2000))
+    image.thumbnail((500, 2000))
     buffer = io.BytesIO()
-    image.save(buffer, "webp", quality=25, method=6)
+    image.save(buffer, "webp", quality=20, method=6)
     replace(PICTURE, buffer.getvalue())
     print(
         f"{PICTURE.relative_to(ROOT)}: {image.width} × {image.height}, {len(buffer.getvalue()):,} bytes"

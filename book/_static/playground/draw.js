@@ -1,6 +1,5 @@
 /* Pictures on canvases, in the colours of the page's theme. */
 playground.draw = (() => {
-  const {digits} = playground.lib;
   const LIGHT = {sides: ["#0072b2", "#c04a00"], classes: ["#007a5a", "#a8478a"], paper: "#ffffff"};
   const DARK = {sides: ["#56b4e9", "#f0a03c"], classes: ["#2fc79b", "#e08cc4"], paper: "#121212"};
 
@@ -73,31 +72,32 @@ playground.draw = (() => {
     }
   };
 
-  const niceStep = range => {
-    const rough = range / 4, power = 10 ** Math.floor(Math.log10(rough));
+  const niceStep = (range, about) => {
+    const rough = range / about, power = 10 ** Math.floor(Math.log10(rough));
     return [1, 2, 5, 10].map(m => m * power).find(step => step >= rough);
   };
 
-  const ticks = (low, high, log) => {
+  const ticks = (low, high, log, about = 4) => {
     if (log) {
-      const marks = high - low > 1.5 ? [1] : [1, 2, 5], all = [];
+      const marks = high - low > 1.5 ? [1] : high - low > 0.5 ? [1, 2, 5] : [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
+      const all = [];
       for (let power = Math.floor(low); power <= high; power++) {
         all.push(...marks.map(mark => power + Math.log10(mark)).filter(t => t >= low - 1e-9 && t <= high + 1e-9));
       }
       const every = Math.ceil(all.length / 6);
       return all.filter((_, i) => i % every === 0);
     }
-    const step = niceStep(high - low), first = Math.ceil(low / step - 1e-9);
+    const step = niceStep(high - low, about), first = Math.ceil(low / step - 1e-9);
     return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, i) => (first + i) * step);
   };
 
   const short = v => (v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6))));
-  const power = t => (t > -4 && t < 4.5 ? String(Number((10 ** t).toPrecision(1))) : `1e${Math.round(t)}`);
+  const power = t => (t > -3.5 && t < 4.5 ? String(Number((10 ** t).toPrecision(2))) : (10 ** t).toExponential(0));
 
   /** Lines over one axis.  lines: {x, y, side, dash}; levels: {value, side} drawn as water. */
-  const chart = (canvas, {lines, levels = [], log = false, low, high, xlow, xhigh, xlabel = "step", mark}) => {
+  const chart = (canvas, {lines, levels = [], log = false, low, high, xlow, xhigh, xlabel = "step", mark, names = []}) => {
     const {ctx, width, height, colors} = prepare(canvas);
-    const L = 44, R = 8, T = 8, B = 34;
+    const L = 44, R = 18, T = 8, B = 34;
     const scale = v => (log ? Math.log10(v) : v);
     const shown = lines.flatMap(({y}) => y.map(scale)).filter(Number.isFinite).sort((a, b) => a - b);
     if (shown.length === 0) return;
@@ -125,7 +125,7 @@ playground.draw = (() => {
       ctx.fillText(log ? power(t) : short(t), L - 5, Y(t));
     }
     ctx.textAlign = "center";
-    for (const t of ticks(left, right, false)) ctx.fillText(short(t), Math.min(X(t), width - R - 12), height - B + 12);
+    for (const t of ticks(left, right, false, width < 220 ? 2 : 4)) ctx.fillText(short(t), X(t), height - B + 12);
     ctx.fillText(xlabel, (L + width - R) / 2, height - 8);
 
     ctx.save();
@@ -150,7 +150,7 @@ playground.draw = (() => {
     for (const {x, y, side, dash} of lines) {
       ctx.setLineDash({dashed: [6, 4], dotted: [2, 3]}[dash] ?? []);
       ctx.strokeStyle = colors.sides[side];
-      ctx.lineWidth = dash === "dotted" ? 1.5 : 2;
+      ctx.lineWidth = dash === "dotted" ? 1.5 : side === 0 ? 3 : 1.6;  // B does not hide A beneath it
       ctx.beginPath();
       let pen = false;
       y.forEach((v, i) => {
@@ -159,15 +159,29 @@ playground.draw = (() => {
         ctx[pen ? "lineTo" : "moveTo"](X(x[i]), Y(Math.max(bottom - 9, Math.min(s, top + (top - bottom)))));
         pen = true;
       });
+      if (y.length === 1 && pen) ctx.lineTo(X(x[0]) + 4, Y(scale(y[0])));  // before the first step
       ctx.stroke();
     }
     ctx.restore();
+    if (names.length < 2) return;
+    const ends = names.map((name, i) => lines.find(line => line.side === i && !line.dash)?.y.at(-1));
+    let places = ends.map(v => Math.max(T + 6, Math.min(height - B - 6, Y(scale(v)))));
+    if (Math.abs(places[0] - places[1]) < 12) {
+      const [middle, sign] = [(places[0] + places[1]) / 2, places[0] <= places[1] ? 6 : -6];
+      places = [middle - sign, middle + sign];
+    }
+    ctx.textAlign = "left";
+    names.forEach((name, i) => {
+      if (!Number.isFinite(places[i])) return;
+      ctx.fillStyle = colors.sides[i];
+      ctx.fillText(name, width - R + 4, places[i]);
+    });
   };
 
   /** The loss on a line through the weights, which are at 0; `high` is the same for both sides. */
-  const line = (canvas, {radius, values}, side, levels, high) => chart(canvas, {
+  const line = (canvas, {radius, values, linear}, side, levels, high) => chart(canvas, {
     lines: [{x: Array.from(values, (_, i) => radius * (2 * i / (values.length - 1) - 1)), y: [...values], side}],
-    levels, low: 0, high, xlow: -radius, xhigh: radius, mark: 0, xlabel: "distance in filter lengths",
+    levels, low: 0, high, xlow: -radius, xhigh: radius, mark: 0, xlabel: linear ? "first weight" : "filter lengths",
   });
 
   /** The loss on a plane through the weights: bands of equal loss, the water, and the way. */
@@ -182,7 +196,7 @@ playground.draw = (() => {
       const f = k => values[k] * (1 - u) + values[k + 1] * u;
       const loss = f(r * size + c) * (1 - v) + f((r + 1) * size + c) * v;
       const band = Math.floor(12 * Math.min(1, (loss - lowest) / (high - lowest || 1)));
-      const color = loss < level ? blend(water, paper, 0.35) : blend(own, paper, 0.15 + 0.8 * band / 12);
+      const color = loss < level ? water : blend(own, paper, 0.15 + 0.8 * band / 12);
       image.data.set([...color, 255], 4 * i);
     }
     const small = new OffscreenCanvas(N, N);
@@ -197,8 +211,7 @@ playground.draw = (() => {
     ctx.globalAlpha = 1;
     point(ctx, X(0), Y(0), 0, 4.5);
     ctx.fill();
-    return {lowest, high};
   };
 
-  return {map, chart, line, plane, palette, digits};
+  return {map, chart, line, plane};
 })();

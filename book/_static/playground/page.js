@@ -23,14 +23,14 @@
 
   // ------------------------------------------------------------------------------- the worker
 
+  let worker = null, ready = false;
   const fail = reason => {
     worker?.terminate();
     root.querySelector(".playground-live")?.remove();
     root.querySelector(".playground-recorded").hidden = false;
     root.querySelector(".playground-why").textContent =
-      `The playground could not start here: ${reason}. This is a recorded picture of it.`;
+      `The playground ${ready ? "has stopped" : "could not start here"}: ${reason}. This is a recorded picture of it.`;
   };
-  let worker = null;
   try {
     const source = `${playground.source}\nonmessage = lib.serve(message => postMessage(message));`;
     worker = new Worker(URL.createObjectURL(new Blob([source], {type: "text/javascript"})));
@@ -40,6 +40,15 @@
   const patience = setTimeout(() => fail("its worker did not answer within ten seconds"), 10_000);
   worker.onerror = event => fail(`its worker stopped (${event.message || "the browser refused it"})`);
   const send = (type, more = {}) => worker.postMessage({type, ...more});
+
+  /** What was ordered last, and what the page wants; frames from before that order are not believed. */
+  let turn = 0, playing = false;
+  const order = (type, more) => {
+    turn += 1;
+    playing = type === "play";
+    send(type, {...more, turn});
+    play.textContent = playing ? "Pause" : "Play";
+  };
 
   // ---------------------------------------------------------------------------------- the state
 
@@ -54,17 +63,20 @@
     return lib.readState(`preset=${linked}`);
   };
   let {state, problems} = fromAddress() ?? lib.readState("preset=mixup");
-  let data = null, frame = null, hiddenWhilePlaying = false;
+  let data = null, frame = null, hiddenWhilePlaying = false, quiet = null;
   const written = () => lib.writeState(state);
 
-  /** Takes over a state: with new weights if what they depend on has changed. */
+  /** Takes over a state: with a new run if what it starts from has changed. */
   const apply = (next, restart = false) => {
     const parts = [[SHARED, "shared"], [SIDE_SETTINGS, "a"], [SIDE_SETTINGS, "b"]];
     restart ||= parts.some(([specs, part]) => Object.keys(specs).some(key =>
       specs[key].restart && next[part][key] !== state[part][key]));
     state = next;
     show();
-    send(restart ? "restart" : "change", {state});
+    if (!restart) return send("change", {state});
+    const goOn = playing;
+    order("restart", {state});
+    if (goOn) order("play");
   };
   const change = edit => {
     const next = structuredClone(state);
@@ -108,7 +120,7 @@
   };
 
   const table = element("table", {class: "playground-settings"},
-    element("caption", {}, "Settings. Those of data and model start anew."));
+    element("caption", {}, "Settings. Changing data, model or networks restarts the run."));
   const heading = (title, cells) => table.append(element("tbody", {}, element("tr", {class: "stage"},
     element("th", {scope: "colgroup", ...(cells ? {} : {colspan: 3})}, title), ...(cells ?? []))));
   const row = (label, cells) => {
@@ -141,26 +153,35 @@
   shared("instruments", ["radius", "scaled", "view"]);
   shared("the run", ["sides", "speed", "pause"]);
 
-  const say = words => (status.textContent = words);
+  const say = words => {
+    clearTimeout(quiet);
+    status.textContent = words;
+  };
   const status = element("p", {class: "playground-status", role: "status"});
-  const play = element("button", {type: "button", class: "play", onclick: () => send(frame?.playing ? "pause" : "play")}, "Play");
+  const play = element("button", {type: "button", class: "play", onclick: () => order(playing ? "pause" : "play")}, "Play");
   const button = (label, action) => element("button", {type: "button", onclick: action}, label);
   const counter = element("span", {class: "playground-counter"});
   const copyLink = async () => {
     try {
       await navigator.clipboard.writeText(location.href);
-      say("Copied. The link holds the whole state.");
+      say("Copied. The link holds all settings, and starts a new run with them.");
+      quiet = setTimeout(() => say(""), 6000);
     } catch {
-      say("This browser does not let the page copy. The address above is the link: it holds the whole state.");
+      say("This browser does not let the page copy. The address of the page is the link.");
     }
   };
+  const toSettings = button("Settings", () => {
+    table.scrollIntoView();
+    table.querySelector("select").focus({preventScroll: true});
+  });
+  toSettings.classList.add("to-settings");
   const toolbar = element("div", {class: "playground-toolbar", role: "group", "aria-label": "Training"},
-    play, button("Step", () => send("step")), button("Restart", () => send("restart", {state})),
-    button("Copy A to B", () => change(next => {
+    play, button("Step", () => order("step")), button("Restart", () => order("restart", {state})),
+    button("Copy settings A to B", () => change(next => {
       next.b = structuredClone(next.a);
       next.shared.sides = "2";
     })),
-    button("Copy link", copyLink), counter);
+    button("Copy link", copyLink), toSettings, counter);
 
   const choose = key => {
     apply(lib.stateOf(key), true);
@@ -201,7 +222,7 @@
     const map = figure(`${name}: what the network says`, "square"), slice = figure(`${name}: the loss nearby`, "square");
     const words = element("p", {class: "playground-words"});
     return {map, slice, words, box: element("section", {class: `side ${part}`, "aria-label": `Setting ${name}`},
-      element("div", {class: "pair"}, map.figure, slice.figure), words)};
+      words, element("div", {class: "pair"}, map.figure, slice.figure))};
   });
   const column = (side, table, name) => [...frame.sides[side][table][name]];
   const over = (table, name, dash) => frame.sides.map((_, side) =>
@@ -211,10 +232,10 @@
       lines: [...over("losses", "train_loss"), ...over("losses", "test_loss", "dashed")], low: 0, levels: levels()}),
     "Error in %: training (solid), test (dashed)": () => ({
       lines: [...over("losses", "train_error"), ...over("losses", "test_error", "dashed")], low: 0}),
-    "λ max (solid) and its edge (dotted)": () => ({
+    "λ max (solid) and its edge (dotted), log scale": () => ({
       lines: [...over("curvature", "largest"), ...over("curvature", "edge", "dotted")], log: true}),
-    "Sharpness: the rise of the loss nearby": () => ({lines: over("curvature", "sharpness"), log: true}),
-    "Length of the gradient": () => ({lines: over("losses", "gradient"), log: true}),
+    "Sharpness: the rise of the loss nearby, log scale": () => ({lines: over("curvature", "sharpness"), log: true}),
+    "Length of the gradient, log scale": () => ({lines: over("losses", "gradient"), log: true}),
     "Stiffness: one class (solid), two classes (dashed)": () => ({
       lines: [...over("curvature", "within"), ...over("curvature", "between", "dashed")], low: -1, high: 1}),
   };
@@ -226,6 +247,7 @@
     ["step", "step", v => v.toLocaleString("en")],
     ["training loss", "train_loss"], ["test loss", "test_loss"],
     ["training error", "train_error", v => `${v.toFixed(1)} %`], ["test error", "test_error", v => `${v.toFixed(1)} %`],
+    ["lowest test error so far", "lowest", v => `${v.toFixed(1)} %`], ["at step", "lowest_at", v => v.toLocaleString("en")],
     ["length of the gradient", "gradient"], ["λ max", "largest"], ["its edge", "edge"],
     ["sharpness", "sharpness"], ["stiffness, one class", "within"], ["stiffness, two classes", "between"],
   ];
@@ -238,17 +260,16 @@
       element("tr", {}, element("th", {scope: "row"}, label), ...cells[i]))));
 
   const reading = (v, format) =>
-    v === undefined || Number.isNaN(v) ? "–" : v === Infinity ? "∞" : (format ?? (v => v.toPrecision(3)))(v);
+    v === Infinity ? "∞" : Number.isFinite(v) ? (format ?? (v => v.toPrecision(3)))(v) : "–";
 
   const drawAll = () => {
     if (!frame || !data) return;
-    const size = state.shared.view === "plane" && frame.sides.every(side => side.slice.size);
     const highest = Math.max(...frame.sides.flatMap(side => [...side.slice.values]));
     frame.sides.forEach((side, i) => {
       const {map, slice, words} = sides[i];
       draw.map(map.canvas, side, data, data.reach);
-      if (size) draw.plane(slice.canvas, side.slice, i, state[SIDES[i][0]].flood_level);
-      else if (!side.slice.size) draw.line(slice.canvas, side.slice, i, levels().filter(level => level.side === i), highest);
+      if (side.slice.size) draw.plane(slice.canvas, side.slice, i, state[SIDES[i][0]].flood_level);
+      else draw.line(slice.canvas, side.slice, i, levels().filter(level => level.side === i), highest);
       words.setAttribute("aria-live", frame.playing ? "off" : "polite");
       if (words.textContent !== side.words) words.textContent = side.words;
       words.classList.toggle("stopped", Boolean(side.stopped));
@@ -259,11 +280,11 @@
       const {now} = side, error = v => `${v.toFixed(1)} per cent`;
       map.canvas.setAttribute("aria-label", `${map.caption} at step ${side.step}, over ${data.train.n} training examples: training error ${error(now.train_error)}, test error ${error(now.test_error)}.`);
       const values = side.slice.values, middle = values[(values.length - 1) / 2];
-      slice.canvas.setAttribute("aria-label", `${slice.caption}: ${lib.digits(middle)} at the weights, up to ${lib.digits(Math.max(...values))} at a distance of ${side.slice.radius} filter lengths.`);
+      slice.canvas.setAttribute("aria-label", `${slice.caption}: ${lib.digits(middle)} at the weights, up to ${lib.digits(Math.max(...values))} in the picture.`);
     });
     for (const {canvas, caption, spec} of chartBoxes) {
       const {lines, ...more} = spec();
-      draw.chart(canvas, {lines, ...more});
+      draw.chart(canvas, {lines, names: frame.sides.map((_, i) => SIDES[i][1]), ...more});
       if (frame.playing) continue;
       const ends = frame.sides.map((_, i) => `${SIDES[i][1]} ${lines.filter(line => line.side === i).map(line => reading(line.y.at(-1))).join(", ")}`);
       canvas.setAttribute("aria-label", `${caption}. Now: ${ends.join("; ")}.`);
@@ -300,34 +321,40 @@
   worker.onmessage = ({data: message}) => {
     if (message.type === "ready") {
       clearTimeout(patience);
+      ready = true;
       root.querySelector(".playground-recorded").hidden = true;
       root.append(live);
       show();
       say(problems.join(". "));
-      send("restart", {state});
+      order("restart", {state});
     } else if (message.type === "data") {
       data = message;
     } else {
       frame = message;
-      play.textContent = frame.playing ? "Pause" : "Play";
-      counter.textContent = `step ${frame.sides[0].step.toLocaleString("en")}` +
+      if (frame.turn === turn) playing = frame.playing;
+      play.textContent = playing ? "Pause" : "Play";
+      const step = Math.max(...frame.sides.map(side => side.step));
+      counter.textContent = `step ${step.toLocaleString("en")}` +
         (frame.playing && frame.speed ? `, ${Math.round(frame.speed).toLocaleString("en")} a second` : "");
-      root.dataset.playing = frame.playing;
+      root.dataset.playing = playing || frame.playing;
       redraw();
     }
   };
 
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
-      hiddenWhilePlaying = Boolean(frame?.playing);
-      if (hiddenWhilePlaying) send("pause");
-    } else if (hiddenWhilePlaying) send("play");
+      hiddenWhilePlaying = playing;
+      if (playing) order("pause");
+    } else if (hiddenWhilePlaying) order("play");
   });
   new MutationObserver(drawAll).observe(document.documentElement, {attributes: true, attributeFilter: ["data-theme"]});
+  // the buttons stay below the page's own bar
+  const bar = document.querySelector(".bd-header-article");
   let width = 0;
   new ResizeObserver(() => {
     if (width === root.clientWidth) return;
     width = root.clientWidth;
+    root.style.setProperty("--bar", `${bar?.offsetHeight ?? 0}px`);
     drawAll();
   }).observe(root);
 })();

@@ -1,7 +1,7 @@
 /* Settings with something to see.  The page has a section for each, with its name, task and promise;
    `shows` says whether a run of `steps` steps keeps the promise.  A test trains each with ten seeds and
    wants eight of them to; what less than eight did was left out, not tuned.  `also` is a third
-   setting for `shows`. */
+   setting for `shows`, and `across` must hold for the ten runs together. */
 playground.define(function presets(lib) {
   const noisy = {data: "moons", n: 100, noise: 0.2};
   const memory = {layers: 2, width: 32, lr: 0.1, momentum: 0.9};  // learns every wrong label
@@ -20,7 +20,7 @@ playground.define(function presets(lib) {
         a.now().test_loss >= 2 * Math.min(...a.losses.test_loss),
     },
     ring: {
-      shared: {data: "gaussians", n: 100, view: "plane", speed: "100"},
+      shared: {data: "gaussians", n: 100, view: "plane", speed: "300"},
       a: {layers: 0, loss: "quadratic", lr: 0.05, flood_level: 0.4}, steps: 3000,
       shows: a => {
         const slope = afterArrival(a, "gradient"), loss = a.losses.train_loss.slice(-20);
@@ -30,7 +30,8 @@ playground.define(function presets(lib) {
     },
     early: {
       shared: {...noisy, ...two}, a: memory, b: {flood_level: 0.2}, steps: 3000,
-      shows: (a, b) => lowest(a) <= b.now().test_error - 3 && b.now().test_loss < a.now().test_loss,
+      shows: (a, b) => lowest(a) <= b.now().test_error - 3 && b.now().test_loss < a.now().test_loss &&
+        a.now().lowest_at <= b.step - b.atLevel,  // before B has reached the level
     },
     penalty: {
       shared: {...noisy, ...two}, a: {width: 32, lr: 0.2}, b: {gradient: "penalty", penalty: 1}, steps: 4000,
@@ -53,7 +54,7 @@ playground.define(function presets(lib) {
       shows: (a, b) => late(b, "losses", "train_error") > 30 && a.now().train_error <= 2,
     },
     rescaled: {
-      shared: {data: "moons", n: 100, ...two}, firstSeed: 11,
+      shared: {data: "moons", n: 100, pause: 2000, ...two}, firstSeed: 11,
       a: {activation: "ReLU", lr: 0.02}, b: {rescaling: 10}, steps: 0,
       shows: (a, b) => b.now().largest >= 3 * a.now().largest && b.now().sharpness >= 2 * a.now().sharpness &&
         Math.abs(b.now().test_loss - a.now().test_loss) < 1e-9,
@@ -80,6 +81,7 @@ playground.define(function presets(lib) {
     luck: {
       shared: {...noisy, ...two}, a: {...memory, batch_size: 5}, b: {lr: 0.101}, steps: 3000,
       shows: (a, b) => Math.abs(a.now().test_error - b.now().test_error) >= 1,
+      across: pairs => new Set(pairs.map(([a, b]) => a.now().test_error < b.now().test_error)).size === 2,
     },
   };
   for (const preset of Object.values(lib.PRESETS)) {

@@ -1,7 +1,7 @@
 /* One side of the playground: a network in training, and what is read from it on the way. */
 playground.define(function run(lib) {
   const {Stream, norm} = lib;
-  const MOST = 1200;  // readings that are kept; beyond, every second is dropped
+  const MOST = 1200;  // readings that are kept; beyond, those between the regular ones are dropped
 
   const named = (...names) => Object.fromEntries(names.map(name => [name, []]));
 
@@ -12,7 +12,8 @@ playground.define(function run(lib) {
       this.model = new lib.MLP(side);
       const w = this.model.init(new Stream(shared.seed, "weights"));
       const rescaled = side.activation === "ReLU" ? this.model.rescaled(w, side.rescaling) : w;
-      this.change(side);
+      this.side = side;
+      this.recipe = lib.recipe(side);
       this.state = {w: rescaled, optimizer: this.recipe.optimizer.init(rescaled)};
       this.order = new Stream(shared.seed, "batches");
       this.draws = new Stream(shared.seed, "batch stage");
@@ -23,17 +24,33 @@ playground.define(function run(lib) {
       this.atLevel = 0;
       this.stopped = "";
       this.waiting = [];
-      this.every = 10;      // steps between two readings of losses; those of curvature: five times
-      this.losses = named("step", "train_loss", "test_loss", "train_error", "test_error", "gradient");
-      this.curvature = named("step", "largest", "edge", "sharpness", "within", "between");
       this.trail = [];
+      this.forget();
       this.read();
     }
 
-    /** Other stages from the next step on; the weights stay. */
-    change(side) {
+    /** No readings yet. */
+    forget() {
+      this.every = 10;      // steps between two readings of losses; those of curvature: five times
+      this.losses = named("step", "train_loss", "test_loss", "train_error", "test_error", "gradient");
+      this.curvature = named("step", "largest", "edge", "sharpness", "within", "between");
+    }
+
+    /** Other stages from the next step on; the weights stay.  If what is measured has changed, its
+        curves begin anew, so that no curve shows two quantities. */
+    change(side, shared = this.shared) {
+      const other = (now, before, ...keys) => keys.some(key => now[key] !== before[key]);
+      if (other(side, this.side, "flood_level")) this.up = this.atLevel = 0;
+      const measured = other(side, this.side, "loss", "ema") || other(shared, this.shared, "radius", "scaled");
       this.side = side;
+      this.shared = shared;
       this.recipe = lib.recipe(side);
+      this.stopped = "";
+      if (measured) this.forget();
+      else if (this.curvature.step.at(-1) === this.step) {
+        for (const values of Object.values(this.curvature)) values.pop();  // its edge may be another
+      }
+      this.readCurvature();
     }
 
     /** The weights that are judged: the average, if there is one. */
@@ -61,9 +78,12 @@ playground.define(function run(lib) {
       if (this.stopped) return;
       const batch = this.nextBatch(), draw = this.recipe.batch.draw(batch, this.draws);
       const {state, loss, ascends, shown} = lib.step(this.model, this.recipe, this.state, batch, draw);
-      if (!Number.isFinite(loss) || !(norm(state.w) < 1e6)) {
-        this.stopped = `Stopped at step ${this.step}: the next step would have made the weights longer ` +
-          "than a million. Choose a smaller learning rate or radius, and restart.";
+      const length = norm(state.w);
+      if (!Number.isFinite(loss) || !(length < 1e6)) {
+        const why = length >= 1e6 ? "would have made the weights longer than a million"
+          : "cannot be computed: its loss or gradient is no number";
+        this.stopped = `Stopped at step ${this.step}: the next step ${why}. ` +
+          "Choose a smaller learning rate or radius.";
         return;
       }
       this.state = state;
@@ -99,9 +119,9 @@ playground.define(function run(lib) {
       this.trail.push(w);
       if (this.trail.length > 400) this.trail.shift();
       if (this.losses.step.length > MOST) {
-        for (const values of Object.values(this.losses)) thin(values);
-        for (const values of Object.values(this.curvature)) thin(values);
-        this.every *= 2;
+        thin(this.losses, this.every);
+        thin(this.curvature, 5 * this.every);
+        if (this.losses.step.length > MOST / 2) this.every *= 2;
       }
     }
 
@@ -129,28 +149,37 @@ playground.define(function run(lib) {
     }
 
     /** The curvature h at which a swing no longer dies out, from h (1 + c h) = 2 (1 + μ) / η − decay.
-        c is 0 for plain descent, λ for the gradient penalty, and ρ / ‖g‖ for SAM. */
+        c is 0 for plain descent, λ for the gradient penalty, and ρ / ‖g‖ for SAM.  NaN where we know
+        none: for batches, mixtures, an average of weights, other balls. */
     edge(gradient) {
-      const {lr, momentum, weight_decay, rho, p, adaptive, penalty, batch_size, ema} = this.side;
+      const {lr, momentum, weight_decay, rho, p, adaptive, penalty, batch_size, transform, ema} = this.side;
+      if (batch_size < this.data.train.n || transform !== "none" || ema > 0) return NaN;
+      const sam = this.side.gradient === "SAM";
+      if (sam && (p !== 2 || adaptive === "yes")) return NaN;
       const top = 2 * (1 + momentum) / lr - weight_decay;
-      if (this.side.gradient === "plain" || !Number.isFinite(top)) return top;
-      if (batch_size < this.data.train.n || ema > 0) return NaN;
-      if (this.side.gradient === "SAM" && (p !== 2 || adaptive === "yes")) return NaN;
-      const c = this.side.gradient === "SAM" ? rho / gradient : penalty;
-      return c > 0 ? (Math.sqrt(1 + 4 * c * top) - 1) / (2 * c) : top;
+      if (!(top > 0)) return NaN;
+      const c = {plain: 0, SAM: rho / gradient, penalty}[this.side.gradient];
+      if (c === 0 || top === Infinity) return top;
+      return 2 * top / (1 + Math.sqrt(1 + 4 * c * top));
     }
 
     /** The last reading of each kind. */
     now() {
       const last = table => Object.fromEntries(Object.entries(table).map(([k, v]) => [k, v.at(-1)]));
       const {train} = this.data, z = this.model.logits(this.weights, train.x, train.n);
-      let wrong = 0, learned = 0;
+      let wrong = 0, learned = 0, positive = 0;
       train.y.forEach((y, i) => {
+        positive += z[i] > 0;
         if (y === train.clean[i]) return;
         wrong += 1;
         learned += (z[i] > 0) === (y === 1);
       });
-      return {...last(this.curvature), ...last(this.losses), wrong, learned};
+      const errors = this.losses.test_error, lowest = Math.min(...errors);
+      return {
+        ...last(this.curvature), ...last(this.losses), wrong, learned,
+        constant: train.n > 1 && (positive === 0 || positive === train.n),
+        lowest, lowest_at: this.losses.step[errors.indexOf(lowest)],
+      };
     }
 
     /** The probability of class 1 on a grid over the picture, from its upper left corner. */
@@ -166,24 +195,24 @@ playground.define(function run(lib) {
       return Float32Array.from(z, v => (quadratic ? Math.min(1, Math.max(0, (v + 1) / 2)) : 1 / (1 + Math.exp(-v))));
     }
 
-    /** The loss on a line or a plane through the weights, and the way that led here on that plane. */
-    slice(view, {radius = 1, line = 41, plane = 23} = {}) {
-      const w = this.weights, objective = this.objective();
-      const d = lib.filterNormalized(this.directions[0], w, this.model);
-      if (view === "line") return {radius, values: lib.lossSlice(objective, w, d, radius, line)};
-      const e = lib.orthogonal(lib.filterNormalized(this.directions[1], w, this.model), d);
-      const along = u => v => lib.dot(lib.plus(v, w, -1), u) / lib.dot(u, u);
-      return {
-        radius,
-        size: plane,
-        values: lib.lossPlane(objective, w, d, e, radius, plane),
-        trail: [this.trail.map(along(d)), this.trail.map(along(e))],
-      };
+    /** The loss on a line or a plane through the weights, and the way that led here on that plane,
+        which is wide enough for it.  The plane of a model without hidden layers is that of its weights. */
+    slice(view, {line = 41, plane = 23} = {}) {
+      const w = this.weights, objective = this.objective(), linear = this.model.layers.length === 1;
+      const [d, other] = this.directions.map((direction, k) =>
+        linear ? w.map((_, i) => Number(i === k)) : lib.filterNormalized(direction, w, this.model));
+      if (view === "line") return {radius: 1, linear, values: lib.lossSlice(objective, w, d, 1, line)};
+      const e = lib.orthogonal(other, d);
+      const along = u => this.trail.map(v => lib.dot(lib.plus(v, w, -1), u) / lib.dot(u, u));
+      const trail = [along(d), along(e)];
+      const radius = Math.min(3, Math.max(linear ? 1.5 : 1, ...trail.flat().map(v => 1.3 * Math.abs(v))));
+      return {radius, size: plane, linear, values: lib.lossPlane(objective, w, d, e, radius, plane), trail};
     }
   };
 
-  function thin(values) {
-    const kept = values.filter((_, i) => i % 2 === 0);
-    values.splice(0, values.length, ...kept);
+  /** Keeps the last reading, and those at multiples of `every`. */
+  function thin(table, every) {
+    const kept = table.step.map((step, i) => step % every === 0 || i === table.step.length - 1);
+    for (const name of Object.keys(table)) table[name] = table[name].filter((_, i) => kept[i]);
   }
 });

@@ -17,13 +17,13 @@ playground.define(function settings(lib) {
     noise: number("share of wrong labels", [0, 0.1, 0.2, 0.3, 0.4, 0.5, 1], 0, [0, 1], restart),
     seed: number("seed", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 1, [0, 1e6], {...whole, ...restart}),
     radius: number("radius of the sharpness", [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], 0.1, [0, 10]),
-    scaled: choice("its ball", {no: "a sphere", yes: "scales with the weights"}, "no"),
+    scaled: choice("the sharpness's ball", {no: "a sphere", yes: "scales with the weights"}, "no"),
     view: choice("slice of the loss", {line: "a line", plane: "a plane"}, "line"),
     pause: number("pause at step", [100, 200, 500, 1000, 2000, 3000, 5000, 10000, all], all, [1, all],
       whole),
-    speed: choice("speed", {1: "1 step a second", 10: "10 steps a second", 100: "100 steps a second",
-      full: "as fast as it can"}, "full"),
-    sides: choice("settings", {1: "A alone", 2: "A and B"}, "1", restart),
+    speed: choice("speed", {1: "1 step/s", 10: "10 steps/s", 100: "100 steps/s", 300: "300 steps/s",
+      full: "at full speed"}, "full"),
+    sides: choice("networks", {1: "A alone", 2: "A and B"}, "1", restart),
   };
   for (const [key, set] of Object.entries(lib.DATA_SETS)) lib.SHARED.data.values[key] = set.name;
 
@@ -52,13 +52,13 @@ playground.define(function settings(lib) {
       gradient: choice("gradient", {plain: "plain", SAM: "SAM", penalty: "gradient penalty"}, "plain"),
       rho: number("SAM's radius ρ", [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10], 0.1, [0, 10],
         {when: sam}),
-      p: number("its norm p", [1, 2, all], 2, [1, all], {when: sam, only: true}),
-      adaptive: choice("its ball", {no: "fixed", yes: "adaptive"}, "no", {when: sam}),
+      p: number("SAM's norm p", [1, 2, all], 2, [1, all], {when: sam, only: true}),
+      adaptive: choice("SAM's ball", {no: "fixed", yes: "adaptive"}, "no", {when: sam}),
       penalty: number("penalty λ", [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], 0.1, [0, 10],
         {when: penalty}),
     },
     optimizer: {
-      lr: number("learning rate η", [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10], 0.2, [0, 10]),
+      lr: number("learning rate η", [0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1, 2, 5, 10], 0.2, [0, 10]),
       momentum: number("momentum", [0, 0.5, 0.9, 0.95], 0, [0, 0.999]),
       weight_decay: number("weight decay", [0, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1], 0, [0, 10]),
       ema: number("averaging (EMA)", [0, 0.9, 0.99, 0.999], 0, [0, 0.9999]),
@@ -86,7 +86,7 @@ playground.define(function settings(lib) {
   /** A setting from a text, or an error that names it, the text and what is allowed. */
   lib.read = (key, spec, text) => {
     if (spec.choice) {
-      if (text in spec.values) return text;
+      if (Object.hasOwn(spec.values, text)) return text;
       throw new RangeError(`${key} must be one of ${Object.keys(spec.values).join(", ")}, got ${text}`);
     }
     const value = text === "inf" ? Infinity : text.trim() === "" ? NaN : Number(text);

@@ -4,11 +4,12 @@ playground.define(function worker(lib) {
   const SIZE = 44;  // of the map
 
   lib.serve = post => {
-    let state, runs = [], playing = false, drawn = true, dirty = false, due = 0, timer = null;
-    let counted = 0, since = 0, speed = 0;
+    let state, runs = [], playing = false, drawn = true, dirty = false;
+    let turn = 0;   // counts the orders of the page; a loop of an earlier turn ends
+    let due = 0, counted = 0, since = 0, speed = 0;
     const slices = new Map();
     const channel = new MessageChannel();
-    channel.port1.onmessage = () => loop();
+    channel.port1.onmessage = ({data}) => loop(data);
 
     const restart = () => {
       const data = lib.makeData(state.shared);
@@ -16,19 +17,15 @@ playground.define(function worker(lib) {
       runs = sides.map(side => new lib.Run(state.shared, side, data));
       runs.forEach(run => run.readCurvature());
       slices.clear();
-      playing = false;
       post({type: "data", ...data});
     };
 
-    /** The slice of a run: anew if it stands still, or if the last one took less than a tenth of the time. */
+    /** The slice of a run.  While it plays: anew if the last one took less than a tenth of the time. */
     const slice = run => {
-      const last = slices.get(run), start = performance.now();
-      const key = `${run.step} ${state.shared.view}`;
-      if (last && (last.key === key || (playing && last.view === state.shared.view && start < last.next))) {
-        return last.values;
-      }
-      const values = run.slice(state.shared.view), cost = performance.now() - start;
-      slices.set(run, {values, key, view: state.shared.view, next: performance.now() + 10 * cost});
+      const last = slices.get(run), start = performance.now(), {view} = state.shared;
+      if (playing && last?.view === view && start < last.next) return last.values;
+      const values = run.slice(view), end = performance.now();
+      slices.set(run, {values, view, next: end + 10 * (end - start)});
       return values;
     };
 
@@ -39,6 +36,7 @@ playground.define(function worker(lib) {
       if (!playing) runs.forEach(run => run.readCurvature());
       post({
         type: "frame",
+        turn,
         playing,
         speed,
         sides: runs.map(run => ({
@@ -57,76 +55,61 @@ playground.define(function worker(lib) {
 
     const pause = () => {
       playing = false;
-      clearTimeout(timer);
       speed = 0;
       frame();
     };
 
+    /** One step of all runs; false if there is none after it. */
     const once = () => {
       runs.forEach(run => run.advance());
       counted += 1;
-      const end = runs.every(run => run.stopped) || runs.some(run => run.step === state.shared.pause);
-      if (end) playing = false;
-      return !end;
+      return runs.some(run => !run.stopped) && runs.every(run => run.step !== state.shared.pause);
     };
 
-    const loop = () => {
-      if (!playing) return;
+    const loop = mine => {
+      if (!playing || mine !== turn) return;
       const rate = Number(state.shared.speed), start = performance.now();
-      if (rate) {
-        once();
-        if (rate <= 10) runs.forEach(run => run.read());
-      } else {
-        while (once() && performance.now() - start < 30);
-      }
+      let more;
+      do more = once();
+      while (more && !rate && performance.now() - start < 30);
+      if (rate <= 10) runs.forEach(run => run.read());
+      if (!more) return pause();
       const now = performance.now();
       if (now - since > 500) {
         speed = 1000 * counted / (now - since);
         counted = 0;
         since = now;
       }
-      if (!playing) return pause();
       if (now >= due) {
         due = now + 100;
         frame();
       }
-      if (rate) timer = setTimeout(loop, Math.max(0, 1000 / rate - (performance.now() - start)));
-      else channel.port2.postMessage(null);
+      if (rate) setTimeout(loop, Math.max(0, 1000 / rate - (performance.now() - start)), mine);
+      else channel.port2.postMessage(mine);
     };
 
     const actions = {
-      restart(message) {
-        clearTimeout(timer);
-        state = message.state;
+      restart() {
         restart();
-        frame();
+        pause();
       },
       /** Other settings for the weights that are there. */
-      change(message) {
-        const reread = ["radius", "scaled"].some(key => state.shared[key] !== message.state.shared[key]);
-        state = message.state;
-        runs.forEach((run, i) => {
-          run.change([state.a, state.b][i]);
-          run.shared = state.shared;
-          if (reread && run.curvature.step.at(-1) === run.step) {
-            for (const values of Object.values(run.curvature)) values.pop();
-          }
-        });
+      change() {
+        runs.forEach((run, i) => run.change([state.a, state.b][i], state.shared));
+        slices.clear();
         frame();
       },
       play() {
-        if (playing || runs.every(run => run.stopped)) return frame();
-        playing = true;
+        playing = runs.some(run => !run.stopped);
         counted = 0;
         since = performance.now();
-        loop();
+        if (playing) loop(turn);
+        else frame();
       },
       pause,
       step() {
-        clearTimeout(timer);
-        playing = false;
         once();
-        frame();
+        pause();
       },
       drawn() {
         drawn = true;
@@ -134,6 +117,10 @@ playground.define(function worker(lib) {
       },
     };
     post({type: "ready"});
-    return ({data}) => actions[data.type](data);
+    return ({data}) => {
+      turn = data.turn ?? turn;
+      state = data.state ?? state;
+      actions[data.type]();
+    };
   };
 });

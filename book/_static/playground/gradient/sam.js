@@ -7,8 +7,9 @@ playground.define(function sam(lib) {
     const largest = g.reduce((m, x) => Math.max(m, Math.abs(x)), 0);
     if (largest === 0) return g.map(() => 0);
     if (p === Infinity) return g.map(x => rho * Math.sign(x));
-    if (p === 2) return scaled(g, rho / norm(g));
-    const top = g.map(x => (Math.abs(x) === largest ? Math.sign(x) : 0));  // p = 1
+    const v = g.map(x => x / largest);  // whose squares cannot leave the range of numbers
+    if (p === 2) return scaled(v, rho / norm(v));
+    const top = v.map(x => (Math.abs(x) === 1 ? x : 0));  // p = 1
     return scaled(top, rho / top.reduce((sum, x) => sum + Math.abs(x), 0));
   };
 

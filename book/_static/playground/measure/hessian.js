@@ -21,11 +21,11 @@ playground.define(function hessian(lib) {
       if (k % 3 === 0 || k === steps || small) {
         const {values, vectors} = lib.eigen(T);
         const top = values.indexOf(Math.max(...values));
-        const residual = small ? 0 : Math.abs(length * vectors[k - 1][top]);
-        if (k >= steps || small || residual <= tolerance * Math.abs(values[top])) {
+        const error = Math.abs(length * vectors[k - 1][top]);  // an eigenvalue is as near as this
+        if (k >= steps || small || error <= tolerance * Math.abs(values[top])) {
           let vector = start.map(() => 0);
           basis.forEach((b, i) => (vector = plus(vector, b, vectors[i][top])));
-          return {value: values[top], vector, residual};
+          return {value: values[top], vector};
         }
       }
       beta.push(length);

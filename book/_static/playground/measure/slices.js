@@ -30,9 +30,9 @@ playground.define(function slices(lib) {
     return values;
   };
 
-  /** e without its part along d, as long as before. */
+  /** e without its part along d, as long as before; e itself where one of the two is 0. */
   lib.orthogonal = (e, d) => {
-    const rest = plus(e, d, -dot(e, d) / dot(d, d));
-    return lib.scaled(rest, norm(e) / norm(rest));
+    const rest = plus(e, d, -dot(e, d) / (dot(d, d) || 1)), length = norm(rest);
+    return length > 0 ? lib.scaled(rest, norm(e) / length) : e;
   };
 });
