@@ -176,12 +176,13 @@
   });
   toSettings.classList.add("to-settings");
   const toolbar = element("div", {class: "playground-toolbar", role: "group", "aria-label": "Training"},
-    play, button("Step", () => order("step")), button("Restart", () => order("restart", {state})),
+    play, button("Step", () => order("step")), button("Restart", () => order("restart", {state})), toSettings, counter);
+  const copying = element("div", {class: "playground-copying"},
     button("Copy settings A to B", () => change(next => {
       next.b = structuredClone(next.a);
       next.shared.sides = "2";
     })),
-    button("Copy link", copyLink), toSettings, counter);
+    button("Copy link", copyLink), status);
 
   const choose = key => {
     apply(lib.stateOf(key), true);
@@ -300,7 +301,7 @@
 
   const live = element("div", {class: "playground-live"},
     element("p", {class: "playground-choice"}, element("label", {for: "playground-preset"}, "Start from "), preset),
-    task, toolbar, status,
+    task, toolbar, copying,
     element("div", {class: "playground-body"},
       element("div", {class: "playground-figures"},
         element("div", {class: "playground-sides"}, ...sides.map(side => side.box)),
