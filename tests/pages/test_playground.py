@@ -398,7 +398,7 @@ def test_the_edge_is_where_a_swing_neither_grows_nor_dies(lib):
     agree(0.2 * penalty * (1 + 0.3 * penalty), 2.0)
     unknown = [
         {"ema": 0.9}, {"transform": "mixup"}, {"batch_size": 5}, {"gradient": "SAM", "p": 1.0},
-        {"gradient": "SAM", "adaptive": "yes"}, {"weight_decay": 10.0},
+        {"gradient": "SAM", "adaptive": "yes"}, {"weight_decay": 10.0}, {"flood_level": 0.1},
     ]  # fmt: skip
     for changes in unknown:
         assert math.isnan(edge(**changes)), changes
@@ -459,7 +459,8 @@ def test_a_change_renews_what_it_touches(lib):
     [
         ("a.lr=0.1", 0, "Nothing is trained yet"),
         ("a.lr=0.1&a.flood_level=0.1", 20, "still above the flood level"),
-        ("a.lr=0.01&a.flood_level=5", 20, "below the flood level, and every step climbs"),
+        ("a.lr=0&a.flood_level=5", 1, "below the flood level"),
+        ("a.lr=0.01&a.flood_level=5", 20, "below the flood level, from where every step climbs"),
         ("a.lr=0.5&a.flood_level=0.2", 1000, r"^The loss has reached the flood level; .* 5\d %"),
         ("a.lr=0.5&a.flood_level=0.3&a.batch_size=5", 1000, "^The loss of a batch has reached"),
         ("a.lr=0.2&a.loss=quadratic&noise=0.2", 3000, "at its edge, and the weights swing"),
@@ -662,6 +663,26 @@ def test_a_lesson_links_to_a_task_and_other_sections_change_nothing(browser, add
         page.get_by_role("button", name="Try it").nth(2).click()
         assert page.locator("#playground-preset").input_value() == "early"
         assert page.evaluate("document.activeElement.textContent") == "Play"
+
+
+def test_back_undoes_the_first_change_too(browser, address):
+    with watched(browser, address) as page:
+        page.goto(f"{address}/playground.html")
+        page.wait_for_selector("#the-playground[data-playing]")
+        control(page, "shared.seed").select_option("7")
+        page.wait_for_url("**#preset=mixup&seed=7")
+        page.go_back()
+        page.wait_for_url("**#preset=mixup")
+        assert control(page, "shared.seed").input_value() == "1"
+
+
+def test_on_paper_there_is_the_picture(browser, address):
+    with watched(browser, address) as page:
+        opened(page, address)
+        page.emulate_media(media="print")
+        assert page.locator(".playground-recorded img").is_visible()
+        assert not page.locator(".playground-live").is_visible()
+        assert page.get_by_role("button", name="Try it").count() == 0
 
 
 def test_every_state_survives_its_link(lib):

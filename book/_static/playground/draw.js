@@ -91,7 +91,7 @@ playground.draw = (() => {
     return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, i) => (first + i) * step);
   };
 
-  const short = v => (v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6))));
+  const short = v => (v >= 1e6 ? v.toExponential(0) : v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6))));
   const power = t => (t > -3.5 && t < 4.5 ? String(Number((10 ** t).toPrecision(2))) : (10 ** t).toExponential(0));
 
   /** Lines over one axis.  lines: {x, y, side, dash}; levels: {value, side} drawn as water. */
@@ -104,6 +104,8 @@ playground.draw = (() => {
     const at = share => shown[Math.min(shown.length - 1, Math.floor(share * shown.length))];
     let bottom = low ?? (log ? at(0.01) - 0.1 : at(0)), top = high ?? (log ? at(0.995) + 0.1 : 1.08 * at(0.985));
     for (const {value} of levels) top = Math.max(top, scale(value) * (log ? 1 : 1.3));
+    const ends = lines.map(({y}) => scale(y.at(-1))).filter(Number.isFinite);
+    if (high === undefined) top = Math.max(top, ...ends.map(v => (log ? v + 0.05 : 1.03 * v)));
     if (!(top > bottom)) top = bottom + 1;
     const xs = lines.flatMap(({x}) => [x[0], x.at(-1)]);
     const left = xlow ?? 0, right = xhigh ?? Math.max(10, ...xs);
@@ -164,8 +166,8 @@ playground.draw = (() => {
     }
     ctx.restore();
     if (names.length < 2) return;
-    const ends = names.map((name, i) => lines.find(line => line.side === i && !line.dash)?.y.at(-1));
-    let places = ends.map(v => Math.max(T + 6, Math.min(height - B - 6, Y(scale(v)))));
+    const last = names.map((name, i) => lines.find(line => line.side === i && !line.dash)?.y.at(-1));
+    let places = last.map(v => Math.max(T + 6, Math.min(height - B - 6, Y(scale(v)))));
     if (Math.abs(places[0] - places[1]) < 12) {
       const [middle, sign] = [(places[0] + places[1]) / 2, places[0] <= places[1] ? 6 : -6];
       places = [middle - sign, middle + sign];
@@ -207,6 +209,8 @@ playground.draw = (() => {
     ctx.globalAlpha = 0.75;
     ctx.beginPath();
     trail[0].forEach((a, i) => ctx[i ? "lineTo" : "moveTo"](X(a), Y(trail[1][i])));
+    ctx.stroke();
+    point(ctx, X(trail[0][0]), Y(trail[1][0]), 0, 4);
     ctx.stroke();
     ctx.globalAlpha = 1;
     point(ctx, X(0), Y(0), 0, 4.5);

@@ -29,7 +29,7 @@
     root.querySelector(".playground-live")?.remove();
     root.querySelector(".playground-recorded").hidden = false;
     root.querySelector(".playground-why").textContent =
-      `The playground ${ready ? "has stopped" : "could not start here"}: ${reason}. This is a recorded picture of it.`;
+      `The playground ${ready ? "has stopped" : "could not start here"}: ${reason}. This is a recorded picture.`;
   };
   try {
     const source = `${playground.source}\nonmessage = lib.serve(message => postMessage(message));`;
@@ -63,6 +63,7 @@
     return lib.readState(`preset=${linked}`);
   };
   let {state, problems} = fromAddress() ?? lib.readState("preset=mixup");
+  if (!location.hash) history.replaceState(null, "", "#preset=mixup");  // so that Back leads here
   let data = null, frame = null, hiddenWhilePlaying = false, quiet = null;
   const written = () => lib.writeState(state);
 
@@ -81,6 +82,7 @@
   const change = edit => {
     const next = structuredClone(state);
     edit(next);
+    say("");
     apply(next);
     if (location.hash.slice(1) !== written()) location.hash = written();  // a step that Back undoes
   };
@@ -99,7 +101,7 @@
   const SIDES = [["a", "A"], ["b", "B"]];
   const NAMES = {batch_size: {Infinity: "all"}, p: {Infinity: "∞"}, pause: {Infinity: "never"}};
   const text = (key, spec, value) =>
-    spec.choice ? spec.values[value] : NAMES[key]?.[value] ?? (key === "noise" ? `${100 * value} %` : String(value));
+    spec.choice ? spec.values[value] : NAMES[key]?.[value] ?? (key === "noise" ? `${Number((100 * value).toPrecision(6))} %` : String(value));
   const selects = [];
 
   const select = (key, spec, part, label) => {
@@ -163,11 +165,11 @@
   const counter = element("span", {class: "playground-counter"});
   const copyLink = async () => {
     try {
-      await navigator.clipboard.writeText(location.href);
+      await navigator.clipboard.writeText(`${location.href.split("#")[0]}#${written()}`);
       say("Copied. The link holds all settings, and starts a new run with them.");
       quiet = setTimeout(() => say(""), 6000);
     } catch {
-      say("This browser does not let the page copy. The address of the page is the link.");
+      say(`This browser does not let the page copy. Put this after the page's address: #${written()}`);
     }
   };
   const toSettings = button("Settings", () => {
@@ -229,15 +231,15 @@
   const over = (table, name, dash) => frame.sides.map((_, side) =>
     ({x: column(side, table, "step"), y: column(side, table, name), side, dash}));
   const charts = {
-    "Loss: training (solid), test (dashed)": () => ({
+    "Loss: training, test (dashed)": () => ({
       lines: [...over("losses", "train_loss"), ...over("losses", "test_loss", "dashed")], low: 0, levels: levels()}),
-    "Error in %: training (solid), test (dashed)": () => ({
+    "Error in %: training, test (dashed)": () => ({
       lines: [...over("losses", "train_error"), ...over("losses", "test_error", "dashed")], low: 0}),
-    "λ max (solid) and its edge (dotted), log scale": () => ({
+    "λ max, its edge (dotted), log scale": () => ({
       lines: [...over("curvature", "largest"), ...over("curvature", "edge", "dotted")], log: true}),
-    "Sharpness: the rise of the loss nearby, log scale": () => ({lines: over("curvature", "sharpness"), log: true}),
+    "Sharpness, log scale": () => ({lines: over("curvature", "sharpness"), log: true}),
     "Length of the gradient, log scale": () => ({lines: over("losses", "gradient"), log: true}),
-    "Stiffness: one class (solid), two classes (dashed)": () => ({
+    "Stiffness: one class, two (dashed)": () => ({
       lines: [...over("curvature", "within"), ...over("curvature", "between", "dashed")], low: -1, high: 1}),
   };
   const levels = () => SIDES.slice(0, frame.sides.length)
@@ -314,8 +316,11 @@
     requested = true;
     requestAnimationFrame(() => {
       requested = false;
-      drawAll();
-      send("drawn");
+      try {
+        drawAll();
+      } finally {
+        send("drawn");
+      }
     });
   };
 

@@ -83,7 +83,7 @@ playground.define(function run(lib) {
         const why = length >= 1e6 ? "would have made the weights longer than a million"
           : "cannot be computed: its loss or gradient is no number";
         this.stopped = `Stopped at step ${this.step}: the next step ${why}. ` +
-          "Choose a smaller learning rate or radius.";
+          "Choose a smaller learning rate or radius, and restart.";
         return;
       }
       this.state = state;
@@ -150,10 +150,10 @@ playground.define(function run(lib) {
 
     /** The curvature h at which a swing no longer dies out, from h (1 + c h) = 2 (1 + μ) / η − decay.
         c is 0 for plain descent, λ for the gradient penalty, and ρ / ‖g‖ for SAM.  NaN where we know
-        none: for batches, mixtures, an average of weights, other balls. */
+        none: for batches, mixtures, an average of weights, flooding, other balls. */
     edge(gradient) {
-      const {lr, momentum, weight_decay, rho, p, adaptive, penalty, batch_size, transform, ema} = this.side;
-      if (batch_size < this.data.train.n || transform !== "none" || ema > 0) return NaN;
+      const {lr, momentum, weight_decay, rho, p, adaptive, penalty, batch_size, transform, ema, flood_level} = this.side;
+      if (batch_size < this.data.train.n || transform !== "none" || ema > 0 || flood_level > 0) return NaN;
       const sam = this.side.gradient === "SAM";
       if (sam && (p !== 2 || adaptive === "yes")) return NaN;
       const top = 2 * (1 + momentum) / lr - weight_decay;

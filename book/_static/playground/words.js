@@ -8,15 +8,16 @@ playground.define(function words(lib) {
     if (run.stopped) return run.stopped;
     if (run.step === 0) return "Nothing is trained yet: these are the initial weights.";
     const now = run.now();
-    const said = [flooding(run), trouble(now), edge(run, now), labels(now)].filter(Boolean);
+    const said = [flooding(run, now), trouble(now), edge(run, now), labels(now)].filter(Boolean);
     if (said.length < 3) said.push(testSet(run, now));
     return said.join(" ");
   };
 
-  function flooding({side, up, atLevel, data}) {
+  function flooding({side, up, atLevel, data}, now) {
     if (side.flood_level === 0) return "";
+    const below = now.train_loss < side.flood_level;
+    if (below && up === atLevel) return "The loss is below the flood level, from where every step climbs.";
     if (atLevel === 0) return "The loss is still above the flood level: flooding has changed nothing yet.";
-    if (up === atLevel && atLevel > 2) return "The loss is below the flood level, and every step climbs.";
     const whose = side.batch_size < data.train.n ? "The loss of a batch" : "The loss";
     return `${whose} has reached the flood level; since then the walk has stepped up ` +
       `${Math.round(100 * up / atLevel)} % of the time.`;
@@ -29,8 +30,8 @@ playground.define(function words(lib) {
     return now.constant ? "The network gives every example the same answer." : "";
   }
 
-  function edge({side, curvature}, now) {
-    if (!Number.isFinite(now.edge) || side.flood_level > 0) return "";
+  function edge({curvature}, now) {
+    if (!Number.isFinite(now.edge)) return "";
     const ratio = now.largest / now.edge;
     if (ratio > 1.5) return `λ max is ${digits(ratio)} times its edge: the steps are too long for this curvature.`;
     if (ratio > 0.9) {

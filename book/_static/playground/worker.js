@@ -6,7 +6,7 @@ playground.define(function worker(lib) {
   lib.serve = post => {
     let state, runs = [], playing = false, drawn = true, dirty = false;
     let turn = 0;   // counts the orders of the page; a loop of an earlier turn ends
-    let due = 0, counted = 0, since = 0, speed = 0;
+    let due = 0, counted = 0, since = 0, speed = 0, last = 0, owed = 0;
     const slices = new Map();
     const channel = new MessageChannel();
     channel.port1.onmessage = ({data}) => loop(data);
@@ -68,10 +68,11 @@ playground.define(function worker(lib) {
 
     const loop = mine => {
       if (!playing || mine !== turn) return;
-      const rate = Number(state.shared.speed), start = performance.now();
-      let more;
-      do more = once();
-      while (more && !rate && performance.now() - start < 30);
+      const rate = Number(state.shared.speed) || Infinity, start = performance.now();
+      owed = rate === Infinity ? rate : Math.min(owed + rate * (start - last) / 1000, rate);
+      last = start;
+      let more = true;
+      for (; more && owed >= 1 && performance.now() - start < 30; owed -= 1) more = once();
       if (rate <= 10) runs.forEach(run => run.read());
       if (!more) return pause();
       const now = performance.now();
@@ -84,7 +85,7 @@ playground.define(function worker(lib) {
         due = now + 100;
         frame();
       }
-      if (rate) setTimeout(loop, Math.max(0, 1000 / rate - (performance.now() - start)), mine);
+      if (rate < Infinity) setTimeout(loop, Math.min(40, 1000 / rate), mine);
       else channel.port2.postMessage(mine);
     };
 
@@ -102,7 +103,8 @@ playground.define(function worker(lib) {
       play() {
         playing = runs.some(run => !run.stopped);
         counted = 0;
-        since = performance.now();
+        since = last = performance.now();
+        owed = 1;
         if (playing) loop(turn);
         else frame();
       },
