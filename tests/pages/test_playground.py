@@ -590,7 +590,9 @@ def readings(page, side="a"):
 def test_the_page_is_light():
     own = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert PAGE.stat().st_size + sum(path.stat().st_size for path in own) < 150_000
-    assert not re.search(r"https?://", "".join(f.read_text("utf-8") for f in FOLDER.rglob("*.js")))
+    assert not re.search(
+        r"https?://", "".join(f.read_text(encoding="utf-8") for f in FOLDER.rglob("*.js"))
+    )
 
 
 def test_only_the_playground_loads_its_scripts():
