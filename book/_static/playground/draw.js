@@ -91,11 +91,16 @@ playground.draw = (() => {
     return Array.from({length: Math.floor(high / step + 1e-9) - first + 1}, (_, i) => (first + i) * step);
   };
 
-  const short = v => (v >= 1e6 ? v.toExponential(0) : v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6))));
+  const short = v => {
+    if (v >= 1e6) return v.toExponential(0);
+    return v >= 1e4 ? `${Number((v / 1000).toPrecision(3))}k` : String(Number(v.toPrecision(6)));
+  };
   const power = t => (t > -3.5 && t < 4.5 ? String(Number((10 ** t).toPrecision(2))) : (10 ** t).toExponential(0));
 
   /** Lines over one axis.  lines: {x, y, side, dash}; levels: {value, side} drawn as water. */
-  const chart = (canvas, {lines, levels = [], log = false, low, high, xlow, xhigh, xlabel = "step", mark, names = []}) => {
+  const chart = (canvas, {
+    lines, levels = [], log = false, low, high, xlow, xhigh, xlabel = "step", mark, names = [],
+  }) => {
     const {ctx, width, height, colors} = prepare(canvas);
     const L = 44, R = 18, T = 8, B = 34;
     const scale = v => (log ? Math.log10(v) : v);

@@ -1,4 +1,4 @@
-/* The page: controls, frames from the worker, and the address that holds the whole state. */
+/* The page: controls, frames from the worker, and the address that holds all settings. */
 (() => {
   const {lib, draw} = playground, {SHARED, SIDE, SIDE_SETTINGS, PRESETS} = lib;
   const root = document.getElementById("the-playground");
@@ -100,8 +100,11 @@
 
   const SIDES = [["a", "A"], ["b", "B"]];
   const NAMES = {batch_size: {Infinity: "all"}, p: {Infinity: "∞"}, pause: {Infinity: "never"}};
-  const text = (key, spec, value) =>
-    spec.choice ? spec.values[value] : NAMES[key]?.[value] ?? (key === "noise" ? `${Number((100 * value).toPrecision(6))} %` : String(value));
+  const text = (key, spec, value) => {
+    if (spec.choice) return spec.values[value];
+    if (key === "noise") return `${Number((100 * value).toPrecision(6))} %`;
+    return NAMES[key]?.[value] ?? String(value);
+  };
   const selects = [];
 
   const select = (key, spec, part, label) => {
@@ -160,7 +163,8 @@
     status.textContent = words;
   };
   const status = element("p", {class: "playground-status", role: "status"});
-  const play = element("button", {type: "button", class: "play", onclick: () => order(playing ? "pause" : "play")}, "Play");
+  const playOrPause = () => order(playing ? "pause" : "play");
+  const play = element("button", {type: "button", class: "play", onclick: playOrPause}, "Play");
   const button = (label, action) => element("button", {type: "button", onclick: action}, label);
   const counter = element("span", {class: "playground-counter"});
   const copyLink = async () => {
@@ -178,7 +182,8 @@
   });
   toSettings.classList.add("to-settings");
   const toolbar = element("div", {class: "playground-toolbar", role: "group", "aria-label": "Training"},
-    play, button("Step", () => order("step")), button("Restart", () => order("restart", {state})), toSettings, counter);
+    play, button("Step", () => order("step")), button("Restart", () => order("restart", {state})),
+    toSettings, counter);
   const copying = element("div", {class: "playground-copying"},
     button("Copy settings A to B", () => change(next => {
       next.b = structuredClone(next.a);
@@ -191,8 +196,9 @@
     location.hash = written();
     say("");
   };
-  const preset = element("select", {id: "playground-preset", onchange: () => choose(preset.value)}, element("option", {value: "none"}, "no task: play"),
-  ...Object.keys(PRESETS).map(key => element("option", {value: key}, title(key))));
+  const preset = element("select", {id: "playground-preset", onchange: () => choose(preset.value)},
+    element("option", {value: "none"}, "no task: play"),
+    ...Object.keys(PRESETS).map(key => element("option", {value: key}, title(key))));
   for (const key of Object.keys(PRESETS)) {
     section(key).querySelector("details").before(element("p", {class: "playground"}, button("Try it", () => {
       choose(key);
@@ -206,7 +212,8 @@
     if (task.dataset.preset === state.preset) return;
     task.dataset.preset = state.preset;
     if (state.preset === "none") {
-      task.replaceChildren(element("p", {}, "Choose a task above, or set what you like below and press Play. Nothing you do here can break."));
+      task.replaceChildren(element("p", {}, "Choose a task above, or set what you like and press Play. " +
+        "Nothing you do here can break."));
       return;
     }
     const [words, promise] = ["p", "details"].map(tag => copied(section(state.preset).querySelector(tag)));
@@ -219,10 +226,12 @@
 
   const figure = (title, className = "") => {
     const canvas = element("canvas", {role: "img", "aria-label": title});
-    return {canvas, caption: title, figure: element("figure", {class: className}, element("figcaption", {}, title), canvas)};
+    const box = element("figure", {class: className}, element("figcaption", {}, title), canvas);
+    return {canvas, caption: title, figure: box};
   };
   const sides = SIDES.map(([part, name]) => {
-    const map = figure(`${name}: what the network says`, "square"), slice = figure(`${name}: the loss nearby`, "square");
+    const map = figure(`${name}: what the network says`, "square");
+    const slice = figure(`${name}: the loss nearby`, "square");
     const words = element("p", {class: "playground-words"});
     return {map, slice, words, box: element("section", {class: `side ${part}`, "aria-label": `Setting ${name}`},
       words, element("div", {class: "pair"}, map.figure, slice.figure))};
@@ -246,11 +255,12 @@
     .map(([part], side) => ({value: state[part].flood_level, side})).filter(({value}) => value > 0);
   const chartBoxes = Object.entries(charts).map(([title, spec]) => ({...figure(title, "chart"), spec}));
 
+  const percent = v => `${v.toFixed(1)} %`, whole = v => v.toLocaleString("en");
   const READINGS = [
-    ["step", "step", v => v.toLocaleString("en")],
+    ["step", "step", whole],
     ["training loss", "train_loss"], ["test loss", "test_loss"],
-    ["training error", "train_error", v => `${v.toFixed(1)} %`], ["test error", "test_error", v => `${v.toFixed(1)} %`],
-    ["lowest test error so far", "lowest", v => `${v.toFixed(1)} %`], ["at step", "lowest_at", v => v.toLocaleString("en")],
+    ["training error", "train_error", percent], ["test error", "test_error", percent],
+    ["lowest test error so far", "lowest", percent], ["at step", "lowest_at", whole],
     ["length of the gradient", "gradient"], ["λ max", "largest"], ["its edge", "edge"],
     ["sharpness", "sharpness"], ["stiffness, one class", "within"], ["stiffness, two classes", "between"],
   ];
@@ -280,16 +290,21 @@
         cells[k][i].textContent = key === "step" ? reading(side.step, format) : reading(side.now[key], format);
       });
       if (frame.playing) return;
-      const {now} = side, error = v => `${v.toFixed(1)} per cent`;
-      map.canvas.setAttribute("aria-label", `${map.caption} at step ${side.step}, over ${data.train.n} training examples: training error ${error(now.train_error)}, test error ${error(now.test_error)}.`);
-      const values = side.slice.values, middle = values[(values.length - 1) / 2];
-      slice.canvas.setAttribute("aria-label", `${slice.caption}: ${lib.digits(middle)} at the weights, up to ${lib.digits(Math.max(...values))} in the picture.`);
+      const {now, slice: {values}} = side, middle = values[(values.length - 1) / 2];
+      map.canvas.setAttribute("aria-label", `${map.caption} at step ${side.step}, over ` +
+        `${data.train.n} training examples: training error ${percent(now.train_error)}, ` +
+        `test error ${percent(now.test_error)}.`);
+      slice.canvas.setAttribute("aria-label", `${slice.caption}: ${lib.digits(middle)} at the weights, ` +
+        `up to ${lib.digits(Math.max(...values))} in the picture.`);
     });
     for (const {canvas, caption, spec} of chartBoxes) {
       const {lines, ...more} = spec();
       draw.chart(canvas, {lines, names: frame.sides.map((_, i) => SIDES[i][1]), ...more});
       if (frame.playing) continue;
-      const ends = frame.sides.map((_, i) => `${SIDES[i][1]} ${lines.filter(line => line.side === i).map(line => reading(line.y.at(-1))).join(", ")}`);
+      const ends = frame.sides.map((_, i) => {
+        const values = lines.filter(line => line.side === i).map(line => reading(line.y.at(-1)));
+        return `${SIDES[i][1]} ${values.join(", ")}`;
+      });
       canvas.setAttribute("aria-label", `${caption}. Now: ${ends.join("; ")}.`);
     }
   };
@@ -353,7 +368,8 @@
       if (playing) order("pause");
     } else if (hiddenWhilePlaying) order("play");
   });
-  new MutationObserver(drawAll).observe(document.documentElement, {attributes: true, attributeFilter: ["data-theme"]});
+  new MutationObserver(drawAll).observe(document.documentElement,
+    {attributes: true, attributeFilter: ["data-theme"]});
   // the buttons stay below the page's own bar
   const bar = document.querySelector(".bd-header-article");
   let width = 0;

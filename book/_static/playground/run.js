@@ -152,8 +152,9 @@ playground.define(function run(lib) {
         c is 0 for plain descent, λ for the gradient penalty, and ρ / ‖g‖ for SAM.  NaN where we know
         none: for batches, mixtures, an average of weights, flooding, other balls. */
     edge(gradient) {
-      const {lr, momentum, weight_decay, rho, p, adaptive, penalty, batch_size, transform, ema, flood_level} = this.side;
+      const {batch_size, transform, flood_level, ema} = this.side;
       if (batch_size < this.data.train.n || transform !== "none" || ema > 0 || flood_level > 0) return NaN;
+      const {lr, momentum, weight_decay, rho, p, adaptive, penalty} = this.side;
       const sam = this.side.gradient === "SAM";
       if (sam && (p !== 2 || adaptive === "yes")) return NaN;
       const top = 2 * (1 + momentum) / lr - weight_decay;
