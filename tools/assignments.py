@@ -19,7 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
@@ -138,6 +140,27 @@ def hidden({name}):
 """
 
 
+def pinned_source():
+    """Where pip finds the package as it is here: a branch is replaced by its commit."""
+    address, _, branch = source().rpartition("@")
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return f"{address}@{branch if found.returncode else found.stdout.strip()}"
+
+
+def seed_of(archive):
+    """The seed of an autograder's hidden tests, or None."""
+    if not archive.exists():
+        return None
+    with zipfile.ZipFile(archive) as made:
+        tests = "".join(
+            made.read(name).decode() for name in made.namelist() if name.endswith(".py")
+        )
+    seeds = set(re.findall(r"seed=(\d+)\)", tests)) - {"0"}
+    return int(seeds.pop()) if seeds else None
+
+
 def autograder(worth, hidden_seed):
     """The zip that Otter grades with, here and on Gradescope."""
     with tempfile.TemporaryDirectory() as work:
@@ -149,7 +172,7 @@ def autograder(worth, hidden_seed):
         replace(
             requirements,
             "--extra-index-url https://download.pytorch.org/whl/cpu\n"
-            f"otter-grader>=7\nflatmin[all] @ {source()}\n",
+            f"otter-grader=={version('otter-grader')}\nflatmin[all] @ {pinned_source()}\n",
         )
         generate(
             tests_dir=work,
@@ -178,35 +201,150 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
     for folder, nb in written.items():
         nbformat.validate(nb)
         replace(out / folder / f"{path.stem}.ipynb", nbformat.writes(nb) + "\n")
-    replace(out / "autograder" / f"{path.stem}.zip", autograder(worth, hidden_seed))
-    print(f"  {path.stem}: {len(worth)} questions, {sum(worth.values())} points", flush=True)
+    archive = out / "autograder" / f"{path.stem}.zip"
+    other = seed_of(archive) not in (None, hidden_seed)
+    replace(archive, autograder(worth, hidden_seed))
+    print(
+        f"  {path.stem}: {len(worth)} questions, {sum(worth.values())} points"
+        + ("; its hidden tests had another seed before" if other else ""),
+        flush=True,
+    )
+
+
+# ------------------------------------------------------------------------------- submissions
+
+
+class NotGraded(Exception):
+    """Why a submission cannot be graded."""
+
+
+READABLE = (".ipynb", ".ipynb.txt", ".ipynb.json", ".py")
+LARGEST = 50e6  # bytes of a notebook in a zip
+
+
+def submissions(folder):
+    """(name, function that returns the notebook) of everything that was handed in.
+
+    Hidden files are left out, and so are the copies that Jupyter and macOS make.  A zip gives each
+    notebook in it.  What cannot be graded is here too: its function says why.
+    """
+    for here, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not hidden(name))
+        for name in folders:
+            path = Path(here, name)
+            if path.is_symlink():
+                yield label(folder, path), refuse("a link to a folder, which is not followed")
+            elif name.lower().endswith(READABLE):
+                yield label(folder, path), refuse("a folder with the name of a notebook")
+        for name in sorted(name for name in files if not hidden(name)):
+            path = Path(here, name)
+            if name.lower().endswith(".zip"):
+                yield from in_zip(label(folder, path), path)
+            else:
+                yield label(folder, path), lambda path=path: parse(path.name, contents(path))
+
+
+def hidden(name):
+    return (name.startswith(".") and name.strip(".")) or name == "__MACOSX"
+
+
+def label(folder, path):
+    return path.relative_to(folder).as_posix()
+
+
+def refuse(reason):
+    def raises():
+        raise NotGraded(reason)
+
+    return raises
+
+
+def contents(path):
+    """The bytes of a file."""
+    if path.is_symlink() and not path.exists():
+        raise NotGraded("a link that leads nowhere")
+    if not path.is_file():
+        raise NotGraded("no file")
+    return path.read_bytes()
+
+
+def in_zip(name, path):
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(contents(path)))
+    except (NotGraded, OSError, zipfile.BadZipFile) as error:
+        yield name, refuse(f"a zip that cannot be opened: {error}")
+        return
+    members = [
+        member
+        for member in archive.infolist()
+        if member.filename.lower().endswith(READABLE)
+        and not any(hidden(part) for part in Path(member.filename).parts)
+    ]
+    if not members:
+        yield name, refuse("a zip without a notebook")
+    for member in members:
+
+        def extracted(member=member):
+            if member.file_size > LARGEST:
+                raise NotGraded(f"larger than {LARGEST / 1e6:g} MB")
+            return parse(member.filename, archive.read(member))
+
+        yield f"{name}/{member.filename.lstrip('/')}", extracted
+
+
+def parse(name, content):
+    """A notebook from a file's bytes: JSON, or a program whose cells jupytext knows."""
+    if not name.lower().endswith(READABLE):
+        raise NotGraded(f"no notebook, but a file of the type {Path(name).suffix or name}")
+    try:
+        text = content.decode("utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError:
+        raise NotGraded("no notebook: its text is not UTF-8") from None
+    try:
+        if name.lower().endswith(".py"):
+            return jupytext.reads(text, fmt="py")
+        nb = nbformat.reads(text, as_version=4)
+        nbformat.validate(nb)
+        return nb
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotGraded(f"no notebook: {reason[:200]}") from None
+
+
+def check_assignment(nb, path):
+    """Refuse the notebook of another assignment."""
+    code = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "code")
+    defined = set(re.findall(r"^def (\w+)", code, re.M))
+    theirs = [other.stem for other in masters() if defined & questions(read(other)).keys()]
+    if theirs and path.stem not in theirs:
+        raise NotGraded(f"this is the assignment {' and '.join(theirs)}, not {path.stem}")
 
 
 # --------------------------------------------------------------------------------------- grading
 
-# A submission's kernel may have another name, or none that is known here.
-GRADE_ONE = f"""
-import json, sys, nbformat
+GRADE_ONE = """
+import json, sys
 from otter.api import grade_submission
 submission, archive, result = sys.argv[1:]
-nb = nbformat.read(submission, as_version=4)
-nb.metadata["kernelspec"] = {KERNEL}
-nbformat.write(nb, "submission.ipynb")
-graded = grade_submission("submission.ipynb", archive, quiet=True)
+graded = grade_submission(submission, archive, quiet=True)
 if graded.has_catastrophic_failure():
     raise graded.catastrophic_error
 messages = lambda test: [case.message for case in test.test_case_results if not case.passed]
 with open(result, "w", encoding="utf-8") as file:
-    json.dump({{name: [test.score, messages(test)] for name, test in graded.results.items()}}, file)
+    json.dump({name: [test.score, messages(test)] for name, test in graded.results.items()}, file)
 """
 
 
-def grade_one(submission, archive, limit=TIME_LIMIT):
-    """{question: [points, [messages]]} and a note, from a separate process with a time limit."""
+def grade_one(nb, archive, limit=TIME_LIMIT):
+    """{question: [points, [messages]]} of a notebook, from a process with a time limit."""
+    nb = nbformat.from_dict(
+        {**nb, "metadata": {"kernelspec": KERNEL}}
+    )  # theirs may be unknown here
     with tempfile.TemporaryDirectory() as work:
         result = Path(work, "result.json")
+        nbformat.write(nb, Path(work, "submission.ipynb"))
         process = subprocess.Popen(
-            [sys.executable, "-c", GRADE_ONE, submission.resolve(), archive.resolve(), result],
+            [sys.executable, "-c", GRADE_ONE, "submission.ipynb", archive.resolve(), result],
             cwd=work,
             env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
             start_new_session=True,
@@ -220,46 +358,84 @@ def grade_one(submission, archive, limit=TIME_LIMIT):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
-            return {}, f"not graded: stopped after {limit} seconds"
+            raise NotGraded(f"stopped after {limit} seconds") from None
         if not result.exists():
-            return {}, "not graded: " + (errors.strip().splitlines() or ["no result"])[-1]
-        return json.loads(result.read_text(encoding="utf-8")), ""
+            last = (errors.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+            raise NotGraded(f"the notebook ended the grader: {last}")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def remarks(results):
+    """What the checks said, each thing once, and never the seed of the hidden tests."""
+    said = {text for _, messages in results.values() for text in messages}
+    found = {text[text.find("✗ check.") :].strip() for text in said if "✗ check." in text}
+    if any("✗ check." not in text for text in said):
+        found.add("A check ended with an error of its own. Ask your instructor.")
+    return [re.sub(r"seed\s*=\s*\d+", "seed=…", text) for text in sorted(found)]
+
+
+def check_target(out, folder):
+    """Refuse, before anything is graded, a table that could not be written or would do harm."""
+    feedback = out.with_suffix("")
+    if not folder.is_dir():
+        sys.exit(f"FROM must be a folder of submissions, got {folder}")
+    if not out.suffix or out.is_dir():
+        sys.exit(f"TO must be a file such as grades.csv, got {out}")
+    inside = folder.resolve()
+    for name, path in (("table", out.resolve()), ("folder of feedback", feedback.resolve())):
+        if path == inside or inside in path.parents or path in inside.parents:
+            sys.exit(
+                f"TO must keep the {name} apart from the submissions: {path} and {inside} "
+                "lie in one another"
+            )
+    if feedback.exists() and not feedback.is_dir():
+        sys.exit(f"TO needs the folder {feedback} for feedback, but there is a file of this name")
+    try:
+        feedback.mkdir(parents=True, exist_ok=True)
+        for place in (out.parent, feedback):
+            tempfile.TemporaryFile(dir=place).close()
+        if out.exists():
+            out.open("r+b").close()
+    except OSError as error:
+        sys.exit(f"TO must be a place that can be written to, got {out}: {error.strerror}")
+    return feedback
 
 
 def grade(path, folder, out, archive=None, jobs=1):
-    """Grade the notebooks in a folder into a CSV: a row per submission, a column per question."""
-    archive, feedback = archive or BUILD / "autograder" / f"{path.stem}.zip", out.with_suffix("")
+    """Grade what lies in a folder into a CSV: a row per submission, a column per question."""
+    archive = archive or BUILD / "autograder" / f"{path.stem}.zip"
+    feedback = check_target(out, folder)
     if not archive.exists():
         sys.exit(f"{archive} is missing: make assignments")
-    if feedback.resolve() in (out.resolve(), folder.resolve()):
-        sys.exit(
-            f"the table must be a file such as grades.csv, got {out}; "
-            f"feedback goes into the folder {feedback}"
-        )
-    submissions = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() == ".ipynb" and p.is_file() and ".ipynb_checkpoints" not in p.parts
-    )
-    if not submissions:
-        sys.exit(f"no notebook in {folder}")
+    found = list(submissions(folder))
+    if not found:
+        sys.exit(f"nothing was handed in: no file in {folder}")
     worth = questions(read(path))
+
+    def graded(submission):
+        """Its results, and why there are none; nothing that a submission does ends the grading."""
+        try:
+            nb = submission[1]()
+            check_assignment(nb, path)
+            return grade_one(nb, archive), ""
+        except NotGraded as reason:
+            return {}, f"not graded: {reason}"
+        except Exception as error:
+            return {}, f"not graded: {type(error).__name__}: {error}".splitlines()[0]
+
     rows = [["submission", "total", "out of", *worth, "note"]]
     with ThreadPoolExecutor(jobs) as pool:
-        graded = pool.map(lambda submission: grade_one(submission, archive), submissions)
-        for submission, (results, note) in zip(submissions, graded):
-            name = submission.relative_to(folder)
+        for (name, _), (results, note) in zip(found, pool.map(graded, found)):
             earned = [results.get(question, [0])[0] for question in worth]
             total, most = f"{sum(earned):g}", sum(worth.values())
             rows.append([name, total, most, *(f"{points:g}" for points in earned), note])
-            said = {text for _, messages in results.values() for text in messages}
-            remarks = sorted({text[max(text.find("✗ check."), 0) :].strip() for text in said})
-            text = "\n\n".join([f"{total} of {most} points", *remarks, note]).strip() + "\n"
-            replace(feedback / name.with_suffix(".txt"), text)
+            parts = [f"{total} of {most} points", *remarks(results)] if results else [note]
+            inside = [part for part in Path(name).parts if part not in ("..", "/")]
+            replace(feedback / Path(*inside[:-1], f"{inside[-1]}.txt"), "\n\n".join(parts) + "\n")
             table = io.StringIO()
             csv.writer(table).writerows(rows)
             replace(out, table.getvalue().encode(errors="surrogateescape"))  # any file name
-            print_line(f"  {name}: {total} of {most}  {note}")
+            print_line(f"  {name}: {note or f'{total} of {most}'}")
 
 
 def main():
@@ -281,6 +457,8 @@ def main():
             parser.error("--seed must be a whole number >= 1; the checks that students see use 0")
         for path in masters(arguments.names):
             build(path, hidden_seed=arguments.seed)
+        if arguments.seed == HIDDEN_SEED:
+            print(f"The hidden tests have the public seed {HIDDEN_SEED}. Your own: SEED=…")
         print(f"assignments: {BUILD.relative_to(ROOT)}/{{student,solution,autograder}}")
     else:
         path, *others = masters([arguments.name])

@@ -258,32 +258,28 @@ def test_a_wrong_answer_loses_its_points_with_a_hint(built, path, name, monkeypa
 # ------------------------------------------------------------------------------- grades, by Otter
 
 
-def graded(built, path, nb, tmp_path):
-    """The points of a notebook, saved with the name of a kernel that is not installed here."""
+def graded(built, path, nb):
+    """The points of a notebook, with the name of a kernel that is not installed here."""
     nb.metadata["kernelspec"] = {"name": "conda-env-ml-py", "display_name": "Python [conda env:ml]"}
-    nbformat.write(nb, tmp_path / "submission.ipynb")
-    results, note = assignments.grade_one(
-        tmp_path / "submission.ipynb", built / "autograder" / f"{path.stem}.zip"
-    )
-    assert note == ""
+    results = assignments.grade_one(nb, built / "autograder" / f"{path.stem}.zip")
     return {name: points for name, (points, _) in results.items()}
 
 
 @pytest.mark.course
-def test_otter_gives_the_reference_full_marks(built, path, tmp_path):
+def test_otter_gives_the_reference_full_marks(built, path):
     nb = nbformat.read(built / "solution" / f"{path.stem}.ipynb", as_version=4)
-    assert graded(built, path, nb, tmp_path) == worth(path)
+    assert graded(built, path, nb) == worth(path)
 
 
 @pytest.mark.course
-def test_otter_gives_a_blank_notebook_nothing(built, path, tmp_path):
+def test_otter_gives_a_blank_notebook_nothing(built, path):
     nb = nbformat.read(built / "student" / f"{path.stem}.ipynb", as_version=4)
-    assert graded(built, path, nb, tmp_path) == dict.fromkeys(worth(path), 0)
+    assert graded(built, path, nb) == dict.fromkeys(worth(path), 0)
 
 
 @pytest.mark.course
 @pytest.mark.parametrize(("path", "name"), list(zip(MASTERS, NAMED)), ids=NAMED)
-def test_otter_subtracts_the_points_of_one_mistake(built, path, name, tmp_path):
+def test_otter_subtracts_the_points_of_one_mistake(built, path, name):
     """The experiment is left blank, to save time: it loses its own points and no others."""
     question, _, source = WRONG[path, name]
     lost = {question} | EXPERIMENTS
@@ -295,69 +291,222 @@ def test_otter_subtracts_the_points_of_one_mistake(built, path, name, tmp_path):
         return (assignments.exercise if defined & EXPERIMENTS else assignments.solution)(text)
 
     expected = {name: 0 if name in lost else points for name, points in worth(path).items()}
-    assert graded(built, path, notebook(path, answered), tmp_path) == expected
+    assert graded(built, path, notebook(path, answered)) == expected
+
+
+# --------------------------------------------------------------------------- folders of submissions
+
+
+def some_answers(path):
+    """A notebook with one question answered."""
+    answered = lambda text: "def cosines" in text
+    return notebook(
+        path,
+        lambda text: (assignments.solution if answered(text) else assignments.exercise)(text),
+    )
+
+
+def table(out):
+    """{submission: row}"""
+    rows = csv.DictReader(io.StringIO(out.read_text(encoding="utf-8")))
+    return {row["submission"]: row for row in rows}
+
+
+@pytest.fixture
+def graded_at_once(monkeypatch):
+    """Each notebook that can be graded gets 3 points for `cosines`, without running it."""
+    seen = []
+
+    def one(nb, archive):
+        seen.append(nb)
+        return {"cosines": (3.0, ["✗ check.one\n  seed=2026 told"])}
+
+    monkeypatch.setattr(assignments, "grade_one", one)
+    return seen
 
 
 def test_an_interruption_keeps_what_is_graded(tmp_path, monkeypatch):
-    (tmp_path / "ada.IPYNB").touch()
-    (tmp_path / "bob.ipynb").touch()
+    folder, out = tmp_path / "handed in", tmp_path / "grades.csv"
+    folder.mkdir()
+    for name in ("ada.IPYNB", "bob.ipynb"):
+        nbformat.write(some_answers(MASTERS[3]), folder / name)
+    calls = []
 
-    def one(submission, archive):
-        if submission.name == "bob.ipynb":
+    def one(nb, archive):
+        if calls:
             raise KeyboardInterrupt
-        return {}, "not graded: no JSON"
+        calls.append(nb)
+        raise assignments.NotGraded("no reason")
 
     monkeypatch.setattr(assignments, "grade_one", one)
-    out, archive = tmp_path / "grades.csv", tmp_path / "ada.IPYNB"
     with pytest.raises(KeyboardInterrupt):
-        assignments.grade(MASTERS[3], tmp_path, out, archive)
-    assert "ada.IPYNB,0,20," in out.read_text(encoding="utf-8")
-    feedback = (tmp_path / "grades" / "ada.txt").read_text(encoding="utf-8")
-    assert feedback == "0 of 20 points\n\nnot graded: no JSON\n"
+        assignments.grade(MASTERS[3], folder, out, folder / "ada.IPYNB")
+    assert table(out)["ada.IPYNB"]["note"] == "not graded: no reason"
+    feedback = (tmp_path / "grades" / "ada.IPYNB.txt").read_text(encoding="utf-8")
+    assert feedback == "not graded: no reason\n"
+
+
+def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
+    """Graded where that is possible, and else with what it is."""
+    path, folder, out = MASTERS[3], tmp_path / "handed in", tmp_path / "grades of May.csv"
+    nb = nbformat.writes(some_answers(path))
+    other = nbformat.writes(notebook(MASTERS[0], assignments.solution))
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("my work/eve.ipynb", nb)
+        archive.writestr("__MACOSX/my work/._eve.ipynb", "x")
+        archive.writestr("../../out.ipynb", nb)
+    good = {
+        "a b/ada.ipynb": nb,
+        "ada.ipynb": nb,
+        "Bob.IPYNB": nb,
+        "cyd.ipynb.txt": nb,
+        "bom.ipynb": "\ufeff" + nb,
+        "dan.py": "\n\n".join(cell.source for cell in some_answers(path).cells if cell.cell_type == "code"),
+        "straße.ipynb": nb,
+        "eve.zip": zipped.getvalue(),
+    }  # fmt: skip
+    bad = {
+        "half.ipynb": (nb[:100], "no notebook: "),
+        "empty.ipynb": ("", "no notebook: "),
+        "list.ipynb": ("[]", "no notebook: "),
+        "latin.ipynb": ("größe".encode("latin-1"), "not UTF-8"),
+        "other.ipynb": (other, "this is the assignment 01_generalization, not 04_stiffness"),
+        "notes.pdf": (b"%PDF", "no notebook, but a file of the type .pdf"),
+        "README": ("x", "no notebook, but a file of the type README"),
+        "bad.zip": (b"PK", "a zip that cannot be opened"),
+    }
+    for name, content in [*good.items(), *((name, content) for name, (content, _) in bad.items())]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "folder.ipynb").mkdir()
+    (folder / "gone.ipynb").symlink_to(tmp_path / "nowhere.ipynb")
+    (folder / "loop").symlink_to(folder)
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "copy.ipynb").write_text(nb, encoding="utf-8")
+    (folder / ".DS_Store").write_bytes(b"x")
+
+    assignments.grade(path, folder, out, folder / "ada.ipynb")
+    rows = table(out)
+    inside = {"eve.zip/my work/eve.ipynb", "eve.zip/../../out.ipynb"}
+    assert {name for name, row in rows.items() if not row["note"]} == good.keys() - {
+        "eve.zip"
+    } | inside
+    assert {row["total"] for row in rows.values() if not row["note"]} == {"3"}
+    notes = {name: note for name, (_, note) in bad.items()} | {
+        "folder.ipynb": "a folder with the name of a notebook",
+        "gone.ipynb": "a link that leads nowhere",
+        "loop": "a link to a folder",
+    }
+    assert rows.keys() - good.keys() - inside == notes.keys()
+    for name, note in notes.items():
+        assert rows[name]["note"].startswith("not graded: ") and note in rows[name]["note"], name
+        assert rows[name]["total"] == "0"
+    told = tmp_path / "grades of May"
+    said = {
+        file.relative_to(told).as_posix(): file.read_text(encoding="utf-8")
+        for file in told.rglob("*.txt")
+    }
+    assert len(said) == len(rows), "no feedback over another, none outside"
+    assert said["half.ipynb.txt"].startswith("not graded: no notebook")
+    assert said["eve.zip/out.ipynb.txt"] == said["ada.ipynb.txt"]
+    assert said["ada.ipynb.txt"] == "3 of 20 points\n\n✗ check.one\n  seed=… told\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "grades of May",
+        "grades of May.csv",
+        "handed in",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("grades", "a file such as grades.csv"),
+        ("taken.csv", "a file such as grades.csv"),
+        ("handed in.csv", "apart from the submissions"),
+        ("handed in/grades.csv", "apart from the submissions"),
+        ("feedback/x.csv", "there is a file of this name"),
+        ("plain/grades.csv", "that can be written to"),
+    ],
+)
+def test_a_table_that_would_do_harm_is_refused_before_grading(
+    tmp_path, graded_at_once, out, reason
+):
+    folder = tmp_path / "handed in"
+    folder.mkdir()
+    nbformat.write(some_answers(MASTERS[3]), folder / "ada.ipynb")
+    (tmp_path / "taken.csv").mkdir()
+    (tmp_path / "feedback").mkdir()
+    (tmp_path / "feedback" / "x").touch()
+    (tmp_path / "plain").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=reason):
+        assignments.grade(MASTERS[3], folder, tmp_path / out, folder / "ada.ipynb")
+    assert graded_at_once == [] and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, graded_at_once):
+    with pytest.raises(SystemExit, match="FROM must be a folder"):
+        assignments.grade(MASTERS[3], tmp_path / "none", tmp_path / "grades.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="nothing was handed in"):
+        assignments.grade(MASTERS[3], tmp_path / "empty", tmp_path / "grades.csv", tmp_path)
+
+
+def test_an_error_of_a_check_tells_a_student_no_seed():
+    results = {"one": (0, ["Traceback ...\n  check.one.verify(one, seed=48151)\nKeyError: 3"])}
+    assert assignments.remarks(results) == [
+        "A check ended with an error of its own. Ask your instructor."
+    ]
+
+
+ENDS = {
+    "endless": ("while True: pass", "stopped after 20 seconds"),
+    "exit": ("import os; os._exit(3)", "the notebook ended the grader"),
+    "segfault": ("import ctypes; ctypes.string_at(0)", "the notebook ended the grader"),
+    "noise": ("import os; os.write(2, b'\\xff\\xfe'); os.write(1, b'\\xff')", ""),
+    "leaves": ("import os, tempfile; os.chdir(tempfile.gettempdir())", None),
+}
 
 
 @pytest.mark.course
-def test_a_folder_becomes_a_table(built, tmp_path, monkeypatch, capsys):
-    """Even if half of the answers are missing, a file is no notebook, or a cell never ends."""
+@pytest.mark.parametrize("name", ENDS)
+def test_one_submission_never_ends_the_grading(built, tmp_path, monkeypatch, name):
     path, folder, out = MASTERS[3], tmp_path / "submissions", tmp_path / "grades.csv"
-    (folder / "late" / "folder.ipynb").mkdir(parents=True)
-    some = notebook(
-        path,
-        lambda text: (
-            assignments.solution(text) if "def cosines" in text else assignments.exercise(text)
-        ),
-    )
-    nbformat.write(some, folder / "ada.ipynb")
-    (folder / "late" / "bob.ipynb").write_text("{", encoding="utf-8")
-    some.cells.insert(1, nbformat.v4.new_code_cell("while True: pass"))
-    nbformat.write(some, folder / "cyd.ipynb")
+    code, note = ENDS[name]
+    folder.mkdir()
+    nb = some_answers(path)
+    nb.cells.insert(1, nbformat.v4.new_code_cell(code))
+    nbformat.write(nb, folder / "ada.ipynb")
+    (folder / "bob.ipynb").write_text("{", encoding="utf-8")
     one = assignments.grade_one
-    monkeypatch.setattr(
-        assignments, "grade_one", lambda s, a: one(s, a, 20 if "cyd" in s.name else 60)
-    )
-    archive = built / "autograder" / f"{path.stem}.zip"
-    for taken in (tmp_path / "grades", tmp_path / "submissions.csv"):
-        with pytest.raises(SystemExit, match="a file such as grades.csv"):
-            assignments.grade(path, folder, taken, archive)
-    assignments.grade(path, folder, out, archive, jobs=2)
-    header, *rows = csv.reader(io.StringIO(out.read_text(encoding="utf-8")))
-    assert header == ["submission", "total", "out of", *worth(path), "note"]
-    ada, cyd, bob = (dict(zip(header, row)) for row in rows)
-    assert ada == {
-        **dict.fromkeys(worth(path), "0"),
-        "submission": "ada.ipynb",
-        "total": "3",
-        "out of": "20",
-        "cosines": "3",
-        "note": "",
-    }
-    assert cyd["submission"] == "cyd.ipynb"
-    assert cyd["note"] == "not graded: stopped after 20 seconds"
-    assert bob["submission"] == "late/bob.ipynb" and bob["total"] == "0"
-    assert bob["note"].startswith("not graded: ")
-    feedback = (tmp_path / "grades" / "ada.txt").read_text(encoding="utf-8")
-    assert feedback.startswith("3 of 20 points\n") and feedback.count("✗ check.") == 4
-    assert "Not answered yet" in feedback and "ada.ipynb: 3 of 20" in capsys.readouterr().out
+    limit = 20 if name == "endless" else 120
+    monkeypatch.setattr(assignments, "grade_one", lambda nb, archive: one(nb, archive, limit))
+    assignments.grade(path, folder, out, built / "autograder" / f"{path.stem}.zip", jobs=2)
+    ada, bob = table(out).values()
+    assert bob["note"].startswith("not graded: no notebook")
+    feedback = (tmp_path / "grades" / "ada.ipynb.txt").read_text(encoding="utf-8")
+    if note == "":
+        assert (ada["total"], ada["cosines"], ada["note"]) == ("3", "3", "")
+        assert feedback.startswith("3 of 20 points\n") and feedback.count("✗ check.") == 4
+        assert "Not answered yet" in feedback
+    elif note:
+        assert ada["total"] == "0" and note in ada["note"] and note in feedback
+
+
+def test_the_autograder_pins_what_it_installs(built, path):
+    with zipfile.ZipFile(built / "autograder" / f"{path.stem}.zip") as archive:
+        wanted = archive.read("environment.yml").decode()
+    assert re.search(r"- otter-grader==\d", wanted)
+    assert re.search(r"- flatmin\[all\] @ git\+https://\S+@([0-9a-f]{40}|v\d\S*)$", wanted, re.M)
+
+
+def test_a_rebuild_without_the_courses_seed_says_so(tmp_path, capsys):
+    assignments.build(MASTERS[3], tmp_path, hidden_seed=77)
+    assert "another seed" not in capsys.readouterr().out
+    assignments.build(MASTERS[3], tmp_path)
+    assert "its hidden tests had another seed before" in capsys.readouterr().out
 
 
 @pytest.mark.course
