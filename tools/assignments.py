@@ -27,7 +27,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from notebooks import LANGUAGE, ROOT, bootstrap, choose, source
+from notebooks import LANGUAGE, ROOT, bootstrap, choose, repository, source
 from otter.generate import main as generate
 
 from flatmin._files import print_line, replace
@@ -88,7 +88,28 @@ def notebook(cells):
     )
 
 
-def assemble(cells, convert):
+HOW_TO_WORK = """\
+**To work in Colab**, choose *File → Upload notebook* at colab.research.google.com and upload this \
+file. On your own machine, open it in JupyterLab, with Python 3.11 or newer. Either way the next \
+cell installs what is missing; no GPU is needed, and once it is solved the notebook runs in about a \
+minute. Save often: in Colab, with *File → Download → Download .ipynb*.
+
+**Hand in** this notebook, `{name}.ipynb`, with your code in place of each `raise \
+NotImplementedError`. Leave the names of the functions and the cells with checks as they are; what \
+the cells print is not graded, since everything is run again. A question without an answer may stay \
+as it is.
+
+**The rules**, how checks compare, and what they cannot see: [Assignments]({page})."""
+
+
+def how_to_work(name):
+    """What a student needs to know who has only the notebook."""
+    repo = repository()
+    page = f"{repo['url']}/blob/{repo['branch']}/{repo['path_to_book']}/assignments.md"
+    return HOW_TO_WORK.format(name=name, page=page)
+
+
+def assemble(cells, convert, name="assignment"):
     """A notebook from a master: a question becomes `convert(source)` and a call of its check."""
     parts = []
     for cell in cells:
@@ -97,7 +118,8 @@ def assemble(cells, convert):
             parts += [("code", convert(cell.source)), ("code", call)]
         else:
             parts.append((cell.cell_type, cell.source))
-    return notebook([parts[0], ("code", bootstrap()), *parts[1:]])
+    first = [parts[0], ("markdown", how_to_work(name)), ("code", bootstrap())]
+    return notebook([*first, *parts[1:]])
 
 
 def leaks(student, cells, hidden_seed):
@@ -195,7 +217,10 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
                 f"{path.stem}: there is no check.{name}; write it in src/flatmin/book/check/, and "
                 "export it in its __init__.py"
             )
-    written = {"student": assemble(cells, exercise), "solution": assemble(cells, solution)}
+    written = {
+        folder: assemble(cells, convert, path.stem)
+        for folder, convert in (("student", exercise), ("solution", solution))
+    }
     if leaked := leaks(written["student"], cells, hidden_seed):
         raise AssertionError(f"{path.stem}: the student notebook contains {leaked}")
     for folder, nb in written.items():

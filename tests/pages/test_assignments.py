@@ -117,6 +117,22 @@ def test_time_points_and_prerequisites_are_stated(path):
     assert len(EXPERIMENTS & set(worth(path))) == 1
 
 
+def test_every_cited_equation_is_in_its_chapter():
+    sources = [*MASTERS, *(ROOT / "assignments" / "wrong").glob("*.py")]
+    sources += (ROOT / "src" / "flatmin" / "book" / "check").glob("*.py")
+    cited = {
+        number
+        for file in sources
+        for number in re.findall(
+            r"(?<![\w)\]])\(([1-9]\d?\.\d{1,2})\)", file.read_text(encoding="utf-8")
+        )
+    }
+    assert len(cited) > 15
+    for number in cited:
+        [chapter] = BOOK.glob(f"{int(number.split('.')[0]):02}_*.md")
+        assert rf"\tag{{{number}}}" in chapter.read_text(encoding="utf-8"), number
+
+
 def test_every_question_has_a_docstring_and_an_exercise(path):
     for cell in assignments.read(path):
         if assignments.points(cell):
@@ -156,7 +172,11 @@ def test_student_notebooks_hold_no_solution(built, path):
     text = (built / "student" / f"{path.stem}.ipynb").read_text(encoding="utf-8")
     nb, cells = nbformat.reads(text, as_version=4), assignments.read(path)
     assert assignments.leaks(nb, cells, assignments.HIDDEN_SEED) == []
-    assert nb.cells[0].source.startswith("# Assignment") and "flatmin" in nb.cells[1].source
+    assert nb.cells[0].source.startswith("# Assignment") and "flatmin" in nb.cells[2].source
+    alone = nb.cells[1].source  # all that a student needs who has only this file
+    for said in ("Colab", "Hand in", f"`{path.stem}.ipynb`", "assignments.md", "about a minute"):
+        assert said in alone
+    assert re.search(r"\*\*Time:\*\* about", nb.cells[0].source)
     assert "otter" not in text
     calls = Counter(cell.source for cell in nb.cells)
     assert all(calls[f"_ = check.{name}({name})"] == 1 for name in worth(path))
@@ -179,8 +199,8 @@ LINE = "fall, rise = -math.log(1 - down), math.log(1 + up)  # p · rise = (1 - p
         lambda nb: add(code_of(nb, "flooded_step"), "\n# sign = 1 if loss > flood_level else -1"),
         lambda nb: add(nb.cells[0], LINE),
         lambda nb: add(nb.cells[0], f"seed={assignments.HIDDEN_SEED}"),
-        lambda nb: nb.cells[1].outputs.append(nbformat.v4.new_output("stream", text="ok")),
-        lambda nb: nb.cells[1].metadata.update(note="x"),
+        lambda nb: nb.cells[2].outputs.append(nbformat.v4.new_output("stream", text="ok")),
+        lambda nb: nb.cells[2].metadata.update(note="x"),
         lambda nb: nb.metadata.update(otter={"tests": {}}),
         lambda nb: nb.cells.remove(code_of(nb, "flooded_step")),
     ],
