@@ -24,6 +24,7 @@ from flatmin.book.check.grading import (
     show,
     time_limit,
     verdict_of,
+    where_different,
 )
 
 CHECKS = {name: v for name, v in vars(check).items() if isinstance(v, Check)}
@@ -330,3 +331,53 @@ def test_checks_do_not_touch_the_global_random_state():
     for name in ("accumulate", "dirichlet_mixup", "lanczos", "sam_step"):
         CHECKS[name].run(lambda *a: None)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_large_result_says_where_it_differs():
+    @question
+    def table(trial):
+        """Five times five."""
+        trial("all of it", {"n": 5}, torch.arange(25.0).view(5, 5))
+
+    def answer(n):
+        value = torch.arange(25.0).view(5, 5)
+        value[1, 3] += 0.25
+        value[4, 4] -= 2
+        return value
+
+    text = str(table.run(answer))
+    assert "first at [1, 3]: got 8.25, wanted 8; in 2 of 25 places, by at most 2" in text
+    assert where_different(torch.ones(3), torch.zeros(3)) == "", "what is small is shown"
+
+
+@pytest.mark.parametrize("container", [tuple, list, np.array, torch.tensor])
+def test_a_pair_may_come_in_any_container(container):
+    assert difference(container([1.0, 2.0]), (1.0, 2.0)) == ""
+    assert "item 1" in difference(container([1.0, 3.0]), (1.0, 2.0))
+
+
+@pytest.mark.parametrize("verdict", ["undecided", "Undecided", " UNDECIDED "])
+def test_a_verdict_may_be_written_in_capitals(verdict):
+    @experiment("a minus b")
+    def effect(seeds):
+        """An effect that is none."""
+        return {"error": np.array([0.1, -0.1, 0.0, 0.1, -0.1])}
+
+    differences = [0.1, -0.1, 0.0, 0.1, -0.1]
+    assert effect.run(lambda seeds: {"error": (differences, verdict)})
+    assert not effect.run(lambda seeds: {"error": (differences, "lower")})
+
+
+def test_a_change_of_a_leaf_in_place_is_named():
+    @question
+    def moved(trial):
+        """One more."""
+        x = torch.ones(2).requires_grad_()
+        trial("a leaf", {"x": x}, torch.full((2,), 2.0))
+
+    def answer(x):
+        x += 1
+        return x
+
+    assert "It changed an input in place" in str(moved.run(answer))
+    assert moved.run(lambda x: x + 1)

@@ -249,6 +249,39 @@ def test_there_are_at_least_five_wrong_answers_per_assignment(path):
     assert {question for question, _, _ in wrong(path).values()} == set(worth(path))
 
 
+def right(path):
+    """{question__style: (question, function)} of assignments/right/, if it is there."""
+    file = path.parent / "right" / path.with_suffix(".py").name
+    env = {"__name__": path.stem}
+    if file.exists():
+        exec(compile(file.read_text(encoding="utf-8"), file.name, "exec"), env)
+    return {
+        name: (name.partition("__")[0], value)
+        for name, value in env.items()
+        if "__" in name.strip("_") and callable(value)
+    }
+
+
+RIGHT = {name: answer for path in MASTERS for name, answer in right(path).items()}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_answer_is_not_refused(name):
+    question, answer = RIGHT[name]
+    for seed in (0, assignments.HIDDEN_SEED, 48151):
+        report = getattr(check, question).run(answer, seed)
+        assert report, f"{report}"
+
+
+def test_each_question_has_right_answers_of_eight_kinds():
+    counts = Counter(question for question, _ in RIGHT.values())
+    done = [path for path in MASTERS if right(path)]
+    assert done, "assignments/right/ is empty"
+    for path in done:
+        for question in worth(path).keys() - EXPERIMENTS:
+            assert counts[question] >= 8, question
+
+
 def cheap(name):
     question, _, mistake = name.partition("__")
     return question not in EXPERIMENTS or mistake in ("not_a_dict", "raises")

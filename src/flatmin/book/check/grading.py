@@ -143,6 +143,8 @@ def difference(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> s
     NaN equals NaN.
     """
     if isinstance(want, tuple):
+        if isinstance(got, (np.ndarray, Tensor)) and got.ndim:
+            got = list(got)
         if not isinstance(got, (tuple, list)) or len(got) != len(want):
             return f"{len(want)} values should have come back"
         texts = (difference(g, w, rtol, atol) for g, w in zip(got, want))
@@ -164,6 +166,23 @@ def difference(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> s
     if not torch.allclose(got_, want_, rtol=rtol, atol=atol, equal_nan=True):
         return "values are wrong" if want_.ndim else "the value is wrong"
     return ""
+
+
+def where_different(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> str:
+    """Of two tensors of one shape that are too large to be shown: where they differ, and how much."""
+    got, want = _tensor(got), _tensor(want)
+    if got is None or want is None or got.shape != want.shape or want.numel() <= 16:
+        return ""
+    got, want = got.double(), want.double()
+    off = ~torch.isclose(got, want, rtol=rtol, atol=atol, equal_nan=True)
+    if not off.any():
+        return ""
+    first = tuple(off.nonzero()[0].tolist())
+    largest = (got - want).abs().nan_to_num(torch.inf).max()
+    return (
+        f"first at {list(first)}: got {got[first]:.6g}, wanted {want[first]:.6g}; in "
+        f"{int(off.sum())} of {off.numel()} places, by at most {largest:.6g}"
+    )
 
 
 def changed(before: Any, after: Any) -> bool:
@@ -253,6 +272,9 @@ class Trial:
                     "Not answered yet: write your own code in place of `raise NotImplementedError`."
                 ) from None
             where = _where(error, self.answer)
+            if "a leaf Variable that requires grad" in str(error):
+                hint = "Work on a copy, such as x.clone(): the caller still needs what it passed."
+                self.fail("It changed an input in place.", where=where, hint=hint)
             self.fail(f"It raised {type(error).__name__}: {error}", where=where)
         for name, value in given.items():
             self.require(
@@ -297,7 +319,14 @@ class Trial:
             if any(not difference(got, each, **tolerances) for each in rival):
                 hint = rival_hint
                 break
-        self.fail(text[0].upper() + text[1:] + ".", got=show(got), wanted=show(want), hint=hint)
+        differs = where_different(got, want, **tolerances)
+        self.fail(
+            text[0].upper() + text[1:] + ".",
+            got=show(got),
+            wanted=show(want),
+            differs=differs,
+            hint=hint,
+        )
 
     def __call__(
         self,
@@ -312,6 +341,24 @@ class Trial:
     ) -> None:
         """Call the answer, and compare what comes back with ``want``."""
         self.compare(self.call(part, inputs, (), through), want, rivals, hint, **tolerances)
+
+
+def differentiated(answer: Callable[..., Any], name: str) -> Callable[..., Tensor]:
+    """The gradient of what an answer returns, with respect to the input ``name``, a leaf.
+
+    Both ``torch.autograd`` and ``torch.func`` may have been used inside.  If what comes back knows
+    nothing of the input, the gradient is 0.
+    """
+
+    def gradient(**inputs: Any) -> Tensor:
+        leaf = inputs[name]
+        value = answer(*inputs.values())
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return torch.zeros_like(leaf)
+        (found,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        return torch.zeros_like(leaf) if found is None else found
+
+    return gradient
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -412,7 +459,7 @@ def _judge(trial: Trial, got: Any, want: Mapping[str, Any], order: str, atol: fl
         trial.begin(f"the verdict on the {key}")
         low, high, follows = verdict_of(differences)
         trial.require(
-            isinstance(verdict, str) and verdict == follows,
+            isinstance(verdict, str) and verdict.strip().lower() == follows,
             f"The verdict {show(verdict)} does not follow from your own data.",
             input="",
             data=f"95 % interval of the mean difference: [{low:.4g}, {high:.4g}]",

@@ -9,7 +9,7 @@ from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, experiment, question, train
+from .grading import Trial, differentiated, experiment, question, train
 
 
 def _smooth(trial, size=5):
@@ -20,7 +20,8 @@ def _smooth(trial, size=5):
         return 0.5 * ((A @ torch.tanh(B @ theta / size**0.5) - c) ** 2).mean()
 
     theta = trial.randn(size)
-    return L, theta, grad(L)(theta), hessian(L)(theta)
+    # of the kind that torch.autograd needs; torch.func takes any
+    return L, theta.clone().requires_grad_(), grad(L)(theta), hessian(L)(theta)
 
 
 @question
@@ -87,10 +88,14 @@ def two_rate_loss(trial: Trial) -> None:
         "The weight is not divided by the rate ε₁ - ε₂.": L(theta) + e1 * e2 / 2 * square,
     }
     trial("the value", inputs, L(theta) + c * square, rivals)
-    rivals = {"The penalty has no gradient: was it detached, or made a number, on the way?": g}
-    through = lambda answer: lambda L, theta, *e: grad(lambda t: answer(L, t, *e))(theta)
-    want = g + 2 * c * H @ g
-    trial("its gradient by torch.func.grad", inputs, want, rivals, through=through)
+    rivals = {
+        "The penalty has no gradient: was it detached, or made a number, on the way?": g,
+        "Nothing here can be differentiated: was the loss detached, or made a number?": 0 * g,
+    }
+    through = lambda answer: (
+        lambda *given: differentiated(answer, "theta")(**dict(zip(inputs, given)))
+    )
+    trial("its gradient", inputs, g + 2 * c * H @ g, rivals, through=through)
 
 
 @question
