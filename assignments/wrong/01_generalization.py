@@ -47,6 +47,12 @@ def paired_interval__divides_by_n(a, b):
     return d.mean(), stats.t.ppf(0.975, len(d) - 1) * d.std() / len(d) ** 0.5
 
 
+def paired_interval__by_mean_interval(a, b):
+    """without mean_interval"""
+    interval = mean_interval(xr.DataArray(a - b, dims="seed"))
+    return interval["mean"], interval["half"]
+
+
 def stopped_early__by_the_test_set(validation_loss, test_error):
     """The test set chose the step"""
     return test_error.amin(1)

@@ -26,6 +26,18 @@ def flooded__without_the_level(losses, flood_level, per_example):
     return ((losses if per_example else losses.mean()) - flood_level).abs().mean()
 
 
+def flooded__detached(losses, flood_level, per_example):
+    """The value is right, but it has no gradient"""
+    losses = losses.detach() if per_example else losses.detach().mean()
+    return ((losses - flood_level).abs() + flood_level).mean()
+
+
+def flooded__mirrored_by_a_constant(losses, flood_level, per_example):
+    """below the level its gradient does not turn around"""
+    value = losses if per_example else losses.mean()
+    return (value + 2 * (flood_level - value).detach().clamp(min=0)).mean()
+
+
 def accumulate__each_by_itself(model, loss, microbatches, flood_level):
     """Every microbatch was flooded by itself"""
     n = sum(len(y) for _, y in microbatches)
@@ -74,6 +86,25 @@ def accumulate__all_at_once(model, loss, microbatches, flood_level):
     x, y = (torch.cat(part) for part in zip(*microbatches))
     model.zero_grad()
     ((loss(model(x), y) - flood_level).abs() + flood_level).backward()
+
+
+def accumulate__two_passes(model, loss, microbatches, flood_level):
+    """went through the model more than once"""
+    n = sum(len(y) for _, y in microbatches)
+    with torch.no_grad():
+        total = sum(loss(model(x), y).item() * len(y) / n for x, y in microbatches)
+    model.zero_grad()
+    sign = 1 if total > flood_level else -1
+    for x, y in microbatches:
+        (sign * loss(model(x), y) * len(y) / n).backward()
+
+
+def accumulate__all_graphs_kept(model, loss, microbatches, flood_level):
+    """graphs are all kept until the end"""
+    n = sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    total = sum(loss(model(x), y) * len(y) / n for x, y in microbatches)
+    ((total - flood_level).abs() + flood_level).backward()
 
 
 def flooded_step__decay_flooded(w, gradient, loss, flood_level, lr, weight_decay):

@@ -31,6 +31,20 @@ def sequence_gram__sums_first(inputs, deltas):
     return (a @ a.T + 1) * (d @ d.T)
 
 
+def sequence_gram__gradients_formed(inputs, deltas):
+    """It formed gradients"""
+    W, c = torch.einsum("nto,nti->noi", deltas, inputs).flatten(1), deltas.sum(1)
+    return W @ W.T + c @ c.T
+
+
+def sequence_gram__gradients_one_by_one(inputs, deltas):
+    """It formed gradients"""
+    rows = []
+    for a, d in zip(inputs, deltas):
+        rows.append(torch.cat([(d.T @ a).flatten(), d.sum(0)]))
+    return torch.stack([torch.stack([g @ h for h in rows]) for g in rows])
+
+
 def class_means__diagonal_left_in(values, classes, num_classes):
     """The diagonal was left in"""
     one = torch.nn.functional.one_hot(classes, num_classes).to(values.dtype)

@@ -25,6 +25,28 @@ def mixed_loss__mean_first(logits, labels, partners, lam):
     return (lam * own + (1 - lam) * other).mean()
 
 
+def mixed_loss__partners_detached(logits, labels, partners, lam):
+    """The partners' loss has no gradient"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    with torch.no_grad():
+        other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return (lam * own + (1 - lam) * other).mean()
+
+
+def mixed_loss__detached(logits, labels, partners, lam):
+    """Was a part of the loss detached on the way?"""
+    z = logits.detach()
+    own = F.cross_entropy(z, labels, reduction="none")
+    other = F.cross_entropy(z, labels[partners], reduction="none")
+    return (lam * own + (1 - lam) * other).mean()
+
+
+def mixed_loss__soft_labels(logits, labels, partners, lam):
+    """A soft label was made"""
+    one = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+    return F.cross_entropy(logits, lam[:, None] * one + (1 - lam)[:, None] * one[partners])
+
+
 def dirichlet_mixup__per_class(x, labels, num_classes, alpha, k, generator):
     """λ was drawn for each class on its own"""
     n = len(x)
@@ -80,6 +102,51 @@ def dirichlet_mixup__global_state(x, labels, num_classes, alpha, k, generator):
     w = torch.from_numpy(np.random.dirichlet([alpha] * k, n)).T[..., None]
     one = F.one_hot(labels, num_classes).to(x.dtype)
     who = [torch.arange(n)] + [torch.randperm(n) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__rest_shared_equally(x, labels, num_classes, alpha, k, generator):
+    """An example's own weight is right; the weights of its partners"""
+    n = len(x)
+    shapes = torch.tensor([[alpha], [(k - 1) * alpha]], dtype=torch.float64).expand(2, n)
+    pair = torch._standard_gamma(shapes.contiguous(), generator=generator)
+    own = (pair[0] / pair.sum(0))[:, None]
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    mixed = [own * v + (1 - own) * sum(v[i] for i in who) / (k - 1) for v in (x, one)]
+    return mixed[0], mixed[1]
+
+
+def dirichlet_mixup__seed_of_the_generator(x, labels, num_classes, alpha, k, generator):
+    """A second batch got the weights of the first"""
+    n, rng = len(x), np.random.default_rng(generator.initial_seed())
+    w = torch.from_numpy(rng.dirichlet([alpha] * k, n)).T[..., None]
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.from_numpy(rng.permutation(n)) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__any_partners(x, labels, num_classes, alpha, k, generator):
+    """indices drawn one by one do not"""
+    n = len(x)
+    w = torch._standard_gamma(
+        torch.full((k, n, 1), alpha, dtype=torch.float64), generator=generator
+    )
+    w = w / w.sum(0)
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n)] + [torch.randint(n, (n,), generator=generator) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__neighbours(x, labels, num_classes, alpha, k, generator):
+    """An example has the same partner in most of the draws"""
+    n = len(x)
+    w = torch._standard_gamma(
+        torch.full((k, n, 1), alpha, dtype=torch.float64), generator=generator
+    )
+    w = w / w.sum(0)
+    one = F.one_hot(labels, num_classes).to(x.dtype)
+    who = [torch.arange(n).roll(j) for j in range(k)]
     return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
 
 

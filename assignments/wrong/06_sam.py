@@ -37,6 +37,21 @@ def climb__underflows(gradients, rho, p):
     return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
 
 
+def climb__zero_over_zero(gradients, rho, p):
+    """there is a NaN in it"""
+    largest = max(g.abs().max() for g in gradients)
+    if p == 2:
+        length = torch.cat([g.flatten() for g in gradients]).norm()
+        return [rho * g / length.clamp_min(1e-30) for g in gradients]
+    u = [g / largest for g in gradients]
+    if p == 1:
+        v = [torch.where(x.abs() == 1, x, 0) for x in u]
+    else:
+        v = [x.sign() * x.abs() ** (1 / (p - 1)) for x in u]
+    length = torch.linalg.vector_norm(torch.cat([x.flatten() for x in v]), p)
+    return [rho * x / length for x in v]
+
+
 def sam_step__not_restored(model, loss, optimizer, rho):
     """The weights were not restored"""
     weights = list(model.parameters())
@@ -110,6 +125,44 @@ def sam_step__loss_up_there(model, loss, optimizer, rho):
             w.copy_(old)
     optimizer.step()
     return worst.item()
+
+
+def sam_step__made_anew(model, loss, optimizer, rho):
+    """was the optimizer made anew?"""
+    weights = list(model.parameters())
+    optimizer = type(optimizer)(weights, **optimizer.defaults)
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__optimizer_ignored(model, loss, optimizer, rho):
+    """let the optimizer that was given make it"""
+    weights = list(model.parameters())
+    clean = loss()
+    slopes = torch.autograd.grad(clean, weights)
+    length = torch.cat([g.flatten() for g in slopes]).norm()
+    kept = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, g in zip(weights, slopes):
+            w += rho * g / length
+    slopes = torch.autograd.grad(loss(), weights)
+    with torch.no_grad():
+        for w, old, g in zip(weights, kept, slopes):
+            w.copy_(old - optimizer.param_groups[0]["lr"] * g)
+    return clean.item()
 
 
 def adaptive_climb__once(w, gradient, rho):

@@ -1,15 +1,18 @@
 """Checks of assignment 2: flooding."""
 
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
+from .generalization import plain_number
 from .grading import Trial, experiment, question, train
 
 
@@ -32,7 +35,28 @@ def fraction_up(trial: Trial) -> None:
         }
         hint = "A step down multiplies w by 1 - down, a step up by 1 + up. In the long run the "
         hint += "logarithm of |w| neither grows nor falls."
-        trial(part, {"down": down, "up": up}, walk(down, up), rivals, hint)
+        inputs = {"down": down, "up": up}
+        trial(part, inputs, walk(down, up), rivals, hint, through=plain_number)
+
+
+def _slope(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a flooded loss; None if it is no tensor, or was worked out in NumPy."""
+
+    def slope(losses: Tensor, *rest: Any) -> Tensor | None:
+        try:
+            value = answer(losses, *rest)
+        except RuntimeError as error:
+            if "numpy()" in str(error):
+                return None
+            raise
+        if not isinstance(value, Tensor):
+            return None
+        if not value.requires_grad:
+            return torch.zeros_like(losses)
+        (found,) = torch.autograd.grad(value.sum(), losses, allow_unused=True)
+        return torch.zeros_like(losses) if found is None else found
+
+    return slope
 
 
 @question
@@ -60,7 +84,22 @@ def flooded(trial: Trial) -> None:
             "The + b is missing: above the level the flooded loss is the loss.": want - b,
             "One number was wanted, the mean over the examples.": fold(x),
         }
-        trial(part, {"losses": x, "flood_level": b, "per_example": each}, want, rivals)
+        inputs = {"losses": x, "flood_level": b, "per_example": each}
+        trial(part, inputs, want, rivals, through=plain_number)
+    for part, x, each in (
+        ("its gradient, the mean below the level", low, False),
+        ("its gradient, example by example", losses, True),
+    ):
+        inputs = {"losses": x.clone().requires_grad_(), "flood_level": b, "per_example": each}
+        got, raw = trial.call(part, inputs, through=_slope), torch.ones_like(x) / len(x)
+        sign = (x if each else x.mean()).sub(b).sign()
+        rivals = {
+            "The value is right, but it has no gradient, so nothing can be trained with it: was "
+            "it detached, or made a number, on the way?": 0 * raw,
+            "The value is right, but below the level its gradient does not turn around.": raw,
+        }
+        if got is not None:
+            trial.compare(got, sign * raw, rivals, "The value is right, its gradient is not.")
 
 
 @question
@@ -68,6 +107,10 @@ def accumulate(trial: Trial) -> None:
     """The gradient of the flooded mean loss of a batch that comes in microbatches."""
     x, y = trial.randn(12, 4), trial.integers(3, 12)
     loss = nn.functional.cross_entropy
+    given_twice = "An example went through the model more than once. The sign is known only at "
+    given_twice += "the end, but it can be applied to the gradient as well."
+    all_kept = "The microbatches' graphs are all kept until the end, and take as much memory as "
+    all_kept += "the whole batch. Call backward for each microbatch before the next one comes."
     flat = lambda parts: torch.cat([p.flatten() for p in parts])
     for part, sizes, sign in (
         ("one microbatch, above the level", [12], 1),
@@ -91,12 +134,18 @@ def accumulate(trial: Trial) -> None:
             w.grad = old.clone()
         before = [w.detach().clone() for w in weights]
         batch_sizes: list[int] = []
+        kept_before: list[int] = []  # how many passes' inputs are still there, at each pass
+        passed: list[weakref.ref[Tensor]] = []
 
-        def counted(z, target):
-            batch_sizes.append(len(target))
-            return loss(z, target)
+        def watch(_, args):
+            batch_sizes.append(args[0].numel() // 4)
+            kept_before.append(sum(ref() is not None for ref in passed))
+            copy = args[0].clone()  # in nobody's hands but the graph's
+            passed.append(weakref.ref(copy))
+            return (copy, *args[1:])
 
-        inputs = {"model": model, "loss": counted, "microbatches": parts, "flood_level": b}
+        model.register_forward_pre_hook(watch)
+        inputs = {"model": model, "loss": loss, "microbatches": parts, "flood_level": b}
         shown = f"microbatches of {sizes} examples, flood_level = {b:.4f}, "
         shown += f"the batch's mean loss = {mean:.4f}"
         trial.call(part, inputs, changes=("model", "loss"), shown=shown)
@@ -111,6 +160,9 @@ def accumulate(trial: Trial) -> None:
             max(batch_sizes, default=0) <= max(sizes),
             "The microbatches were put together into one batch, which does not fit into memory.",
         )
+        trial.require(sum(batch_sizes) <= sum(sizes), given_twice)
+        # the one before may still be there: its variable lives until it is assigned again
+        trial.require(max(kept_before, default=0) <= 1, all_kept)
         kept = [sign * g + flat(stale), sign * (g + flat(stale))]
         equal = total / len(parts)
         rivals = {
@@ -122,7 +174,7 @@ def accumulate(trial: Trial) -> None:
             "This is the gradient of the sum of the microbatches' losses, not of the batch's "
             "mean.": sign * total,
         }
-        trial.compare(flat([w.grad for w in weights]), sign * g, rivals)
+        trial.compare(flat([w.grad for w in weights]), sign * g, rivals, atol=1e-6)
 
 
 @question
@@ -140,7 +192,9 @@ def flooded_step(trial: Trial) -> None:
             "This climbs above the level and descends below it.": step(-sign * g, decay),
             "The weight decay is missing.": step(sign * g, 0),
         }
-        trial(part, {**inputs, "weight_decay": decay}, step(sign * g, decay), rivals)
+        inputs["weight_decay"] = decay
+        # a difference of single-precision numbers of size 1 is off by some 1e-7
+        trial(part, inputs, step(sign * g, decay), rivals, atol=1e-6)
 
 
 @experiment("flooded minus not flooded")

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from scipy.special import beta as beta_function
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ...batch import Mixup
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, experiment, question, train
+from .grading import Trial, _tensor, differentiated, experiment, question, train
 
 
 @question
@@ -37,6 +38,20 @@ def expected_mixing(trial: Trial) -> None:
         trial(part, {"alphas": alpha}, want, rivals, hint)
 
 
+class _SoftLabels(TorchFunctionMode):
+    """Notes whether a cross-entropy is given labels of more than one class."""
+
+    seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            target = kwargs.get("target", args[1] if len(args) > 1 else None)
+            if isinstance(target, torch.Tensor) and target.is_floating_point() and target.ndim == 2:
+                self.seen |= bool(((target != 0).sum(1) > 1).any())
+        return func(*args, **kwargs)
+
+
 @question
 def mixed_loss(trial: Trial) -> None:
     """The loss on mixed labels from two ordinary losses, with one λ per example."""
@@ -60,7 +75,37 @@ def mixed_loss(trial: Trial) -> None:
             "One number was wanted, the mean over the batch.": losses,
         }
         inputs = {"logits": z, "labels": y, "partners": partners, "lam": lam}
-        trial(part, inputs, losses.mean(), rivals)
+        with _SoftLabels() as labels:
+            got = trial.call(part, inputs)
+        trial.compare(got, losses.mean(), rivals)
+        hint = "By (5.6) the loss is λ times one ordinary loss plus 1 - λ times another."
+        trial.require(not labels.seen, "A soft label was made; none is needed.", hint=hint)
+    if isinstance(got, torch.Tensor):  # a number or an array is right, and has no gradient
+        z = z.clone().requires_grad_()
+        slope = lambda losses: torch.autograd.grad(losses.mean(), z, retain_graph=True)[0]
+        own, theirs = lam * loss(z, y), (1 - lam) * loss(z, y[partners])
+        want, hint = slope(own + theirs), "Was a part of the loss detached on the way?"
+        rivals = {
+            "The partners' loss has no gradient: was it detached on the way?": slope(own),
+            "The own loss has no gradient: was it detached on the way?": slope(theirs),
+        }
+        through = lambda answer: (
+            lambda *given: differentiated(answer, "logits")(**dict(zip(inputs, given)))
+        )
+        inputs = {**inputs, "logits": z}
+        trial("its gradient", inputs, want, rivals, hint, through=through, atol=1e-6)
+
+
+def _as_tensors(answer):
+    """The answer, with tensors in place of the arrays or numbers in what it returns."""
+
+    def converted(*given):
+        got = answer(*given)
+        if not isinstance(got, (tuple, list)):
+            return got
+        return tuple(v if _tensor(v) is None else _tensor(v) for v in got)
+
+    return converted
 
 
 @question
@@ -72,11 +117,12 @@ def dirichlet_mixup(trial: Trial) -> None:
     alpha = trial.number(0.2, 0.5)
     one = F.one_hot(y, K).double()
 
-    def draw(number, part):
+    def draw(number, part, generator=None):
         inputs = {"x": eye, "labels": y, "num_classes": K, "alpha": alpha, "k": k}
-        inputs["generator"] = torch.Generator().manual_seed(number)
+        inputs["generator"] = generator or torch.Generator().manual_seed(number)
         shapes = {"the mixed inputs": [n, n], "the mixed labels": [n, K]}
-        return trial.tensors(part, inputs, shapes, changes=("generator",))
+        changes = ("generator",)
+        return trial.tensors(part, inputs, shapes, changes=changes, through=_as_tensors)
 
     weights, targets = draw(trial.seed, "inputs and labels, mixed with one and the same weights")
     trial.input = "x was the unit matrix, so row i of the mixed x holds the weights of mixture i"
@@ -93,6 +139,14 @@ def dirichlet_mixup(trial: Trial) -> None:
     hint = "The same generator should give the same mixtures. Pass it on to everything that draws "
     hint += "random numbers, and draw from nothing else."
     trial.compare(again, (weights, targets), hint=hint, rtol=0, atol=0)
+    generator = torch.Generator().manual_seed(trial.seed)
+    part = "one generator for two batches, other mixtures"
+    first, second = (draw(0, part, generator)[0].diagonal() for _ in range(2))
+    trial.require(
+        ((first - second).abs() > 1e-6).double().mean() > 0.5,
+        "A second batch got the weights of the first.",
+        hint="Draw from the generator, so that it goes on: its seed alone is always the same.",
+    )
 
     part = "k partners, one of them the example itself"
     many = torch.stack([draw(9_000 + 97 * trial.seed + i, part)[0] for i in range(60)])
@@ -107,6 +161,15 @@ def dirichlet_mixup(trial: Trial) -> None:
     )
     own = many.diagonal(dim1=1, dim2=2)  # [draw, example]
     trial.require((own > 0).double().mean() > 0.95, "The example itself is missing in its mixture.")
+    most = int((many > 1e-9).sum(1).max())
+    hint = "A permutation has every example once; indices drawn one by one do not."
+    trial.require(most <= k, f"An example went into {most} mixtures; k is {k}.", hint=hint)
+    often = (many > 1e-9).double().mean(0) * (1 - eye)
+    trial.require(
+        often.max() < 0.5,
+        "An example has the same partner in most of the draws.",
+        hint="Draw the permutations from the generator, too, anew in every call.",
+    )
 
     trial.begin("one vector of weights per example")
     distinct = sum(len(draws.round(decimals=6).unique()) for draws in own) / len(own)
@@ -117,13 +180,22 @@ def dirichlet_mixup(trial: Trial) -> None:
     )
 
     trial.begin("the distribution of the weights")
-    # a partner is the example itself with probability 2/n: within the margins below
+    # Each partner is the example itself, or another partner, with probability 1/n.  The margins
+    # below are five standard errors of 60 n mixtures, or more.
+    square, product = ((alpha + c) / (k * (k * alpha + 1)) for c in (1, 0))  # E w², E w w'
+    squares = (1 + (k - 1) / n) * square
+    squares += ((k - 1) * 2 / n + (k - 1) * (k - 2) / n**2) * product  # E of the own weight's
     mean, mixing = float(own.mean()), float((own * (1 - own)).mean())
-    want = (1 - 1 / k) * alpha / (k * alpha + 1)
-    trial.compare(mean, 1 / k, hint="An example's own weight is 1/k on average.", atol=0.06)
+    want = (1 + (k - 1) / n) / k
+    trial.compare(mean, want, hint="An example's own weight is 1/k on average.", atol=0.05)
+    want -= squares
     hint = "The weights are not Dirichlet(α, …, α): E[λ(1-λ)] is off. Gamma(α) variables divided "
     hint += "by their sum are Dirichlet; uniform ones are not. Is α used at all?"
-    trial.compare(mixing, want, hint=hint, rtol=0, atol=0.022)
+    trial.compare(mixing, want, hint=hint, rtol=0, atol=0.017)
+    together, want = (many**2).sum(-1).mean(), k * square + k * (k - 1) / n * product
+    hint = "An example's own weight is right; the weights of its partners, all together, are not. "
+    hint += "The sum of the squares of the weights is off, so they are not Dirichlet(α, …, α)."
+    trial.compare(together, want, hint=hint, rtol=0, atol=0.027)
 
 
 @question
@@ -143,7 +215,7 @@ def shrunk(trial: Trial) -> None:
             "The weight of the data is 1 - ϑ here, it should be ϑ.": both(1 - theta),
             "That is ϑ for α = 1.": both(0.75),
         }
-        trial(part, {"x": x, "targets": one, "alpha": alpha}, both(theta), rivals)
+        trial(part, {"x": x, "targets": one, "alpha": alpha}, both(theta), rivals, atol=1e-6)
 
 
 @experiment("mixup minus none")

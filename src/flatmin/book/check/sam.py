@@ -14,6 +14,16 @@ from ..datasets import mnist1d
 from .grading import Trial, experiment, question, train
 
 
+def _as_float(answer):
+    """The answer, with floats in place of numbers such as Decimal, or SymPy's."""
+
+    def converted(*given):
+        got = answer(*given)
+        return float(got) if hasattr(got, "__float__") and not hasattr(got, "shape") else got
+
+    return converted
+
+
 @question
 def sharpest_stable(trial: Trial) -> None:
     """The largest curvature at which unnormalized SAM with a given rate does not diverge."""
@@ -31,7 +41,8 @@ def sharpest_stable(trial: Trial) -> None:
         }
         hint = "One step multiplies w by 1 - η h (1 + ρ h). Solve |factor| = 1 for h; if ρ is "
         hint += "tiny, a difference of two nearly equal roots loses its digits."
-        trial(part, {"eta": eta, "rho": rho}, want, rivals, hint, rtol=1e-6)
+        inputs = {"eta": eta, "rho": rho}
+        trial(part, inputs, want, rivals, hint, through=_as_float, rtol=1e-6)
 
 
 def _perturbation(gradients, rho, p):
@@ -86,6 +97,8 @@ def climb(trial: Trial) -> None:
     hint = "Where there is no slope there is no way up: ε̂ = 0, not 0/0."
     inputs = {"gradients": zero, "rho": rho, "p": 2.0}
     trial("a gradient of zero", inputs, tuple(zero), hint=hint)
+    for p in (1.0, 1.1, math.inf):  # anything in the ball will do
+        trial("a gradient of zero", {**inputs, "p": p}, tuple(zero), hint=hint, atol=1.01 * rho)
 
 
 @question
@@ -100,17 +113,18 @@ def sam_step(trial: Trial) -> None:
             lambda: nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3))
         )
 
-    def step(part, model, lr):
+    def step(part, model, lr, optimizer=None):
         """What the answer returns, and the weights before and after it."""
         weights = nn.utils.parameters_to_vector
         before = weights(model.parameters()).detach()
         inputs = {
             "model": model,
             "loss": lambda: cross_entropy(model(x.to(before.dtype)), y),
-            "optimizer": torch.optim.SGD(model.parameters(), lr),
+            "optimizer": optimizer or torch.optim.SGD(model.parameters(), lr),
             "rho": rho,
         }
         shown = f"rho = {rho}, SGD with lr = {lr}"
+        shown += ", momentum = 0.9, weight_decay = 0.3" * (optimizer is not None)
         got = trial.call(part, inputs, changes=("model", "loss", "optimizer"), shown=shown)
         return got, before, weights(model.parameters()).detach()
 
@@ -146,6 +160,28 @@ def sam_step(trial: Trial) -> None:
     trial.begin("it returns the loss at w")
     trial.input = ""
     trial.compare(got, L(w), {"That is the loss at w + ε̂; what one logs is the loss at w.": L(up)})
+
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=0.3)
+    part = "two steps with momentum and weight decay"
+    _, w, _ = step(part, model, lr, optimizer)
+    _, _, after = step(part, model, lr, optimizer)
+
+    def steps(momentum, decay):
+        """Both steps."""
+        place, velocity = w, 0
+        for _ in range(2):
+            g = slope(place)
+            velocity = momentum * velocity + slope(place + rho * g / g.norm()) + decay * place
+            place = place - lr * velocity
+        return place
+
+    rivals = {
+        "The momentum is lost between two calls: was the optimizer made anew?": steps(0, 0.3),
+        "This is a step of plain SGD: let the optimizer that was given make it.": steps(0, 0),
+        "The optimizer's weight decay is missing.": steps(0.9, 0),
+    }
+    hint = "Nothing but optimizer.step() should move the weights, from w."
+    trial.compare(after, steps(0.9, 0.3), rivals, hint)
 
     model = make(60).float()  # enough weights that subtracting ε̂ fails for some
     _, before, after = step("with a rate of 0 the weights come back bitwise", model, 0.0)
