@@ -149,17 +149,45 @@ from otter.test_files import test_case
 OK_FORMAT = False
 name = "{name}"
 points = None
-
-
-@test_case(points={half:g}, hidden=False)
-def public({name}):
-    check.{name}.verify({name}, seed=0)
-
-
-@test_case(points={half:g}, hidden=True)
-def hidden({name}):
-    check.{name}.verify({name}, seed={seed})
 """
+
+OTTER_CASE = """
+
+@test_case(points={points!r}, hidden={hidden})
+def {kind}_{i}({name}):
+    check.{name}.verify({name}, seed={seed}, part={part!r})
+"""
+
+
+def otter_tests(name, total, parts, hidden_seed):
+    """Otter's file for a question: half of the points for each seed, shared by the check's parts."""
+    text = OTTER_TESTS.format(name=name)
+    for kind, seed in (("public", 0), ("hidden", hidden_seed)):
+        for i, part in enumerate(parts, 1):
+            text += OTTER_CASE.format(
+                points=total / 2 / len(parts), hidden=kind == "hidden", kind=kind, i=i, name=name,
+                seed=seed, part=part,
+            )  # fmt: skip
+    return text
+
+
+def parts_of(cells):
+    """{question: the names of its check's parts}; [None] for an experiment, which has no parts.
+
+    The reference solution is run, and must pass.
+    """
+    env, parts = {}, {}
+    for cell in cells:
+        if cell.cell_type == "code":
+            exec(compile(solution(cell.source), "reference", "exec"), env)
+    for name in questions(cells):
+        question, parts[name] = getattr(check, name), [None]
+        if not question.whole:
+            report = question.run(env[name])
+            if not report:
+                sys.exit(f"the reference solution of {name} fails:\n{report}")
+            parts[name] = list(report.mistakes)
+    return parts
 
 
 def pinned_source():
@@ -179,16 +207,16 @@ def seed_of(archive):
         tests = "".join(
             made.read(name).decode() for name in made.namelist() if name.endswith(".py")
         )
-    seeds = set(re.findall(r"seed=(\d+)\)", tests)) - {"0"}
+    seeds = set(re.findall(r"seed=(\d+)", tests)) - {"0"}
     return int(seeds.pop()) if seeds else None
 
 
-def autograder(worth, hidden_seed):
+def autograder(worth, parts, hidden_seed):
     """The zip that Otter grades with, here and on Gradescope."""
     with tempfile.TemporaryDirectory() as work:
         made, config, requirements = (Path(work, name) for name in ("zip", "config", "packages"))
         for name, total in worth.items():
-            tests = OTTER_TESTS.format(name=name, half=total / 2, seed=hidden_seed)
+            tests = otter_tests(name, total, parts[name], hidden_seed)
             replace(Path(work, f"{name}.py"), tests)
         replace(config, json.dumps({"show_hidden": False, "show_stdout": False}))
         replace(
@@ -228,7 +256,7 @@ def build(path, out=BUILD, hidden_seed=HIDDEN_SEED):
         replace(out / folder / f"{path.stem}.ipynb", nbformat.writes(nb) + "\n")
     archive = out / "autograder" / f"{path.stem}.zip"
     other = seed_of(archive) not in (None, hidden_seed)
-    replace(archive, autograder(worth, hidden_seed))
+    replace(archive, autograder(worth, parts_of(cells), hidden_seed))
     print(
         f"  {path.stem}: {len(worth)} questions, {sum(worth.values())} points"
         + ("; its hidden tests had another seed before" if other else ""),
@@ -451,7 +479,7 @@ def grade(path, folder, out, archive=None, jobs=1):
     rows = [["submission", "total", "out of", *worth, "note"]]
     with ThreadPoolExecutor(jobs) as pool:
         for (name, _), (results, note) in zip(found, pool.map(graded, found)):
-            earned = [results.get(question, [0])[0] for question in worth]
+            earned = [round(results.get(question, [0])[0], 2) for question in worth]
             total, most = f"{sum(earned):g}", sum(worth.values())
             rows.append([name, total, most, *(f"{points:g}" for points in earned), note])
             parts = [f"{total} of {most} points", *remarks(results)] if results else [note]

@@ -89,8 +89,12 @@ def scores(built, path, env, names):
     for name in names:
         test = autograder_test(built, path, name)
         test.run(env)
-        failed = [result.message for result in test.test_case_results if not result.passed]
-        graded[name] = test.score, "\n".join(failed)
+        failed = {  # the parts of one seed have the same report
+            (result.test_case.hidden, result.message[result.message.find("✗ check.") :].strip())
+            for result in test.test_case_results
+            if not result.passed
+        }
+        graded[name] = round(test.score, 9), "\n".join(text for _, text in sorted(failed))
     return graded
 
 
@@ -225,8 +229,9 @@ def test_a_course_can_have_hidden_tests_of_its_own(built, tmp_path):
     for folder, seed in ((tmp_path, 77), (built, assignments.HIDDEN_SEED)):
         test = autograder_test(folder, MASTERS[3], "cosines")
         assert f"seed={seed}" in test.source and "seed=0" in test.source
-        cases = [(case.points, case.hidden) for case in test.test_cases]
-        assert cases == [(1.5, False), (1.5, True)]
+        for hidden in (False, True):
+            points = [case.points for case in test.test_cases if case.hidden == hidden]
+            assert len(points) > 1 and sum(points) == pytest.approx(1.5)
 
 
 # ------------------------------------------------------------- grades, by the autograder's tests
@@ -304,8 +309,23 @@ def test_a_wrong_answer_loses_its_points_with_a_hint(built, path, name, monkeypa
     other = next(name for name in worth(path) if name not in EXPERIMENTS | {question})
     graded = scores(built, path, env, [question, other])
     score, messages = graded[question]
-    assert score == 0 and messages.count(phrase) == 2, messages  # for public and hidden inputs
+    assert score < worth(path)[question] and messages.count(phrase) == 2, messages  # both seeds
     assert graded[other][0] == worth(path)[other]
+
+
+def test_an_answer_that_is_right_in_parts_earns_these_parts(built):
+    """And the report says which."""
+    path, name = MASTERS[1], "fraction_up"
+    env = environment(path, without=name)
+    right = environment(path)[name]
+    env[name] = lambda down, up: right(down, up) if up >= down else 0.5
+    [(score, messages)] = scores(built, path, env, [name]).values()
+    assert score == pytest.approx(worth(path)[name] * 2 / 3)
+    for said in ("✓ equal rates", "✓ larger steps up", "✗ larger steps down"):
+        assert messages.count(said) == 2
+    env[name] = lambda down, up: down / 0
+    [(score, messages)] = scores(built, path, env, [name]).values()
+    assert score == 0 and messages.count("ZeroDivisionError") == 2, "told once"
 
 
 # ------------------------------------------------------------------------------- grades, by Otter
@@ -315,7 +335,7 @@ def graded(built, path, nb):
     """The points of a notebook, with the name of a kernel that is not installed here."""
     nb.metadata["kernelspec"] = {"name": "conda-env-ml-py", "display_name": "Python [conda env:ml]"}
     results = assignments.grade_one(nb, built / "autograder" / f"{path.stem}.zip")
-    return {name: points for name, (points, _) in results.items()}
+    return {name: round(points, 9) for name, (points, _) in results.items()}
 
 
 @pytest.mark.course
@@ -343,8 +363,10 @@ def test_otter_subtracts_the_points_of_one_mistake(built, path, name):
             return source
         return (assignments.exercise if defined & EXPERIMENTS else assignments.solution)(text)
 
+    found = graded(built, path, notebook(path, answered))
+    assert found[question] < worth(path)[question]  # parts of it may be right
     expected = {name: 0 if name in lost else points for name, points in worth(path).items()}
-    assert graded(built, path, notebook(path, answered)) == expected
+    assert {**found, question: 0} == expected
 
 
 # --------------------------------------------------------------------------- folders of submissions

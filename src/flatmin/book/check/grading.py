@@ -34,27 +34,32 @@ class Mistake(Exception):
         self.lines = {"": sentence, **{k: v for k, v in lines.items() if v}}
 
 
+class Hopeless(Mistake):
+    """A mistake after which the other parts are not tried: no answer, or one that never ends."""
+
+
 @dataclass
 class Report:
     """What a check found; true if the answer passed."""
 
     name: str
-    passed_parts: list[str] = field(default_factory=list)
-    part: str = ""
-    mistake: Mistake | None = None
+    part: str = ""  # that is being tried
+    mistakes: dict[str, Mistake | None] = field(default_factory=dict)  # by part, None if it passed
 
     def __bool__(self) -> bool:
-        return self.mistake is None
+        return not any(self.mistakes.values())
 
     def __str__(self) -> str:
-        lines = [f"{'✓' if self else '✗'} {self.name}"]
-        lines += [f"  ✓ {part}" for part in self.passed_parts]
-        if self.mistake:
-            lines.append(f"  ✗ {self.part or 'your answer'}")
-            for label, text in self.mistake.lines.items():
-                first, *rest = str(text).splitlines() or [""]
-                lines.append(f"      {label + ':':8}{first}" if label else f"      {first}")
-                lines += [f"              {line}" for line in rest]
+        """Each part, with the first mistake in full: those after it are often the same."""
+        lines, told = [f"{'✓' if self else '✗'} {self.name}"], False
+        for part, mistake in self.mistakes.items():
+            lines.append(f"  {'✗' if mistake else '✓'} {part or 'your answer'}")
+            if mistake and not told:
+                told = True
+                for label, text in mistake.lines.items():
+                    first, *rest = str(text).splitlines() or [""]
+                    lines.append(f"      {label + ':':8}{first}" if label else f"      {first}")
+                    lines += [f"              {line}" for line in rest]
         return "\n".join(lines)
 
     def _ipython_display_(self) -> None:
@@ -230,13 +235,13 @@ class Trial:
         return model
 
     def begin(self, part: str) -> None:
-        """Begin this part; the one before has passed."""
+        """Begin this part; the one before has passed, if nothing else was said of it."""
         if self.report.part and part != self.report.part:
-            self.report.passed_parts.append(self.report.part)
+            self.report.mistakes.setdefault(self.report.part, None)
         self.report.part = part
 
-    def fail(self, sentence: str, **lines: Any) -> None:
-        raise Mistake(sentence, **{"input": self.input, **lines})
+    def fail(self, sentence: str, kind: type[Mistake] = Mistake, **lines: Any) -> None:
+        raise kind(sentence, **{"input": self.input, **lines})
 
     def require(self, condition: Any, sentence: str, **lines: Any) -> None:
         if not bool(condition):
@@ -263,12 +268,12 @@ class Trial:
                 got = (through(self.answer) if through else self.answer)(*given.values())
         except OutOfTime:
             hint = "Is there a loop that never ends?"
-            self.fail(f"It was stopped after {self.seconds:g} seconds.", hint=hint)
+            self.fail(f"It was stopped after {self.seconds:g} seconds.", Hopeless, hint=hint)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - whatever a student's code can raise
             if isinstance(error, NotImplementedError) and not str(error):
-                raise Mistake(
+                raise Hopeless(
                     "Not answered yet: write your own code in place of `raise NotImplementedError`."
                 ) from None
             where = _where(error, self.answer)
@@ -339,8 +344,16 @@ class Trial:
         through: Callable[..., Any] | None = None,
         **tolerances: float,
     ) -> None:
-        """Call the answer, and compare what comes back with ``want``."""
-        self.compare(self.call(part, inputs, (), through), want, rivals, hint, **tolerances)
+        """Call the answer, and compare what comes back with ``want``.
+
+        A mistake is noted, and the next part is tried all the same.
+        """
+        try:
+            self.compare(self.call(part, inputs, (), through), want, rivals, hint, **tolerances)
+        except Hopeless:
+            raise
+        except Mistake as mistake:
+            self.report.mistakes.setdefault(part, mistake)
 
 
 def differentiated(answer: Callable[..., Any], name: str) -> Callable[..., Tensor]:
@@ -379,9 +392,13 @@ class Check:
 
     __name__: str  # of the function
 
-    def __init__(self, pose: Callable[[Trial], None], seconds: float = 10) -> None:
+    def __init__(
+        self, pose: Callable[[Trial], None], seconds: float = 10, whole: bool = False
+    ) -> None:
         update_wrapper(self, pose)
+        self.whole = whole  # all of its points or none
         self.pose, self.seconds = pose, seconds
+        self.last: tuple[Any, int, Report] | None = None
 
     def run(self, answer: Callable[..., Any], seed: int = 0) -> Report:
         """The report, without printing it."""
@@ -398,8 +415,8 @@ class Check:
             trial = Trial(answer, seed, self.seconds, report)
             self.pose(trial)
             trial.begin("")
-        except Mistake as mistake:
-            report.mistake = mistake
+        except Mistake as mistake:  # the parts after it are not tried
+            report.mistakes[report.part] = report.mistakes.get(report.part) or mistake
         return report
 
     def __call__(self, answer: Callable[..., Any], seed: int = 0) -> Report:
@@ -407,10 +424,15 @@ class Check:
         print_line(report)
         return report
 
-    def verify(self, answer: Callable[..., Any], seed: int = 0) -> None:
-        """For the autograder: raise an AssertionError with the report, or pass in silence."""
-        report = self.run(answer, seed)
-        if not report:
+    def verify(self, answer: Callable[..., Any], seed: int = 0, part: str | None = None) -> None:
+        """For the autograder: raise an AssertionError with the report, or pass in silence.
+
+        With ``part``, if this part has passed; the check itself is run once for all its parts.
+        """
+        if self.last is None or self.last[0] is not answer or self.last[1] != seed:
+            self.last = answer, seed, self.run(answer, seed)
+        report = self.last[2]
+        if report.mistakes.get(part, True) if part is not None else not report:
             raise AssertionError(f"\n{report}")
 
 
@@ -433,7 +455,7 @@ def experiment(order: str, atol: float = 0.01) -> Callable[[Callable[..., Any]],
             seeds = [100 * trial.seed + k for k in range(5)]
             _judge(trial, trial.call("it runs", {"seeds": seeds}), truth(tuple(seeds)), order, atol)
 
-        return Check(update_wrapper(pose, truth), seconds=120)
+        return Check(update_wrapper(pose, truth), seconds=120, whole=True)
 
     return make
 
