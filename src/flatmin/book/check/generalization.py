@@ -76,7 +76,6 @@ def margins(trial: Trial) -> None:
 @question
 def paired_interval(trial: Trial) -> None:
     """Mean and half width of the 95 % interval of a paired difference."""
-    trial.begin("from scratch")
     names = getattr(getattr(trial.answer, "__code__", None), "co_names", ())
     trial.require("mean_interval" not in names, "The question asks for it without mean_interval.")
     for part, n in (("five pairs", 5), ("twelve pairs", 12)):

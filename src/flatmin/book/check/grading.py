@@ -298,6 +298,7 @@ class Trial:
             isinstance(got, (tuple, list)) and len(got) == len(shapes),
             f"{len(shapes)} tensors should have come back: {', '.join(shapes)}.",
         )
+        got = [value if _tensor(value) is None else _tensor(value) for value in got]
         for value, (name, shape) in zip(got, shapes.items()):
             right = isinstance(value, Tensor) and list(value.shape) == shape
             self.require(right, f"{name} should be a tensor of shape {shape}.", got=show(value))

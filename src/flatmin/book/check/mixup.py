@@ -11,7 +11,7 @@ from ...batch import Mixup
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, _tensor, differentiated, experiment, question, train
+from .grading import Trial, differentiated, experiment, question, train
 
 
 @question
@@ -96,18 +96,6 @@ def mixed_loss(trial: Trial) -> None:
         trial("its gradient", inputs, want, rivals, hint, through=through, atol=1e-6)
 
 
-def _as_tensors(answer):
-    """The answer, with tensors in place of the arrays or numbers in what it returns."""
-
-    def converted(*given):
-        got = answer(*given)
-        if not isinstance(got, (tuple, list)):
-            return got
-        return tuple(v if _tensor(v) is None else _tensor(v) for v in got)
-
-    return converted
-
-
 @question
 def dirichlet_mixup(trial: Trial) -> None:
     """Mix k examples with Dirichlet weights, one vector of weights per example."""
@@ -122,7 +110,7 @@ def dirichlet_mixup(trial: Trial) -> None:
         inputs["generator"] = generator or torch.Generator().manual_seed(number)
         shapes = {"the mixed inputs": [n, n], "the mixed labels": [n, K]}
         changes = ("generator",)
-        return trial.tensors(part, inputs, shapes, changes=changes, through=_as_tensors)
+        return trial.tensors(part, inputs, shapes, changes=changes)
 
     weights, targets = draw(trial.seed, "inputs and labels, mixed with one and the same weights")
     trial.input = "x was the unit matrix, so row i of the mixed x holds the weights of mixture i"

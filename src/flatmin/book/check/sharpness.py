@@ -10,7 +10,7 @@ from ...measure import eigenvalues
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, _tensor, experiment, question, train
+from .grading import Trial, experiment, question, train
 
 
 @question
@@ -86,18 +86,6 @@ def m_sharpness(trial: Trial) -> None:
         trial(part, inputs, want, rivals)
 
 
-def _as_tensors(answer):
-    """The answer, with tensors in place of arrays, and of lists of numbers or of rows."""
-
-    def converted(*given):
-        got = answer(*given)
-        if not isinstance(got, (tuple, list)):
-            return got
-        return tuple(v if _tensor(v) is None else _tensor(v) for v in got)
-
-    return converted
-
-
 @question
 def lanczos(trial: Trial) -> None:
     """Lanczos' α, β and Q, with a basis that stays orthogonal."""
@@ -118,7 +106,6 @@ def lanczos(trial: Trial) -> None:
             part,
             {"matvec": matvec, "v": v, "steps": steps},
             {"alpha": [steps], "beta": [steps - 1], "Q": [steps, n]},
-            through=_as_tensors,
             shown=f"a {n}×{n} matrix, {steps} steps, {str(dtype).removeprefix('torch.')}",
         )
         first = v.double() / v.double().norm()
