@@ -170,7 +170,12 @@ def accumulate(trial: Trial) -> None:
             "of the whole batch, is what is wanted.": each,
             "The sign of the flood is lost: below the level the gradient turns around.": g,
             "The gradients that were in .grad before are still in the sum.": kept,
-            "All microbatches weigh the same here, but they differ in size.": [equal, -equal],
+            "The sign is turned around: below the level the gradient climbs, above it descends.": (
+                -sign * g
+            ),
+            "All microbatches weigh the same here, but they differ in size.": (
+                [equal, -equal] if len(set(sizes)) > 1 else []
+            ),
             "This is the gradient of the sum of the microbatches' losses, not of the batch's "
             "mean.": sign * total,
         }

@@ -192,7 +192,9 @@ def shrunk(trial: Trial) -> None:
     x, one = trial.randn(8, 3) + 2, F.one_hot(torch.arange(8) % 4, 4).double()
     shrink = lambda c, v: v.mean(0) + c * (v - v.mean(0))
     both = lambda c: (shrink(c, x), shrink(c, one))
-    for part, alpha in (("α = 1", 1.0), ("another α", trial.number(0.2, 0.7))):
+    # not α = 1, where other formulas are right by chance
+    below, above = trial.number(0.2, 0.7), trial.number(1.5, 3.0)
+    for part, alpha in (("an α below 1", below), ("an α above 1", above)):
         theta = 0.5 + 4**-alpha / (alpha * beta_function(alpha, alpha))
         to_zero = theta * x, theta * one
         rivals = {
