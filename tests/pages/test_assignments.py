@@ -270,6 +270,7 @@ def right(path):
 RIGHT = {name: answer for path in MASTERS for name, answer in right(path).items()}
 
 
+@pytest.mark.course
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_answer_is_not_refused(name):
     question, answer = RIGHT[name]
