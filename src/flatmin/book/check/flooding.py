@@ -12,8 +12,7 @@ from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .generalization import plain_number
-from .grading import Trial, experiment, question, train
+from .grading import Trial, experiment, plain_number, question, train
 
 
 @question

@@ -1,32 +1,15 @@
 """Checks of assignment 1: the gap."""
 
 import math
-from collections.abc import Callable
-from decimal import Decimal
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from scipy.stats import t as student_t
-from torch import Tensor
 
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, experiment, question, train
-
-
-def plain_number(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """An answer whose number may be of any kind, such as a Decimal, or an array of one."""
-
-    def number(*given: Any) -> Any:
-        value = answer(*given)
-        if isinstance(value, (np.ndarray, Tensor)) and math.prod(value.shape) == 1:
-            return value.reshape(())
-        return float(value) if isinstance(value, (Real, Decimal)) else value
-
-    return number
+from .grading import Trial, experiment, plain_number, question, train
 
 
 @question

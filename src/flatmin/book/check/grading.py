@@ -6,6 +6,7 @@ come back, and *rivals*: the results of common mistakes, with a hint for each.
 
 import copy
 import ctypes
+import math
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -117,7 +118,7 @@ def _tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.detach().cpu()
     try:
-        return torch.as_tensor(np.asarray(value))
+        return torch.as_tensor(np.array(value))  # a copy: some arrays are read-only
     except (TypeError, ValueError, RuntimeError):
         return None
 
@@ -355,6 +356,18 @@ class Trial:
             raise
         except Mistake as mistake:
             self.report.mistakes.setdefault(part, mistake)
+
+
+def plain_number(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """An answer whose number may be of any kind: Decimal, Fraction, SymPy's, an array of one."""
+
+    def number(*given: Any) -> Any:
+        value = answer(*given)
+        if isinstance(value, (np.ndarray, Tensor)):
+            return value.reshape(()) if math.prod(value.shape) == 1 else value
+        return float(value) if hasattr(value, "__float__") else value
+
+    return number
 
 
 def differentiated(answer: Callable[..., Any], name: str) -> Callable[..., Tensor]:

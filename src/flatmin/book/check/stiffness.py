@@ -12,8 +12,7 @@ from ...measure import class_stiffness
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .generalization import plain_number
-from .grading import Trial, experiment, question, train
+from .grading import Trial, experiment, plain_number, question, train
 
 # Where results are cosines, or of size 1, single precision is off by some 1e-7 of that size, not
 # of each result's own, which may be close to 0.
