@@ -11,6 +11,7 @@ one with the student's inputs and a hidden one with others, worth half of the po
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -388,8 +389,26 @@ with open(result, "w", encoding="utf-8") as file:
 """
 
 
+class NoKernel(NotGraded):
+    """No fault of the submission: kernels that start at once can choose the same port."""
+
+
+NO_KERNEL = re.compile("Kernel (died before replying to kernel_info|didn't respond in)")
+TRIES = 3
+
+
 def grade_one(nb, archive, limit=TIME_LIMIT):
-    """{question: [points, [messages]]} of a notebook, from a process with a time limit."""
+    """{question: [points, [messages]]} of a notebook, from a process with a time limit.
+
+    If its kernel does not start, it is tried again.
+    """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(NoKernel):
+            return grade_once(nb, archive, limit)
+    return grade_once(nb, archive, limit)
+
+
+def grade_once(nb, archive, limit):
     nb = nbformat.from_dict(
         {**nb, "metadata": {"kernelspec": KERNEL}}
     )  # theirs may be unknown here
@@ -414,6 +433,8 @@ def grade_one(nb, archive, limit=TIME_LIMIT):
             raise NotGraded(f"stopped after {limit} seconds") from None
         if not result.exists():
             last = (errors.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+            if NO_KERNEL.search(last):
+                raise NoKernel(f"its kernel did not start, so grade it again: {last}")
             raise NotGraded(f"the notebook ended the grader: {last}")
         return json.loads(result.read_text(encoding="utf-8"))
 

@@ -571,6 +571,30 @@ def test_one_submission_never_ends_the_grading(built, tmp_path, monkeypatch, nam
         assert ada["total"] == "0" and note in ada["note"] and note in feedback
 
 
+STARTS_AT_LAST = """
+import os, pathlib, sys
+tried = pathlib.Path({place!r}, "tried")
+count = len(tried.read_bytes()) if tried.exists() else 0
+tried.write_bytes(b"x" * (count + 1))
+if count < {failures}:
+    raise RuntimeError("Kernel died before replying to kernel_info")
+pathlib.Path(sys.argv[3]).write_text('{{"one": [1, []]}}', encoding="utf-8")
+"""
+
+
+@pytest.mark.parametrize(("failures", "graded"), [(0, True), (2, True), (3, False)])
+def test_a_kernel_that_does_not_start_is_tried_again(tmp_path, monkeypatch, failures, graded):
+    program = STARTS_AT_LAST.format(place=str(tmp_path), failures=failures)
+    monkeypatch.setattr(assignments, "GRADE_ONE", program)
+    nb = notebook(MASTERS[3], assignments.exercise)
+    if graded:
+        assert assignments.grade_one(nb, tmp_path / "none.zip") == {"one": [1, []]}
+    else:
+        with pytest.raises(assignments.NotGraded, match="its kernel did not start"):
+            assignments.grade_one(nb, tmp_path / "none.zip")
+    assert len((tmp_path / "tried").read_bytes()) == min(failures + 1, assignments.TRIES)
+
+
 def test_the_autograder_pins_what_it_installs(built, path):
     with zipfile.ZipFile(built / "autograder" / f"{path.stem}.zip") as archive:
         wanted = archive.read("environment.yml").decode()
