@@ -12,20 +12,25 @@ import xarray as xr
 from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
-from flatmin.book import check
+from flatmin import Recipe, fit
+from flatmin.book import check, two_gaussians
 from flatmin.book.check.grading import (
+    DECIDED,
+    UNDECIDED,
     Check,
     Mistake,
     OutOfTime,
     changed,
     difference,
     experiment,
+    made_up_results,
     question,
     show,
     time_limit,
     verdict_of,
     where_different,
 )
+from flatmin.optimizer import SGD
 
 CHECKS = {name: v for name, v in vars(check).items() if isinstance(v, Check)}
 
@@ -294,6 +299,92 @@ def test_verdicts():
     assert (
         verdict_of([1.0, -1.1, 0.9])[2] == "undecided" and verdict_of([0.0, 0.0])[2] == "undecided"
     )
+
+
+def trained(lr, seeds, **options):
+    """A linear layer, trained or not."""
+    return fit(
+        lambda: nn.Linear(10, 2), two_gaussians(20, 20), Recipe(optimizer=SGD()), steps=4,
+        grid={"lr": lr}, seeds=seeds, dtype=torch.float64, evaluate_at=[0, 4], **options,
+    )  # fmt: skip
+
+
+def by_grid(seeds):
+    v = trained([0.0, 0.5], seeds).test_loss.isel(step=-1)
+    return v.sel(lr=0.5) - v.sel(lr=0.0)
+
+
+def by_calls(seeds):
+    one, other = (trained([lr], seeds).test_loss.isel(step=-1, lr=0) for lr in (0.5, 0.0))
+    return one - other
+
+
+def by_steps(seeds):
+    v = trained([0.5], seeds).test_loss.isel(lr=0)
+    return v.sel(step=4) - v.sel(step=0)
+
+
+def seed_by_seed(seeds):
+    return [float(by_calls([seed]).squeeze()) for seed in seeds]
+
+
+def by_instrument(seeds):
+    def weight(network, params, x, y):
+        return params["weight"].sum()
+
+    networks = trained([0.0, 0.5], seeds, networks="last").networks
+    return networks.measure(weight, two_gaussians(20, 20), "train").diff("lr").squeeze()
+
+
+@pytest.mark.parametrize("statistic", [UNDECIDED, DECIDED])
+@pytest.mark.parametrize("differences", [by_grid, by_calls, by_steps, seed_by_seed, by_instrument])
+def test_made_up_differences_have_a_known_statistic(differences, statistic):
+    before = differences([300, 301, 302, 303, 304])
+    with made_up_results(statistic):
+        found = torch.as_tensor(np.asarray(differences([300, 301, 302, 303, 304])))
+    assert float(found.mean().abs() / found.std() * 5**0.5) == pytest.approx(statistic)
+    assert np.array_equal(before, differences([300, 301, 302, 303, 304])), "all is as it was"
+
+
+@experiment("trained minus untrained")
+def training(seeds):
+    """What training changes in the test loss."""
+    return {"loss": by_grid(seeds).values}
+
+
+def by_interval(quantile, correction=1):
+    def verdict(d):
+        half = quantile * d.std(correction=correction) / len(d) ** 0.5
+        return "lower" if d.mean() < -half else "higher" if d.mean() > half else "undecided"
+
+    return verdict
+
+
+VERDICTS = {
+    "right": (by_interval(2.776445), True),
+    "normal": (by_interval(1.96), False),
+    "variance over n": (by_interval(2.776445, correction=0), False),
+    "one-sided": (by_interval(2.131847), False),
+    "one difference": (by_interval(2.776445 * 5**0.5), False),
+    "sign of the mean": (by_interval(0.0), False),
+    "typed in, right for these data": (lambda d: "lower", False),
+    "typed in": (lambda d: "undecided", False),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_verdict_must_be_computed_by_students_t(name):
+    verdict, right = VERDICTS[name]
+
+    def answer(seeds):
+        d = torch.from_numpy(by_grid(seeds).values)
+        return {"loss": (d, verdict(d))}
+
+    report = training.run(answer)
+    assert bool(report) == right, str(report)
+    assert right or "does not follow from" in str(report)
+    if name.startswith("typed in, right"):
+        assert "✓ loss, the verdict" in str(report) and "Was it typed in?" in str(report)
 
 
 # ------------------------------------------------------------------------------------ all checks

@@ -6,6 +6,7 @@ come back, and *rivals*: the results of common mistakes, with a hint for each.
 
 import copy
 import ctypes
+import itertools
 import math
 import threading
 import traceback
@@ -14,15 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, update_wrapper
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from ... import stack
 from ..._files import print_line
 from ...pipeline import Recipe
-from ...stack import Runs, fit
+from ...stack import Networks, Runs, fit
 from ..models import MLP
 from ..statistics import mean_interval
 
@@ -459,7 +462,8 @@ def experiment(order: str, atol: float = 0.01) -> Callable[[Callable[..., Any]],
     """Make a check from the true result ``f(seeds)``, {quantity: differences, one for each seed}.
 
     An answer is {quantity: (differences, verdict)}. Its differences must be the true ones, in the
-    ``order`` "a minus b"; each verdict must follow from the 95 % interval of its own differences.
+    ``order`` "a minus b"; each verdict must follow from the 95 % interval of its own differences,
+    also where these are made up, so that a verdict which does not depend on them is seen.
     """
 
     def make(truth: Callable[[tuple[int, ...]], Mapping[str, Any]]) -> Check:
@@ -467,41 +471,99 @@ def experiment(order: str, atol: float = 0.01) -> Callable[[Callable[..., Any]],
 
         def pose(trial: Trial) -> None:
             seeds = [100 * trial.seed + k for k in range(5)]
-            _judge(trial, trial.call("it runs", {"seeds": seeds}), truth(tuple(seeds)), order, atol)
+            want = truth(tuple(seeds))
+            got = _pairs(trial, "it runs", seeds, want)
+            for key, (differences, _) in got.items():
+                trial.begin(f"{key}, seed by seed")
+                hint = "Go through the settings once more: same seeds, same steps, and the "
+                hint += "difference in the order that the question names."
+                rivals = {f"The difference is the wrong way round: {order}.": -want[key]}
+                trial.compare(differences, want[key], rivals, hint, atol=atol, rtol=0)
+            trial.input = ""
+            for key, pair in got.items():
+                trial.begin(f"{key}, the verdict")
+                hint = "'lower' and 'higher' need an interval that lies on one side of zero; "
+                hint += "if zero is in it, five seeds have not decided."
+                _follows(trial, pair, "your own data", hint)
+            for statistic in UNDECIDED, DECIDED:
+                with made_up_results(statistic):
+                    got = _pairs(trial, "the verdicts on made-up results", seeds, want)
+                trial.input = ""
+                for pair in got.values():
+                    hint = "Was it typed in? Here `fit` gave made-up numbers. Compute the verdict "
+                    hint += "from the ends of the 95 % interval, by Student's t."
+                    _follows(trial, pair, "other data", hint)
 
         return Check(update_wrapper(pose, truth), seconds=120, whole=True)
 
     return make
 
 
-def _judge(trial: Trial, got: Any, want: Mapping[str, Any], order: str, atol: float) -> None:
-    answers: dict[str, Any] = {}
-    for key in want:
-        trial.begin(f"{key}, seed by seed")
-        pair: Any = got.get(key) if isinstance(got, Mapping) else None
-        keys = ", ".join(f"{key!r}: (one number per seed, 'lower')" for key in want)
-        trial.require(
-            isinstance(pair, (tuple, list)) and len(pair) == 2,
-            "A dict should have come back: {quantity: (differences, verdict)}.",
-            got=show(got),
-            wanted=f"{{{keys}}}, or other verdicts",
-        )
-        hint = "Go through the settings once more: same seeds, same steps, and the difference "
-        hint += "in the order that the question names."
-        rivals = {f"The difference is the wrong way round: {order}.": -want[key]}
-        trial.compare(pair[0], want[key], rivals, hint, atol=atol, rtol=0)
-        answers[key] = pair
-    for key, (differences, verdict) in answers.items():
-        trial.begin(f"the verdict on the {key}")
-        low, high, follows = verdict_of(differences)
-        trial.require(
-            isinstance(verdict, str) and verdict.strip().lower() == follows,
-            f"The verdict {show(verdict)} does not follow from your own data.",
-            input="",
-            data=f"95 % interval of the mean difference: [{low:.4g}, {high:.4g}]",
-            hint="'lower' and 'higher' need an interval that lies on one side of zero; "
-            "if zero is in it, five seeds have not decided.",
-        )
+def _pairs(trial: Trial, part: str, seeds: list[int], keys: Collection[str]) -> dict[str, Any]:
+    """What the answer returns for these keys, if each is (differences, verdict)."""
+    got = trial.call(part, {"seeds": seeds})
+    pairs = {key: got.get(key) if isinstance(got, Mapping) else None for key in keys}
+    wanted = ", ".join(f"{key!r}: (one number per seed, 'lower')" for key in keys)
+    trial.require(
+        all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs.values()),
+        "A dict should have come back: {quantity: (differences, verdict)}.",
+        got=show(got),
+        wanted=f"{{{wanted}}}, or other verdicts",
+    )
+    return pairs
+
+
+def _follows(trial: Trial, pair: tuple[Any, Any], data: str, hint: str) -> None:
+    differences, verdict = pair
+    low, high, follows = verdict_of(differences)
+    trial.require(
+        isinstance(verdict, str) and verdict.strip().lower() == follows,
+        f"The verdict {show(verdict)} does not follow from {data}.",
+        data=f"95 % interval of the mean difference: [{low:.4g}, {high:.4g}]",
+        hint=hint,
+    )
+
+
+# Mean over standard error of five made-up differences. The 95 % interval is 2.776 standard errors
+# wide to either side; with 1.96, or with the variance divided by n, the first would be decided.
+UNDECIDED, DECIDED = 2.6, 2.95
+
+
+@contextmanager
+def made_up_results(statistic: float) -> Iterator[None]:
+    """In the body `fit` does not train, and it and `Networks.measure` return made-up numbers.
+
+    These grow from call to call and along each dimension, times a factor of the seed.  So whatever
+    is subtracted from what, the five differences are proportional to these factors, and their mean
+    is ``statistic`` standard errors from zero.
+    """
+    calls = itertools.count()
+
+    def exchanged(values: xr.DataArray, call: int) -> xr.DataArray:
+        if values.dtype.kind != "f" or "seed" not in values.dims:
+            return values
+        ranks = [xr.DataArray(np.arange(n) / n, dims=[dim]) for dim, n in values.sizes.items()]
+        ranks = [rank for rank in ranks if rank.dims != ("seed",)]
+        factor = 1 + 5**0.5 / statistic * np.array([-1, 1, -1, 1, 0])[values.seed.values % 5]
+        growing = 0.02 * (call + sum(ranks)) * xr.DataArray(factor, dims="seed")
+        return xr.zeros_like(values) + 0.5 + growing
+
+    def runs(data: xr.Dataset, networks: Networks | None) -> Runs:
+        return Runs(data.map(exchanged, call=next(calls)), networks)
+
+    def measure(*given: Any, **options: Any) -> Any:
+        found, call = measured(*given, **options), next(calls)
+        if isinstance(found, xr.Dataset):
+            return found.map(exchanged, call=call)
+        return exchanged(found, call)
+
+    measured = Networks.measure
+    with (
+        patch.object(stack, "Runs", runs),
+        patch.object(stack._Chunk, "_step", lambda *_: None),
+        patch.object(Networks, "measure", measure),
+    ):
+        yield
 
 
 def verdict_of(differences: Any) -> tuple[float, float, str]:
