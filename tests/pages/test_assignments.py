@@ -254,38 +254,49 @@ def test_there_are_at_least_five_wrong_answers_per_assignment(path):
     assert {question for question, _, _ in wrong(path).values()} == set(worth(path))
 
 
-def right(path):
-    """{question__style: (question, function)} of assignments/right/, if it is there."""
-    file = path.parent / "right" / path.with_suffix(".py").name
-    env = {"__name__": path.stem}
-    if file.exists():
-        exec(compile(file.read_text(encoding="utf-8"), file.name, "exec"), env)
+def right(file):
+    """{question__style: function} of a file in assignments/right/."""
+    env = {"__name__": file.stem}
+    exec(compile(file.read_text(encoding="utf-8"), file.name, "exec"), env)
     return {
-        name: (name.partition("__")[0], value)
-        for name, value in env.items()
-        if "__" in name.strip("_") and callable(value)
+        name: value for name, value in env.items() if "__" in name.strip("_") and callable(value)
     }
 
 
-RIGHT = {name: answer for path in MASTERS for name, answer in right(path).items()}
+RIGHT = {
+    name: answer
+    for file in sorted((ROOT / "assignments" / "right").glob("*.py"))
+    for name, answer in right(file).items()
+}
 
 
 @pytest.mark.course
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_answer_is_not_refused(name):
-    question, answer = RIGHT[name]
-    for seed in (0, assignments.HIDDEN_SEED, 48151):
-        report = getattr(check, question).run(answer, seed)
+    question, _, _ = name.partition("__")
+    seeds = (0, assignments.HIDDEN_SEED, 48151)
+    for seed in seeds[:1] if question in EXPERIMENTS else seeds:
+        report = getattr(check, question).run(RIGHT[name], seed)
         assert report, f"{report}"
 
 
 def test_each_question_has_right_answers_of_eight_kinds():
-    counts = Counter(question for question, _ in RIGHT.values())
-    done = [path for path in MASTERS if right(path)]
-    assert done, "assignments/right/ is empty"
-    for path in done:
-        for question in worth(path).keys() - EXPERIMENTS:
-            assert counts[question] >= 8, question
+    """An experiment has two, beside the reference."""
+    counts = Counter(name.partition("__")[0] for name in RIGHT)
+    for question in {name for path in MASTERS for name in worth(path)}:
+        assert counts[question] >= (2 if question in EXPERIMENTS else 8), question
+
+
+@pytest.mark.course
+def test_a_verdict_that_was_typed_in_is_seen(path):
+    """Even if it is right for the seeds that students see."""
+    [name] = EXPERIMENTS & set(worth(path))
+    reference = environment(path)[name]
+    typed = {key: verdict for key, (_, verdict) in reference([0, 1, 2, 3, 4]).items()}
+    report = getattr(check, name).run(
+        lambda seeds: {key: (pair[0], typed[key]) for key, pair in reference(seeds).items()}
+    )
+    assert not report and "Was it typed in?" in str(report)
 
 
 def cheap(name):
