@@ -173,17 +173,19 @@ def otter_tests(name, total, parts, hidden_seed):
 
 
 def parts_of(cells):
-    """{question: the names of its check's parts}; [None] for an experiment, which has no parts.
+    """{question: the names of its check's parts}.
 
-    The reference solution is run, and must pass.
+    The reference solution is run, and must pass; those of the experiments, which take longer, are
+    not run.
     """
     env, parts = {}, {}
     for cell in cells:
         if cell.cell_type == "code":
             exec(compile(solution(cell.source), "reference", "exec"), env)
     for name in questions(cells):
-        question, parts[name] = getattr(check, name), [None]
-        if not question.whole:
+        question = getattr(check, name)
+        parts[name] = list(question.parts)
+        if not parts[name]:
             report = question.run(env[name])
             if not report:
                 sys.exit(f"the reference solution of {name} fails:\n{report}")

@@ -263,10 +263,10 @@ def test_changes_in_place_are_seen_in_lists_too():
 # ------------------------------------------------------------------------------------ experiments
 
 
-@experiment("heads minus nothing")
+@experiment("heads minus nothing", "heads", "tails")
 def tossing(seeds):
     """An experiment whose true result is cheap to compute."""
-    return {"heads": np.array(seeds) % 7 + 10.0, "tails": np.zeros(5)}
+    return np.array(seeds) % 7 + 10.0, np.zeros(5)
 
 
 def tossed(heads="higher", tails="undecided", sign=1):
@@ -346,10 +346,10 @@ def test_made_up_differences_have_a_known_statistic(differences, statistic):
     assert np.array_equal(before, differences([300, 301, 302, 303, 304])), "all is as it was"
 
 
-@experiment("trained minus untrained")
+@experiment("trained minus untrained", "loss")
 def training(seeds):
     """What training changes in the test loss."""
-    return {"loss": by_grid(seeds).values}
+    return (by_grid(seeds).values,)
 
 
 def by_interval(quantile, correction=1):
@@ -383,8 +383,22 @@ def test_a_verdict_must_be_computed_by_students_t(name):
     report = training.run(answer)
     assert bool(report) == right, str(report)
     assert right or "does not follow from" in str(report)
-    if name.startswith("typed in, right"):
-        assert "✓ loss, the verdict" in str(report) and "Was it typed in?" in str(report)
+    if name == "typed in, right for these data":
+        assert "does not follow from other data" in str(report)
+        assert "Was it typed in?" in str(report)
+
+
+def test_an_experiment_earns_its_parts():
+    """A verdict is not read where its differences are wrong."""
+    answer = tossed()
+    halved = lambda seeds: answer(seeds) | {"tails": (np.ones(5), "higher")}
+    report = tossing.run(halved)
+    assert list(report.mistakes) == tossing.parts
+    assert [part for part, mistake in report.mistakes.items() if not mistake] == [
+        "heads, seed by seed",
+        "heads, the verdict",
+    ]
+    assert "so it is not read" in str(report.mistakes["tails, the verdict"])
 
 
 # ------------------------------------------------------------------------------------ all checks
@@ -451,10 +465,10 @@ def test_a_pair_may_come_in_any_container(container):
 
 @pytest.mark.parametrize("verdict", ["undecided", "Undecided", " UNDECIDED "])
 def test_a_verdict_may_be_written_in_capitals(verdict):
-    @experiment("a minus b")
+    @experiment("a minus b", "error")
     def effect(seeds):
         """An effect that is none."""
-        return {"error": np.array([0.1, -0.1, 0.0, 0.1, -0.1])}
+        return (np.array([0.1, -0.1, 0.0, 0.1, -0.1]),)
 
     differences = [0.1, -0.1, 0.0, 0.1, -0.1]
     assert effect.run(lambda seeds: {"error": (differences, verdict)})

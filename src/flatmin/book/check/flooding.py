@@ -201,11 +201,11 @@ def flooded_step(trial: Trial) -> None:
         trial(part, inputs, step(sign * g, decay), rivals, atol=1e-6)
 
 
-@experiment("flooded minus not flooded")
-def flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("flooded minus not flooded", "test loss", "test error")
+def flooding_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How flooding changes the test loss and the test error."""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
     end = train(seeds, data, recipe, 400, grid={"flood_level": [0.0, 0.3]}).isel(step=0)
     change = end.sel(flood_level=0.3) - end.sel(flood_level=0.0)
-    return {"test loss": change.test_loss.values, "test error": change.test_error.values}
+    return change.test_loss.values, change.test_error.values

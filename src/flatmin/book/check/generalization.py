@@ -105,8 +105,8 @@ def stopped_early(trial: Trial) -> None:
     trial("four runs, nine evaluations", inputs, want, rivals)
 
 
-@experiment("random labels minus true labels")
-def memorization(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("random labels minus true labels", "training error", "test error")
+def memorization(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How random labels change the training error and the test error."""
 
     def end(noise):
@@ -115,4 +115,4 @@ def memorization(seeds: tuple[int, ...]) -> dict[str, Any]:
         return train(seeds, data, recipe, 200, width=64).isel(step=0)
 
     change = end(0.9) - end(0.0)
-    return {"training error": change.train_error.values, "test error": change.test_error.values}
+    return change.train_error.values, change.test_error.values

@@ -244,6 +244,17 @@ class Trial:
             self.report.mistakes.setdefault(self.report.part, None)
         self.report.part = part
 
+    @contextmanager
+    def noting(self, part: str) -> Iterator[None]:
+        """Begin this part; a mistake in the body is noted, and does not end the check."""
+        self.begin(part)
+        try:
+            yield
+        except Hopeless:
+            raise
+        except Mistake as mistake:
+            self.report.mistakes.setdefault(part, mistake)
+
     def fail(self, sentence: str, kind: type[Mistake] = Mistake, **lines: Any) -> None:
         raise kind(sentence, **{"input": self.input, **lines})
 
@@ -353,12 +364,8 @@ class Trial:
 
         A mistake is noted, and the next part is tried all the same.
         """
-        try:
+        with self.noting(part):
             self.compare(self.call(part, inputs, (), through), want, rivals, hint, **tolerances)
-        except Hopeless:
-            raise
-        except Mistake as mistake:
-            self.report.mistakes.setdefault(part, mistake)
 
 
 def plain_number(answer: Callable[..., Any]) -> Callable[..., Any]:
@@ -410,11 +417,11 @@ class Check:
     __name__: str  # of the function
 
     def __init__(
-        self, pose: Callable[[Trial], None], seconds: float = 10, whole: bool = False
+        self, pose: Callable[[Trial], None], seconds: float = 10, parts: Collection[str] = ()
     ) -> None:
         update_wrapper(self, pose)
-        self.whole = whole  # all of its points or none
         self.pose, self.seconds = pose, seconds
+        self.parts = parts  # their names, if they are known before it is run
         self.last: tuple[Any, int, Report] | None = None
 
     def run(self, answer: Callable[..., Any], seed: int = 0) -> Report:
@@ -458,50 +465,62 @@ question = Check  #: The decorator of a function that poses the trials of a ques
 # -------------------------------------------------------------------------------- the experiments
 
 
-def experiment(order: str, atol: float = 0.01) -> Callable[[Callable[..., Any]], Check]:
-    """Make a check from the true result ``f(seeds)``, {quantity: differences, one for each seed}.
+def experiment(
+    order: str, *quantities: str, atol: float = 0.01
+) -> Callable[[Callable[..., Any]], Check]:
+    """Make a check from the true result ``f(seeds)``: of each quantity, one difference per seed.
 
     An answer is {quantity: (differences, verdict)}. Its differences must be the true ones, in the
     ``order`` "a minus b"; each verdict must follow from the 95 % interval of its own differences,
     also where these are made up, so that a verdict which does not depend on them is seen.
     """
+    numbers, verdicts = (
+        {name: f"{name}, {part}" for name in quantities} for part in ("seed by seed", "the verdict")
+    )
 
-    def make(truth: Callable[[tuple[int, ...]], Mapping[str, Any]]) -> Check:
+    def make(truth: Callable[[tuple[int, ...]], tuple[Any, ...]]) -> Check:
         truth = lru_cache(truth)
 
         def pose(trial: Trial) -> None:
             seeds = [100 * trial.seed + k for k in range(5)]
-            want = truth(tuple(seeds))
-            got = _pairs(trial, "it runs", seeds, want)
-            for key, (differences, _) in got.items():
-                trial.begin(f"{key}, seed by seed")
-                hint = "Go through the settings once more: same seeds, same steps, and the "
-                hint += "difference in the order that the question names."
-                rivals = {f"The difference is the wrong way round: {order}.": -want[key]}
-                trial.compare(differences, want[key], rivals, hint, atol=atol, rtol=0)
-            trial.input = ""
-            for key, pair in got.items():
-                trial.begin(f"{key}, the verdict")
-                hint = "'lower' and 'higher' need an interval that lies on one side of zero; "
-                hint += "if zero is in it, five seeds have not decided."
-                _follows(trial, pair, "your own data", hint)
+            got = _pairs(trial, numbers[quantities[0]], seeds, quantities)
+            for name, want in zip(quantities, truth(tuple(seeds)), strict=True):
+                with trial.noting(numbers[name]):
+                    hint = "Go through the settings once more: same seeds, same steps, and the "
+                    hint += "difference in the order that the question names."
+                    rivals = {f"The difference is the wrong way round: {order}.": -want}
+                    trial.compare(got[name][0], want, rivals, hint, atol=atol, rtol=0)
+
+            made_up = []
             for statistic in UNDECIDED, DECIDED:
+                shown = f"seeds = {seeds}, and made-up numbers from `fit`"
                 with made_up_results(statistic):
-                    got = _pairs(trial, "the verdicts on made-up results", seeds, want)
-                trial.input = ""
-                for pair in got.values():
+                    part = verdicts[quantities[0]]
+                    made_up.append(_pairs(trial, part, seeds, quantities, shown))
+            trial.input = ""
+            for name in quantities:
+                with trial.noting(verdicts[name]):
+                    wrong = trial.report.mistakes[numbers[name]]
+                    trial.require(not wrong, "Its differences are wrong, so it is not read.")
+                    hint = "'lower' and 'higher' need an interval that lies on one side of zero; "
+                    hint += "if zero is in it, five seeds have not decided."
+                    _follows(trial, got[name], "your own data", hint)
                     hint = "Was it typed in? Here `fit` gave made-up numbers. Compute the verdict "
                     hint += "from the ends of the 95 % interval, by Student's t."
-                    _follows(trial, pair, "other data", hint)
+                    for other in made_up:
+                        _follows(trial, other[name], "other data", hint)
 
-        return Check(update_wrapper(pose, truth), seconds=120, whole=True)
+        parts = [*numbers.values(), *verdicts.values()]
+        return Check(update_wrapper(pose, truth), seconds=120, parts=parts)
 
     return make
 
 
-def _pairs(trial: Trial, part: str, seeds: list[int], keys: Collection[str]) -> dict[str, Any]:
+def _pairs(
+    trial: Trial, part: str, seeds: list[int], keys: Collection[str], shown: str = ""
+) -> dict[str, Any]:
     """What the answer returns for these keys, if each is (differences, verdict)."""
-    got = trial.call(part, {"seeds": seeds})
+    got = trial.call(part, {"seeds": seeds}, shown=shown)
     pairs = {key: got.get(key) if isinstance(got, Mapping) else None for key in keys}
     wanted = ", ".join(f"{key!r}: (one number per seed, 'lower')" for key in keys)
     trial.require(

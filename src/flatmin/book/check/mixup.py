@@ -208,11 +208,11 @@ def shrunk(trial: Trial) -> None:
         trial(part, {"x": x, "targets": one, "alpha": alpha}, both(theta), rivals, atol=1e-6)
 
 
-@experiment("mixup minus none")
-def mixup_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("mixup minus none", "test loss", "test error")
+def mixup_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How mixup changes the test loss and the test error, under label noise."""
     data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
     recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
     end = train(seeds, data, recipe, 300, grid={"alpha": [0.0, 1.0]}).isel(step=0)
     change = end.sel(alpha=1.0) - end.sel(alpha=0.0)
-    return {"test loss": change.test_loss.values, "test error": change.test_error.values}
+    return change.test_loss.values, change.test_error.values

@@ -132,8 +132,8 @@ def _slope(network, params, x, y):
     return sum((part**2).sum() for part in grad(loss)(params).values())
 
 
-@experiment("late minus early", atol=5e-3)
-def level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("late minus early", "squared gradient", "test error", atol=5e-3)
+def level_walk(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How a flooded walk along the level changes ‖g‖² and the test error."""
     early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
     runs = train(
@@ -148,4 +148,4 @@ def level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
         instruments={"slope": _slope},
     )
     change = runs.sel(step=late).mean("step") - runs.sel(step=early).mean("step")
-    return {"squared gradient": change.slope.values, "test error": change.test_error.values}
+    return change.slope.values, change.test_error.values

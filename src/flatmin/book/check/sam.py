@@ -200,8 +200,8 @@ def adaptive_climb(trial: Trial) -> None:
     trial(part, {"w": c * w, "gradient": g / c, "rho": rho}, c * want)
 
 
-@experiment("SAM minus SGD")
-def sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("SAM minus SGD", "training error", "test error")
+def sam_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How SAM changes training and test error, at an equal number of gradients."""
     data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
     sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
@@ -211,4 +211,4 @@ def sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
         return train(seeds, data, recipe, steps).isel(step=0, drop=True)
 
     change = end(150, gradient=SAM(rho=0.5)) - end(300)
-    return {"training error": change.train_error.values, "test error": change.test_error.values}
+    return change.train_error.values, change.test_error.values

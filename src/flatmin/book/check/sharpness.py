@@ -167,8 +167,8 @@ def hutchinson(trial: Trial) -> None:
     trial("nine probes", inputs, (mean, error), rivals)
 
 
-@experiment("the larger rate minus the smaller")
-def sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("the larger rate minus the smaller", "largest eigenvalue", "test error")
+def sharpness_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How a larger learning rate changes the largest eigenvalue and the test error."""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     runs = train(
@@ -185,4 +185,4 @@ def sharpness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     largest = runs.networks.measure(eigenvalues, data, "train").value.squeeze("eigenvalue")
     end = runs.isel(step=0)
     change = lambda v: (v.sel(lr=0.3) - v.sel(lr=0.05)).values
-    return {"largest eigenvalue": change(largest), "test error": change(end.test_error)}
+    return change(largest), change(end.test_error)

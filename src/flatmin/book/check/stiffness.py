@@ -158,8 +158,8 @@ def cosines(trial: Trial) -> None:
     trial(part, {"gram": tiny @ tiny.T}, unit @ unit.T, hint=hint, atol=SINGLE)
 
 
-@experiment("random labels minus true labels", atol=5e-3)
-def stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
+@experiment("random labels minus true labels", "before training", "after training", atol=5e-3)
+def stiffness_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
     """How random labels change the stiffness within classes, before and after training."""
 
     def within(noise):
@@ -173,4 +173,4 @@ def stiffness_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
         ).stiffness_within
 
     before, after = (within(0.9) - within(0.0)).transpose("step", "seed").values
-    return {"before training": before, "after training": after}
+    return before, after
