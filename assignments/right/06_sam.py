@@ -242,9 +242,10 @@ def sam_step__state_dict(model, loss, optimizer, rho):
     optimizer.zero_grad()
     value = loss()
     value.backward()
-    norm = torch.sqrt(sum((w.grad**2).sum() for w in model.parameters()))
+    weights = [w for w in model.parameters() if w.requires_grad]
+    norm = torch.sqrt(sum((w.grad**2).sum() for w in weights))
     with torch.no_grad():
-        for w in model.parameters():
+        for w in weights:
             w.add_(w.grad, alpha=(rho / norm).item())
     model.zero_grad()
     loss().backward()
@@ -254,7 +255,7 @@ def sam_step__state_dict(model, loss, optimizer, rho):
 
 
 def sam_step__autograd(model, loss, optimizer, rho):
-    weights = [*model.parameters()]
+    weights = [w for w in model.parameters() if w.requires_grad]
     value = loss()
     slopes = torch.autograd.grad(value, weights)
     norm = torch.cat([g.flatten() for g in slopes]).norm()
@@ -275,14 +276,15 @@ def sam_step__data(model, loss, optimizer, rho):
     optimizer.zero_grad(set_to_none=False)
     clean = loss()
     clean.backward()
-    norm = sum(float(w.grad.norm()) ** 2 for w in model.parameters()) ** 0.5
+    free = {name: w for name, w in model.named_parameters() if w.grad is not None}
+    norm = sum(float(w.grad.norm()) ** 2 for w in free.values()) ** 0.5
     kept = {}
-    for name, w in model.named_parameters():
+    for name, w in free.items():
         kept[name] = w.data
         w.data = w.data + rho / (norm + 1e-12) * w.grad
     optimizer.zero_grad(set_to_none=False)
     loss().backward()
-    for name, w in model.named_parameters():
+    for name, w in free.items():
         w.data = kept[name]
     optimizer.step()
     return clean.detach()
@@ -294,7 +296,8 @@ def sam_step__vectors(model, loss, optimizer, rho):
     value = loss()
     value.backward()
     w = to_vector(model.parameters()).detach().clone()
-    g = to_vector([p.grad for p in model.parameters()])
+    zero = torch.zeros_like
+    g = to_vector([zero(p) if p.grad is None else p.grad for p in model.parameters()])
     from_vector(w + rho * g / g.norm(), model.parameters())
     model.zero_grad()
     loss().backward()
@@ -304,7 +307,7 @@ def sam_step__vectors(model, loss, optimizer, rho):
 
 
 def sam_step__closure(model, loss, optimizer, rho):
-    weights = list(model.parameters())
+    weights = [w for w in model.parameters() if w.requires_grad]
     for w in weights:
         w.grad = None
     clean = loss()
@@ -333,7 +336,7 @@ def sam_step__param_groups(model, loss, optimizer, rho):
     optimizer.zero_grad()
     value = loss()
     value.backward()
-    norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in params]), p=2)
+    norm = torch.norm(torch.stack([p.grad.norm(p=2) for p in params if p.grad is not None]), p=2)
     scale, old = rho / (norm + 1e-12), {}
     with torch.no_grad():
         for p in params:
@@ -345,7 +348,7 @@ def sam_step__param_groups(model, loss, optimizer, rho):
     with torch.enable_grad():
         loss().backward()
     for p in params:
-        p.data = old[p]
+        p.data = old.get(p, p.data)
     optimizer.step()
     return value.item()
 
@@ -358,9 +361,8 @@ def sam_step__clip(model, loss, optimizer, rho):
     value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     with torch.no_grad():
-        torch._foreach_add_(
-            list(model.parameters()), [rho * w.grad / norm for w in model.parameters()]
-        )
+        free = [w for w in model.parameters() if w.requires_grad]
+        torch._foreach_add_(free, [rho * w.grad / norm for w in free])
     optimizer.zero_grad()
     loss().backward()
     with torch.no_grad():
@@ -371,7 +373,7 @@ def sam_step__clip(model, loss, optimizer, rho):
 
 
 def sam_step__last_call_for_the_loss(model, loss, optimizer, rho):
-    weights = list(model.parameters())
+    weights = list(filter(lambda w: w.requires_grad, model.parameters()))
     slopes = torch.autograd.grad(loss(), weights)
     norm = math.sqrt(sum(float((g * g).sum()) for g in slopes))
     kept = [w.detach().clone() for w in weights]
@@ -388,7 +390,7 @@ def sam_step__last_call_for_the_loss(model, loss, optimizer, rho):
 
 
 def sam_step__create_graph(model, loss, optimizer, rho):
-    weights = tuple(model.parameters())
+    weights = tuple(w for w in model.parameters() if w.requires_grad)
     optimizer.zero_grad()
     clean = loss()
     slopes = torch.autograd.grad(clean, weights, create_graph=True)
@@ -403,6 +405,26 @@ def sam_step__create_graph(model, loss, optimizer, rho):
             w[...] = torch.from_numpy(old)
     optimizer.step()
     return clean.detach()
+
+
+def sam_step__unused_get_zeros(model, loss, optimizer, rho):
+    """A weight without a gradient gets one of zero, and none again before the step."""
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()
+    weights = list(model.parameters())
+    slopes = [torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]
+    length, kept = one_vector(slopes).norm(), [w.detach().clone() for w in weights]
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for w, g in zip(weights, slopes):
+            w += rho * g / length
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return value.item()
 
 
 # ------------------------------------------------------------------ question 4: a ball that stretches

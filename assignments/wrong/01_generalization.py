@@ -16,6 +16,16 @@ def lucky__cancels(n, M):
     return 1 - (1 - 2.0**-n) ** M
 
 
+def lucky__each_example_by_another(n, M):
+    """One network has to be right on all"""
+    return (1 - 0.5**M) ** n
+
+
+def lucky__single_precision(n, M):
+    """torch.float64 has sixteen"""
+    return -torch.expm1(M * torch.log1p(-(torch.tensor(2.0) ** -n)))
+
+
 def margins__all_classes_compete(logits, labels):
     """The right class took part in the maximum"""
     return logits.gather(1, labels[:, None])[:, 0] - logits.amax(1)
@@ -27,6 +37,18 @@ def margins__changes_its_input(logits, labels):
     right = logits[rows, labels]
     logits[rows, labels] = -torch.inf
     return right - logits.amax(1)
+
+
+def margins__zero_in_place_of_minus_infinity(logits, labels):
+    """set to 0, which is the largest"""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return (logits * own).sum(1) - (logits * (1 - own)).amax(1)
+
+
+def margins__broadcast(logits, labels):
+    """are broadcast to [n, n]"""
+    right = logits.gather(1, labels[:, None])
+    return right - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
 def paired_interval__normal_quantile(a, b):
@@ -53,6 +75,25 @@ def paired_interval__by_mean_interval(a, b):
     return interval["mean"], interval["half"]
 
 
+def paired_interval__full_width(a, b):
+    """This is the full width"""
+    d = a - b
+    return d.mean(), 2 * stats.t.ppf(0.975, len(d) - 1) * d.std() / len(d) ** 0.5
+
+
+def paired_interval__low_and_high(a, b):
+    """An end of the interval came back"""
+    d = a - b
+    half = stats.t.ppf(0.975, len(d) - 1) * d.std() / len(d) ** 0.5
+    return d.mean() - half, d.mean() + half
+
+
+def paired_interval__no_root(a, b):
+    """A root is missing"""
+    d = a - b
+    return d.mean(), stats.t.ppf(0.975, len(d) - 1) * d.var() / len(d)
+
+
 def stopped_early__by_the_test_set(validation_loss, test_error):
     """The test set chose the step"""
     return test_error.amin(1)
@@ -61,6 +102,17 @@ def stopped_early__by_the_test_set(validation_loss, test_error):
 def stopped_early__at_one_step(validation_loss, test_error):
     """All runs were stopped at one step"""
     return test_error[:, validation_loss.mean(0).argmin()]
+
+
+def stopped_early__at_the_first_rise(validation_loss, test_error):
+    """rises for the first time"""
+    rise = (validation_loss.diff(dim=1) > 0).int().argmax(1)
+    return test_error.gather(1, rise[:, None])[:, 0]
+
+
+def stopped_early__whole_rows(validation_loss, test_error):
+    """took whole rows or columns"""
+    return test_error[validation_loss.argmin(1)]
 
 
 def memorization__verdict_from_the_mean(seeds):

@@ -11,6 +11,11 @@ def fraction_up__first_order(down, up):
     return down / (down + up)
 
 
+def fraction_up__steps_up_per_step_down(down, up):
+    """a ratio of steps up and steps down"""
+    return -math.log(1 - down) / math.log(1 + up)
+
+
 def flooded__clamped(losses, flood_level, per_example):
     """below the level it is constant"""
     return (losses if per_example else losses.mean()).clamp(min=flood_level).mean()
@@ -19,6 +24,17 @@ def flooded__clamped(losses, flood_level, per_example):
 def flooded__always_the_mean(losses, flood_level, per_example):
     """per example means fold, then average"""
     return (losses.mean() - flood_level).abs() + flood_level
+
+
+def flooded__always_by_example(losses, flood_level, per_example):
+    """Here the mean is taken, then folded"""
+    return ((losses - flood_level).abs() + flood_level).mean()
+
+
+def flooded__mirrored_at_zero(losses, flood_level, per_example):
+    """not at 0: 2b - L, not -L"""
+    value = losses if per_example else losses.mean()
+    return torch.where(value > flood_level, value, -value).mean()
 
 
 def flooded__without_the_level(losses, flood_level, per_example):
@@ -61,6 +77,56 @@ def accumulate__sizes_ignored(model, loss, microbatches, flood_level):
     total = 0.0
     for x, y in microbatches:
         share = loss(model(x), y) / len(microbatches)
+        share.backward()
+        total += share.item()
+    if total < flood_level:
+        for w in model.parameters():
+            w.grad.neg_()
+
+
+def accumulate__sizes_ignored_in_the_sign(model, loss, microbatches, flood_level):
+    """a small one has too much weight"""
+    n = sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    losses = []
+    for x, y in microbatches:
+        losses.append(loss(model(x), y))
+        (losses[-1] * len(y) / n).backward()
+    if sum(value.item() for value in losses) / len(losses) < flood_level:
+        for w in model.parameters():
+            w.grad.neg_()
+
+
+def accumulate__sign_of_the_last(model, loss, microbatches, flood_level):
+    """not the loss of one microbatch"""
+    n = sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    for x, y in microbatches:
+        value = loss(model(x), y)
+        (value * len(y) / n).backward()
+    if value < flood_level:
+        for w in model.parameters():
+            w.grad.neg_()
+
+
+def accumulate__sign_before_the_end(model, loss, microbatches, flood_level):
+    """before all microbatches had been seen"""
+    total, seen, n = 0.0, 0, sum(len(y) for _, y in microbatches)
+    model.zero_grad()
+    for x, y in microbatches:
+        value = loss(model(x), y)
+        total, seen = total + value.item() * len(y), seen + len(y)
+        sign = 1 if total / seen > flood_level else -1
+        (sign * value * len(y) / n).backward()
+
+
+def accumulate__emptied_in_the_loop(model, loss, microbatches, flood_level):
+    """was .grad emptied in the loop?"""
+    n = sum(len(y) for _, y in microbatches)
+    total = 0.0
+    for x, y in microbatches:
+        model.zero_grad()
+        share = loss(model(x), y) * len(y) / n
         share.backward()
         total += share.item()
     if total < flood_level:
@@ -111,6 +177,24 @@ def flooded_step__decay_flooded(w, gradient, loss, flood_level, lr, weight_decay
     """It is not flooded"""
     sign = 1 if loss > flood_level else -1
     return w - lr * sign * (gradient + weight_decay * w)
+
+
+def flooded_step__level_of_the_full_loss(w, gradient, loss, flood_level, lr, weight_decay):
+    """without the weight decay's term"""
+    full = loss + weight_decay / 2 * (w**2).sum()
+    sign = 1 if full > flood_level else -1
+    return w - lr * sign * (gradient + weight_decay * w)
+
+
+def flooded_step__decayed_twice(w, gradient, loss, flood_level, lr, weight_decay):
+    """acts twice, as 2λw"""
+    sign = 1 if loss > flood_level else -1
+    return (1 - lr * weight_decay) * w - lr * (sign * gradient + weight_decay * w)
+
+
+def flooded_step__clamped(w, gradient, loss, flood_level, lr, weight_decay):
+    """does not vanish, it turns around"""
+    return w - lr * ((gradient if loss > flood_level else 0) + weight_decay * w)
 
 
 def flooding_effect__wrong_way_round(seeds):

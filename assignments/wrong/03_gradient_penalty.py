@@ -20,6 +20,18 @@ def effective_objective__pairs_with_itself(rates):
     return total, -pairs / (2 * total)
 
 
+def effective_objective__neighbours(rates):
+    """not only the first or those of neighbours"""
+    total = sum(rates)
+    return total, -sum(a * b for a, b in zip(rates, rates[1:])) / (2 * total)
+
+
+def effective_objective__factor_of_Hg(rates):
+    """That is the factor of Hg"""
+    total = sum(rates)
+    return total, (total**2 - sum(a * a for a in rates)) / 2
+
+
 def remainder__half(L, theta, eps):
     """A factor 2 is off"""
     g = grad(L)
@@ -36,8 +48,31 @@ def remainder__old_gradient(L, theta, eps):
     return down + eps * slope - (theta - eps**2 * curved)
 
 
+def remainder__at_the_new_place(L, theta, eps):
+    """Here one was taken at θ'"""
+    g = grad(L)
+    down = theta - eps * g(theta)
+    slope, curved = jvp(g, (down,), (g(theta),))
+    return down + eps * slope - (theta - eps**2 * curved)
+
+
+def remainder__forms_the_hessian(L, theta, eps):
+    """without forming H"""
+    g, H = grad(L), torch.func.hessian(L)(theta)
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
+
+
+def remainder__jvp_of_the_loss(L, theta, eps):
+    """jvp of L is the number"""
+    g = grad(L)
+    _, curved = jvp(L, (theta,), (g(theta),))
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * curved)
+
+
 def two_rate_loss__factor_two(L, theta, eps1, eps2):
-    """A factor 2 is missing in the weight"""
+    """A factor 2 is off in the weight"""
     return L(theta) + eps1 * eps2 / (eps1 - eps2) * (grad(L)(theta) ** 2).sum()
 
 
@@ -52,6 +87,24 @@ def two_rate_loss__not_squared(L, theta, eps1, eps2):
     return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * grad(L)(theta).norm()
 
 
+def two_rate_loss__after_the_step_down(L, theta, eps1, eps2):
+    """are taken at θ, where"""
+    slope = grad(L)(theta - eps1 * grad(L)(theta))
+    return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * (slope**2).sum()
+
+
+def two_rate_loss__mean_of_squares(L, theta, eps1, eps2):
+    """the sum of the squared entries"""
+    return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * (grad(L)(theta) ** 2).mean()
+
+
+def two_rate_loss__graph_not_kept(L, theta, eps1, eps2):
+    """create_graph=True keeps it"""
+    value = L(theta)
+    (slope,) = torch.autograd.grad(value, theta)
+    return value + eps1 * eps2 / (2 * (eps1 - eps2)) * (slope**2).sum()
+
+
 def difference_penalty__not_divided(gradient, theta, penalty, radius):
     """not divided by the radius"""
     g = gradient(theta)
@@ -62,6 +115,18 @@ def difference_penalty__unit_step(gradient, theta, penalty, radius):
     """that is SAM's"""
     g = gradient(theta)
     return g + penalty / radius * (gradient(theta + radius * g / g.norm()) - g)
+
+
+def difference_penalty__no_radius(gradient, theta, penalty, radius):
+    """taken at θ + g"""
+    g = gradient(theta)
+    return g + penalty / radius * (gradient(theta + g) - g)
+
+
+def difference_penalty__exact(gradient, theta, penalty, radius):
+    """This is the exact form"""
+    g = gradient(theta)
+    return g + penalty * jvp(gradient, (theta,), (g,))[1]
 
 
 def difference_penalty__three_calls(gradient, theta, penalty, radius):

@@ -16,6 +16,11 @@ def sharpest_stable__roots_cancel(eta, rho):
     return (math.sqrt(1 + 8 * rho / eta) - 1) / (2 * rho) if rho > 0 else 2 / eta
 
 
+def sharpest_stable__radius_times_weight(eta, rho):
+    """so it is ρ h w"""
+    return 2 / (eta * (1 + rho))
+
+
 def climb__wrong_conjugate(gradients, rho, p):
     """The wrong conjugate exponent"""
     v = [g.sign() * g.abs() ** (p - 1) for g in gradients]
@@ -26,6 +31,27 @@ def climb__each_tensor(gradients, rho, p):
     """Each tensor was brought to the length"""
     v = [g if p == 2 else g.sign() * (g.abs() / g.abs().max()) ** (1 / (p - 1)) for g in gradients]
     return [rho * x / torch.linalg.vector_norm(x, p) for x in v]
+
+
+def climb__no_root(gradients, rho, p):
+    """The root is missing"""
+    top = max(g.abs().max() for g in gradients)
+    if p in (1, math.inf):
+        return [rho * g.sign() * ((g.abs() == top) | (p > 1)) for g in gradients]
+    q = p / (p - 1)
+    total = sum((g.abs() ** q).sum() for g in gradients)
+    return [rho * g.sign() * g.abs() ** (q - 1) / total for g in gradients]
+
+
+def climb__sign_lost_at_one(gradients, rho, p):
+    """The sign of the gradient is lost"""
+    top = max(g.abs().max() for g in gradients)
+    if top == 0:
+        return [torch.zeros_like(g) for g in gradients]
+    if p == 1:
+        return [rho * (g.abs() == top).to(g.dtype) for g in gradients]
+    v = [g.sign() * (g.abs() / top) ** (1 / (p - 1)) for g in gradients]
+    return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
 
 
 def climb__underflows(gradients, rho, p):
@@ -128,7 +154,7 @@ def sam_step__loss_up_there(model, loss, optimizer, rho):
 
 
 def sam_step__made_anew(model, loss, optimizer, rho):
-    """was the optimizer made anew?"""
+    """optimizer made anew?"""
     weights = list(model.parameters())
     optimizer = type(optimizer)(weights, **optimizer.defaults)
     optimizer.zero_grad()
@@ -165,6 +191,116 @@ def sam_step__optimizer_ignored(model, loss, optimizer, rho):
     return clean.item()
 
 
+def sam_step__each_tensor(model, loss, optimizer, rho):
+    """one vector with one norm"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / w.grad.norm()
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__stale_gradients(model, loss, optimizer, rho):
+    """Gradients from before the call"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__descends_the_rise(model, loss, optimizer, rho):
+    """That descends the rise"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    clean = loss()
+    slopes = torch.autograd.grad(clean, weights)
+    length = torch.cat([g.flatten() for g in slopes]).norm()
+    kept = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, g in zip(weights, slopes):
+            w += rho * g / length
+    optimizer.zero_grad()
+    (loss() - clean.detach()).backward()
+    with torch.no_grad():
+        for w, old, g in zip(weights, kept, slopes):
+            w.copy_(old)
+            w.grad -= g
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__followed_by_gradients(model, loss, optimizer, rho):
+    """no gradient may follow it"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    length = torch.cat([w.grad.flatten() for w in weights]).norm()
+    for w in weights:
+        w += rho * w.grad / length
+    return clean.item()
+
+
+def sam_step__restored_late(model, loss, optimizer, rho):
+    """go back to w first"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        moves = [rho * w.grad / length for w in weights]
+        for w, e in zip(weights, moves):
+            w += e
+    optimizer.zero_grad()
+    loss().backward()
+    optimizer.step()
+    with torch.no_grad():
+        for w, e in zip(weights, moves):
+            w -= e
+    return clean.item()
+
+
+def sam_step__all_have_a_gradient(model, loss, optimizer, rho):
+    """leave those with requires_grad=False out"""
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad()
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
 def adaptive_climb__once(w, gradient, rho):
     """T is there once"""
     stretched = w.abs() * gradient
@@ -174,6 +310,18 @@ def adaptive_climb__once(w, gradient, rho):
 def adaptive_climb__plain(w, gradient, rho):
     """the ball does not stretch"""
     return rho * gradient / gradient.norm()
+
+
+def adaptive_climb__inverted(w, gradient, rho):
+    """T is inverted"""
+    shrunk = gradient / w.abs()
+    return rho * shrunk / w.abs() / shrunk.norm()
+
+
+def adaptive_climb__signed(w, gradient, rho):
+    """the signs of w have come in"""
+    stretched = w * gradient
+    return rho * w.abs() * stretched / stretched.norm()
 
 
 def sam_effect__unfair(seeds):

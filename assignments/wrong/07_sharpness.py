@@ -11,6 +11,16 @@ def probe_variance__factor_two(H):
     return (H**2).sum() - (H.diagonal() ** 2).sum()
 
 
+def probe_variance__mean(H):
+    """there is no mean in it"""
+    return 2 * ((H - torch.diag(H.diagonal())) ** 2).mean()
+
+
+def probe_variance__trace_squared(H):
+    """(tr H)² is not the sum"""
+    return 2 * torch.trace(H @ H) - 2 * H.trace() ** 2
+
+
 def m_sharpness__one_perturbation(losses, w, n, m, rho):
     """one and the same"""
     g = grad(lambda w: losses(w, torch.arange(n)).mean())(w)
@@ -39,6 +49,34 @@ def m_sharpness__shards_equal(losses, w, n, m, rho):
     return torch.stack(rises).mean()
 
 
+def m_sharpness__number_of_shards(losses, w, n, m, rho):
+    """not the number of shards"""
+    total = 0.0
+    for rows in torch.arange(n).chunk(m):
+        mean = lambda w: losses(w, rows).mean()
+        g = grad(mean)(w)
+        total = total + len(rows) * (mean(w + rho * g / g.norm()) - mean(w))
+    return total / n
+
+
+def m_sharpness__loss_of_all(losses, w, n, m, rho):
+    """the rise of its own loss"""
+    total, everything = 0.0, lambda w: losses(w, torch.arange(n)).mean()
+    for rows in torch.arange(n).split(m):
+        g = grad(lambda w: losses(w, rows).mean())(w)
+        total = total + len(rows) * (everything(w + rho * g / g.norm()) - everything(w))
+    return total / n
+
+
+def m_sharpness__not_normalized(losses, w, n, m, rho):
+    """has to be divided by its length"""
+    total = 0.0
+    for rows in torch.arange(n).split(m):
+        mean = lambda w: losses(w, rows).mean()
+        total = total + len(rows) * (mean(w + rho * grad(mean)(w)) - mean(w))
+    return total / n
+
+
 def lanczos__no_reorthogonalization(matvec, v, steps):
     """The rows of Q are not orthonormal"""
     q, before, b = v / v.norm(), torch.zeros_like(v), 0.0
@@ -53,6 +91,36 @@ def lanczos__no_reorthogonalization(matvec, v, steps):
             beta.append(b)
         before, q = q, r / b
     return torch.stack(alpha), torch.stack(beta), torch.stack(basis)
+
+
+def lanczos__term_missing(matvec, v, steps):
+    """The next row is what is left of H q_j"""
+    q, alpha, beta, basis = v / v.norm(), [], [], []
+    for step in range(steps):
+        basis.append(q)
+        r = matvec(q)
+        alpha.append(q @ r)
+        r = r - alpha[-1] * q
+        if step < steps - 1:
+            beta.append(r.norm())
+            q = r / beta[-1]
+    return torch.stack(alpha), torch.stack(beta), torch.stack(basis)
+
+
+def lanczos__length_before(matvec, v, steps):
+    """That is the length of H q_j"""
+    q, alpha, beta, basis = v / v.norm(), [], [], []
+    for step in range(steps):
+        basis.append(q)
+        Q = torch.stack(basis)
+        r = matvec(q)
+        alpha.append(q @ r)
+        if step < steps - 1:
+            beta.append(r.norm())
+        for _ in range(2):
+            r = r - Q.T @ (Q @ r)
+        q = r / r.norm()
+    return torch.stack(alpha), torch.stack(beta), Q
 
 
 def lanczos__squared_beta(matvec, v, steps):
@@ -97,6 +165,24 @@ def hutchinson__normalized(matvec, probes):
     """estimates the mean eigenvalue"""
     values = torch.stack([z @ matvec(z) / (z @ z) for z in probes])
     return values.mean(), values.std() / len(values) ** 0.5
+
+
+def hutchinson__half_width(matvec, probes):
+    """That is a width of an interval"""
+    values = torch.stack([z @ matvec(z) for z in probes])
+    return values.mean(), 1.96 * values.std() / len(values) ** 0.5
+
+
+def hutchinson__root_of_n(matvec, probes):
+    """not of columns or entries"""
+    values = torch.stack([z @ matvec(z) for z in probes])
+    return values.mean(), values.std() / probes.shape[1] ** 0.5
+
+
+def hutchinson__entries_apart(matvec, probes):
+    """zᵀHz is one number for each probe"""
+    values = torch.stack([z * matvec(z) for z in probes])
+    return values.mean(0), values.std(0) / len(values) ** 0.5
 
 
 def sharpness_effect__no_return(seeds):

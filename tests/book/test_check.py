@@ -24,6 +24,7 @@ from flatmin.book.check.grading import (
     difference,
     experiment,
     made_up_results,
+    names_used,
     question,
     show,
     time_limit,
@@ -488,3 +489,14 @@ def test_a_change_of_a_leaf_in_place_is_named():
 
     assert "It changed an input in place" in str(moved.run(answer))
     assert moved.run(lambda x: x + 1)
+
+
+def test_a_forbidden_name_is_seen_in_a_function_inside_an_answer():
+    def answer(a, b):
+        def interval(d):
+            return [mean_interval(v) for v in d]  # noqa: F821
+
+        return interval(a - b)
+
+    assert "mean_interval" in names_used(answer) and names_used(max) == set()
+    assert "without mean_interval" in str(check.paired_interval.run(answer))

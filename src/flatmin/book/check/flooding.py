@@ -25,12 +25,25 @@ def fraction_up(trial: Trial) -> None:
         ("larger steps up", a, b),
         ("larger steps down", b, a),
     ):
-        one_rate = [walk(down, down), walk(up, up)]
+        one_rate = [walk(down, down), walk(up, up), walk((down + up) / 2, (down + up) / 2)]
+        fall, rise = -math.log(1 - down), math.log(1 + up)
+        short = "That is first order: it holds for short steps only."
+        if up == down:
+            short = "One half holds for short steps only: (1 - down) (1 + up) is less than 1."
         rivals = {
-            "That is first order: it holds for short steps only.": down / (down + up),
+            short: down / (down + up),
             "That is (2.3), with one rate for both directions.": one_rate,
             "That is the fraction of steps down.": 1 - walk(down, up),
             "The two rates are exchanged.": walk(up, down),
+            "That is a ratio of steps up and steps down. What is their fraction of all steps?": [
+                fall / rise,
+                rise / fall,
+            ],
+            "A sign is wrong: log(1 - down) is negative.": [
+                fall / (fall - rise),
+                fall / (rise - fall),
+                -walk(down, up),
+            ],
         }
         hint = "A step down multiplies w by 1 - down, a step up by 1 + up. In the long run the "
         hint += "logarithm of |w| neither grows nor falls."
@@ -75,16 +88,26 @@ def flooded(trial: Trial) -> None:
         by_mean, by_example = fold(x.mean()), fold(x).mean()
         want, other = (by_example, by_mean) if each else (by_mean, by_example)
         clamped = (x if each else x.mean()).clamp(min=b).mean()
+        kind = "per example means fold, then average" if each else "the mean is taken, then folded"
         rivals = {
-            "The order of mean and fold is the other kind's: per example means fold, then "
-            "average.": other if x is losses else [],
+            f"The order of mean and fold is the other kind's. Here {kind}.": other,
             "That is the raw loss: below the level it has to be mirrored.": x.mean(),
             "That is a clamp: below the level it is constant, so nothing climbs.": clamped,
-            "The + b is missing: above the level the flooded loss is the loss.": want - b,
+            "Below the level the loss is mirrored at the level, not at 0: 2b - L, not -L.": (
+                torch.where(x > b, x, -x).mean() if each else -x.mean()
+            ),
+            "The + b is missing: above the level the flooded loss is the loss.": [
+                want - b,
+                want - 2 * b,
+            ],
+            "The fold is the wrong way round: above the level the flooded loss is the loss, below "
+            "it the mirror image 2b - L.": 2 * b - want,
+            "The losses' sum was taken, not their mean.": [fold(x).sum(), fold(x.sum())],
             "One number was wanted, the mean over the examples.": fold(x),
         }
         inputs = {"losses": x, "flood_level": b, "per_example": each}
-        trial(part, inputs, want, rivals, through=plain_number)
+        hint = "The fold of a loss L is |L - b| + b."
+        trial(part, inputs, want, rivals, hint, through=plain_number)
     for part, x, each in (
         ("its gradient, the mean below the level", low, False),
         ("its gradient, example by example", losses, True),
@@ -111,22 +134,53 @@ def accumulate(trial: Trial) -> None:
     all_kept = "The microbatches' graphs are all kept until the end, and take as much memory as "
     all_kept += "the whole batch. Call backward for each microbatch before the next one comes."
     flat = lambda parts: torch.cat([p.flatten() for p in parts])
-    for part, sizes, sign in (
-        ("one microbatch, above the level", [12], 1),
-        ("three of one size, above the level", [4, 4, 4], 1),
-        ("three of one size, below the level", [4, 4, 4], -1),
-        ("unequal sizes, below the level", [7, 4, 1], -1),
+    for part, sizes, sign, turned in (
+        (
+            "one microbatch, above the level",
+            [12],
+            1,
+            "The sign is turned around: below the level the gradient climbs, above it descends.",
+        ),
+        (
+            "three of one size, above the level",
+            [4, 4, 4],
+            1,
+            "The gradient was turned around, but the mean over the whole batch is above the level. "
+            "This mean decides, not the loss of one microbatch or a share of it.",
+        ),
+        (
+            "three of one size, below the level",
+            [4, 4, 4],
+            -1,
+            "The sign of the flood is lost: where the mean over the whole batch is below the level, "
+            "the gradient turns around.",
+        ),
+        (
+            "unequal sizes, below the level",
+            [7, 4, 1],
+            -1,
+            "The gradient is right, but not its sign, which the mean over all examples decides. In "
+            "the mean of the microbatches' losses a small one has too much weight.",
+        ),
     ):
         model = trial.filled(lambda: nn.Linear(4, 3))
         weights = list(model.parameters())
+        # the first microbatch, or the last, is on the other side of the level than the batch
+        order = loss(model(x), y, reduction="none").argsort(descending=sizes != [7, 4, 1])
+        x, y = x[order], y[order]
         parts = list(zip(x.split(sizes), y.split(sizes)))
         single = torch.stack([loss(model(a), c) for a, c in parts])
         mean, share = loss(model(x), y), torch.tensor(sizes, dtype=torch.float64) / 12
-        # a level with microbatches on both sides, if there are several
-        b = (mean - sign * 0.3 * (single - mean).abs().max().clamp(min=0.1)).item()
+        b = ((1 - 0.03 * sign) * mean).item()
+        if sizes == [7, 4, 1]:  # between the examples' mean and the microbatches' mean
+            b = (0.5 * (mean + single.mean())).item()
         gradient = lambda value: flat(torch.autograd.grad(value, weights, retain_graph=True))
         g, total = gradient(mean), gradient(single.sum())
-        each = gradient((share * ((single - b).abs() + b)).sum())
+        folded, seen = (single - b).abs(), (share * single).cumsum(0)
+        running = [
+            gradient(((s - b).sign() * share * single).sum())
+            for s in (seen, seen / share.cumsum(0))
+        ]
 
         stale = [trial.randn(*w.shape) for w in weights]
         for w, old in zip(weights, stale):
@@ -153,7 +207,8 @@ def accumulate(trial: Trial) -> None:
             "The weights themselves have changed; only their .grad should.",
         )
         trial.require(
-            all(w.grad is not None for w in weights), "No .grad is there: was backward called?"
+            all(w.grad is not None for w in weights),
+            "No .grad is there: was backward called, or .grad emptied at the end?",
         )
         trial.require(
             max(batch_sizes, default=0) <= max(sizes),
@@ -165,26 +220,42 @@ def accumulate(trial: Trial) -> None:
         kept = [sign * g + flat(stale), sign * (g + flat(stale))]
         equal = total / len(parts)
         rivals = {
+            turned: -sign * g,
+            "The sign was decided before all microbatches had been seen. Accumulate the gradient of "
+            "the raw loss, and turn it around at the end.": running,
             "Every microbatch was flooded by itself. One sign for all of them, decided by the mean "
-            "of the whole batch, is what is wanted.": each,
-            "The sign of the flood is lost: below the level the gradient turns around.": g,
+            "of the whole batch, is what is wanted.": [
+                gradient((share * folded).sum()),
+                gradient(folded.mean()),
+                gradient(folded.sum()),
+                gradient((share * single - b).abs().sum()),
+            ],
             "The gradients that were in .grad before are still in the sum.": kept,
-            "The sign is turned around: below the level the gradient climbs, above it descends.": (
-                -sign * g
-            ),
+            "In .grad there is what was there before, and nothing else.": flat(stale),
+            "Only the last microbatch's gradient is left: was .grad emptied in the loop?": [
+                sign * share[-1] * gradient(single[-1]),
+                sign * gradient(single[-1]),
+            ],
+            "Below the level the gradient does not vanish, it turns around.": 0 * g,
             "All microbatches weigh the same here, but they differ in size.": (
                 [equal, -equal] if len(set(sizes)) > 1 else []
             ),
             "This is the gradient of the sum of the microbatches' losses, not of the batch's "
-            "mean.": sign * total,
+            "mean.": [sign * total, -sign * total],
+            "This is the gradient of the sum over the examples, not of their mean.": [
+                sign * 12 * g,
+                -sign * 12 * g,
+            ],
         }
-        trial.compare(flat([w.grad for w in weights]), sign * g, rivals, atol=1e-6)
+        hint = "Each microbatch counts by its share of the examples. One sign holds for all."
+        trial.compare(flat([w.grad for w in weights]), sign * g, rivals, hint, atol=1e-6)
 
 
 @question
 def flooded_step(trial: Trial) -> None:
     """A step of gradient descent with flooding and with weight decay."""
     w, g = trial.randn(3), trial.randn(3)
+    w /= w.norm().clamp(max=1)  # so long that loss + λ/2 ‖w‖² is above the level
     b, lr, decay = trial.number(0.2, 0.4), 0.1, 0.5
     for part, loss, sign in (("above the level", b + 0.5, 1), ("below the level", b / 2, -1)):
         inputs = {"w": w, "gradient": g, "loss": loss, "flood_level": b, "lr": lr}
@@ -192,13 +263,31 @@ def flooded_step(trial: Trial) -> None:
         rivals = {
             "The weight decay was turned around together with the loss: below the level the "
             "weights grow. It is not flooded.": step(sign * g, sign * decay),
-            "The step goes down although the loss is below the level.": step(g, decay),
+            "The step goes down although the loss is below the level. The raw loss is compared with "
+            "the level, without the weight decay's term.": step(g, decay),
             "This climbs above the level and descends below it.": step(-sign * g, decay),
+            "The sign of the whole step is turned around.": step(-sign * g, -decay),
             "The weight decay is missing.": step(sign * g, 0),
+            "The weight decay has the wrong sign: the weights grow.": step(sign * g, -decay),
+            "The weight decay acts twice, as 2λw.": step(sign * g, 2 * decay),
+            "The weight decay is not multiplied by the learning rate.": step(sign * g, decay / lr),
+            "The weight decay was multiplied by the learning rate twice.": (
+                step(sign * g, lr * decay)
+            ),
+            "The weight decay acts on the weights before the step, not after it.": (
+                (1 - lr * decay) * step(sign * g, 0)
+            ),
+            "Below the level the gradient does not vanish, it turns around.": [step(0, decay), w],
+            "This is the change of the weights; the new weights are wanted.": [
+                step(sign * g, decay) - w,
+                w - step(sign * g, decay),
+                sign * g + decay * w,
+            ],
         }
         inputs["weight_decay"] = decay
         # a difference of single-precision numbers of size 1 is off by some 1e-7
-        trial(part, inputs, step(sign * g, decay), rivals, atol=1e-6)
+        hint = "The step is lr times a sum: the gradient, with its sign, and λw."
+        trial(part, inputs, step(sign * g, decay), rivals, hint, atol=1e-6)
 
 
 @experiment("flooded minus not flooded", "test loss", "test error")

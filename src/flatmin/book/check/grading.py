@@ -292,7 +292,7 @@ class Trial:
                     "Not answered yet: write your own code in place of `raise NotImplementedError`."
                 ) from None
             where = _where(error, self.answer)
-            if "a leaf Variable that requires grad" in str(error):
+            if "a leaf Variable that requires grad" in str(error) and not changes:
                 hint = "Work on a copy, such as x.clone(): the caller still needs what it passed."
                 self.fail("It changed an input in place.", where=where, hint=hint)
             self.fail(f"It raised {type(error).__name__}: {error}", where=where)
@@ -342,7 +342,7 @@ class Trial:
                 break
         differs = where_different(got, want, **tolerances)
         self.fail(
-            text[0].upper() + text[1:] + ".",
+            text[0].upper() + text[1:] + "." * (text[-1] != "?"),
             got=show(got),
             wanted=show(want),
             differs=differs,
@@ -366,6 +366,13 @@ class Trial:
         """
         with self.noting(part):
             self.compare(self.call(part, inputs, (), through), want, rivals, hint, **tolerances)
+
+
+def names_used(code: Any) -> set[str]:
+    """The names in an answer's code, and in that of functions inside of it."""
+    code = getattr(code, "__code__", code)
+    inner = [const for const in getattr(code, "co_consts", ()) if hasattr(const, "co_names")]
+    return set(getattr(code, "co_names", ())).union(*map(names_used, inner))
 
 
 def plain_number(answer: Callable[..., Any]) -> Callable[..., Any]:

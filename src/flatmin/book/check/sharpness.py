@@ -4,13 +4,14 @@ import itertools
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 from torch.func import grad
 
 from ...measure import eigenvalues
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, experiment, question, train
+from .grading import Trial, experiment, question, show, train
 
 
 @question
@@ -20,18 +21,47 @@ def probe_variance(trial: Trial) -> None:
         H = trial.randn(size, size)
         H = H + H.T
         z = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=size))).double()
-        want = ((z @ H) * z).sum(1).var(correction=0)
-        gaussian = 2 * (H**2).sum()
+        variance = lambda z, **options: ((z @ H) * z).sum(1).var(**options)
+        want, off = variance(z, correction=0), H - torch.diag(H.diagonal())
+        squares, trace = (H**2).sum(), H.trace()
         rivals = {
-            "That is for Gaussian probes. For signs z_i² = 1: the diagonal does not vary.": gaussian,
+            "That is for Gaussian probes. For signs z_i² = 1: the diagonal does not vary.": [
+                2 * squares,
+                squares,
+            ],
+            "The diagonal was taken away once; it is in 2 Σ H_ij² twice.": squares + want / 2,
             "Every pair i ≠ j occurs twice in zᵀHz, as ij and as ji; a factor 2 is missing.": want
             / 2,
+            "For i < j the coefficient of z_i z_j is 2 H_ij; its square is 4 H_ij².": want / 4,
             "A factor 2 is too much.": 2 * want,
-            "That is the trace, the mean of zᵀHz.": H.trace(),
-            "That is the standard deviation; the variance is its square.": want.sqrt(),
+            "That is the trace, the mean of zᵀHz.": trace,
+            "That is the mean of (zᵀHz)²; the square of the mean has to be taken away.": want
+            + trace**2,
+            "(tr H)² is not the sum of the squares H_ii².": [
+                2 * squares - 2 * trace**2,
+                2 * squares - trace**2,
+                squares - trace**2,
+            ],
+            "That is a standard deviation or a norm; the variance is a square.": [
+                want.sqrt(),
+                (want / 2).sqrt(),
+                (want * 2).sqrt(),
+            ],
+            "The variances of the products add up: each H_ij is squared by itself.": [
+                factor * off.sum() ** exponent for factor in (1, 2) for exponent in (1, 2)
+            ],
+            "The squares of all entries add up; there is no mean in it, and no row by itself.": [
+                *(want / number for number in (size, size**2, size**2 - size)),
+                2 * (off**2).sum(1),
+                2 * (off**2).mean(1),
+            ],
+            "These are all vectors of signs, no sample: divide by their number, not by one less.": (
+                variance(z, correction=1)
+            ),
+            "The entries of z are -1 and 1, not 0 and 1.": variance((z + 1) / 2, correction=0),
         }
         hint = "zᵀHz - tr H is a sum over pairs i ≠ j of H_ij z_i z_j. Which of these products "
-        hint += "are uncorrelated?"
+        hint += "are uncorrelated? (A sample of probes gives the variance only roughly.)"
         # E(zᵀHz)² - (tr H)², or ‖H‖² minus the diagonal's, loses digits in single precision
         atol = 2e-6 * float((H**2).sum() + H.trace() ** 2)
         trial(part, {"H": H}, want, rivals, hint, atol=atol)
@@ -51,39 +81,76 @@ def m_sharpness(trial: Trial) -> None:
         return torch.log(torch.cosh(X[rows] @ w - t[rows]))
 
     mean_loss = lambda w, rows: losses(w, rows).mean()
-
-    def rise(rows, ascent_rows):
-        g = grad(mean_loss)(w, ascent_rows)
-        return mean_loss(w + rho * g / g.norm(), rows) - mean_loss(w, rows)
-
+    slope = lambda rows, w=w: grad(mean_loss)(w, rows)
+    to_length = lambda v: rho * v / v.norm()
+    rise = lambda e, rows, w=w: mean_loss(w + e, rows) - mean_loss(w, rows)
     every = torch.arange(10)
+
+    def average(value, shards):
+        """Of value(rows), over the examples."""
+        return sum(len(s) / 10 * value(s) for s in shards)
+
+    own = lambda rows: rise(to_length(slope(rows)), rows)
+    if own(every[:5]) > own(every[5:]):
+        X, t = X.flip(0), t.flip(0)  # the worst shard of five is the last
     for part, m in (
-        ("one shard", 10),
         ("shards of five", 5),
+        ("one shard", 10),
         ("single examples", 1),
         ("shards of four: the last has two", 4),
     ):
         shards = every.split(m)
-        share = torch.tensor([len(s) / 10 for s in shards], dtype=torch.float64)
-        mean = lambda values: share @ torch.stack(values)
-        rises = [rise(s, s) for s in shards]
-        full = [rise(s, every) for s in shards]
-        slopes = [rho * grad(mean_loss)(w, s).norm() for s in shards]
-        want, each = mean(rises), torch.stack(rises)
-        worst = want + mean_loss(w, every)
+        of = lambda step: average(lambda s: rise(step(slope(s)), s), shards)
+        want, each = average(own, shards), torch.stack([own(s) for s in shards])
+        place, carried, from_start = w, 0.0, 0.0
+        for s in shards:
+            e = to_length(slope(s, place))
+            carried += len(s) / 10 * rise(e, s, place)
+            place = place + e
+            from_start += len(s) / 10 * rise(place - w, s)
         rivals = {
             "All shards were moved by one and the same ε̂, that of all examples. Each has its "
-            "own.": mean(full),
-            "The worst shard is not asked for, but the mean over shards.": each.max(),
-            "The shards weigh the same here; a shard of fewer examples counts less.": each.mean(),
-            "That is the first-order form (7.3), ρ‖g_B‖; the loss itself is to be evaluated.": mean(
-                slopes
+            "own.": average(lambda s: rise(to_length(slope(every)), s), shards),
+            "Each example was moved by itself; those of a shard move together.": average(
+                own, every.split(1)
             ),
-            "The last, smaller shard was left out.": each[: 10 // m].mean(),
-            "That is the loss at the worst points; the loss at w has to be taken away.": worst,
+            "m is the number of examples in a shard, not the number of shards.": average(
+                own, every.chunk(m)
+            ),
+            "A shard's ε̂ counts by the rise of its own loss, not of the loss of all examples.": (
+                average(lambda s: rise(to_length(slope(s)), every), shards)
+            ),
+            "The worst shard is not asked for, but the mean over shards.": each.max(),
+            "The shards weigh the same here; a shard of fewer examples counts less.": [
+                each.mean(),
+                each.sum() * m / 10,
+            ],
+            "The last shard was left out.": [each[:-1].mean(), each[:-1].sum() * m / 10]
+            if m < 10
+            else [],
+            "That is a sum, or divided by the wrong number: it is the mean over the examples of "
+            "their shard's rise.": [each.sum(), each.sum() / 10, m * want, 10 * want],
+            "That is the first-order form (7.3), ρ‖g_B‖; the loss itself is to be evaluated.": (
+                average(lambda s: rho * slope(s).norm(), shards)
+            ),
+            "That is the loss at the worst points; the loss at w has to be taken away.": want
+            + mean_loss(w, every),
+            "The difference is the wrong way round: it is the loss at w + ε̂ minus that at w.": -want,
+            "ε̂ leads uphill; this goes downhill.": [of(lambda g: -to_length(g))]
+            + [-of(lambda g: -to_length(g))],
+            "ε̂ has the length ρ: g_B has to be divided by its length.": of(lambda g: rho * g),
+            "A root is missing: g_B is divided by its length, not by the square of it.": of(
+                lambda g: rho * g / (g @ g)
+            ),
+            "Every shard starts from w, not from where the one before has moved to.": [
+                carried,
+                from_start,
+            ],
         }
+        hint = "The first m rows are the first shard, and so on. Of each: g_B at w, ε̂, and how "
+        hint += "much its own mean loss is higher at w + ε̂ than at w."
         inputs = {"losses": losses, "w": w, "n": 10, "m": m, "rho": rho}
-        trial(part, inputs, want, rivals)
+        trial(part, inputs, want, rivals, hint)
 
 
 @question
@@ -113,21 +180,43 @@ def lanczos(trial: Trial) -> None:
             torch.allclose(basis[0], first, atol=1e-5),
             "The first row of Q should be v, divided by its length.",
         )
+        trial.require(
+            torch.allclose(basis.norm(dim=1), torch.ones(steps).double(), atol=accuracy),
+            "Each row of Q should have the length 1.",
+            got=f"lengths {show(basis.norm(dim=1))}",
+        )
         deviation = float((basis @ basis.T - torch.eye(steps).double()).abs().max())
         trial.require(
             deviation < accuracy,
             "The rows of Q are not orthonormal.",
             got=f"largest entry of QQᵀ - 1: {deviation:.1e}",
             hint="In floating point (8.1) alone loses orthogonality, and ghosts appear: make each "
-            "new vector orthogonal to all earlier ones, twice. And divide it by its length.",
+            "new vector orthogonal to all earlier ones, twice."
+            if dtype == torch.float32
+            else "The next row is what is left of H q_j when α_j q_j and β_{j-1} q_{j-1} are taken "
+            "away.",
         )
-        T = basis @ H.double() @ basis.T
+        HQ = basis @ H.double()
+        T = HQ @ basis.T
+        a, b = T.diagonal(), T.diagonal(1)
         atol = accuracy * float(values.max())
-        trial.compare(alpha, T.diagonal(), hint="alpha_j is q_j · H q_j.", atol=atol)
+        rivals = {
+            "alpha_j is q_j · H q_j, before H q_j is made orthogonal to q_j.": 0 * a,
+            "These are the eigenvalues of T; alpha is its diagonal.": torch.linalg.eigvalsh(T),
+        }
+        trial.compare(alpha, a, rivals, "alpha_j is q_j · H q_j.", atol=atol)
+        rivals = {
+            "That is the length of H q_j. Take α_j q_j and β_{j-1} q_{j-1} away first.": HQ.norm(
+                dim=1
+            )[:-1],
+            "beta_1 belongs to the first step; there is no beta before it.": torch.cat(
+                [0 * b[:1], b[:-1]]
+            ),
+        }
         hint = (
             "beta_j is the length of what is left of H q_j; its square root or its square is not."
         )
-        trial.compare(beta, T.diagonal(1), hint=hint, atol=atol)
+        trial.compare(beta, b, rivals, hint, atol=atol)
         rest = T - torch.diag(alpha) - torch.diag(beta, 1) - torch.diag(beta, -1)
         trial.require(rest.abs().max() < atol, "Q H Qᵀ is not tridiagonal: is Q that of (8.1)?")
         trial.require(
@@ -150,21 +239,66 @@ def hutchinson(trial: Trial) -> None:
     H = H @ H.T
     probes = (trial.integers(2, k, n) * 2 - 1).double()
     values = ((probes @ H) * probes).sum(1)
-    mean, error = values.mean(), values.std() / k**0.5
-    per_weight = mean / n, error / n
+    estimate = lambda values: (values.mean(), values.std() / k**0.5)
+    mean, error = want = estimate(values)
+    products = probes * (probes @ H)
+    widths = [factor * error for factor in (1.96, 1.959964, 2, float(stdtrit(k - 1, 0.975)))]
     rivals = {
+        "The standard error comes second.": (error, mean),
         "That is the spread of single probes; the standard error of their mean is smaller by √k.": (
             mean,
-            error * k**0.5,
+            values.std(),
         ),
-        "The variance was divided by k, not by k - 1.": (mean, error * ((k - 1) / k) ** 0.5),
-        "That was divided by zᵀz: it estimates the mean eigenvalue, not the trace.": per_weight,
-        "That is the variance of the mean; the standard error is its root.": (mean, error**2),
-        "These are sums over the probes.": (values.sum(), values.std() * k**0.5),
-        "That is the mean of ‖Hz‖, not of zᵀHz.": ((probes @ H).norm(dim=1).mean(), error),
+        "The variance was divided by k, not by k - 1.": [
+            (mean, values.std(correction=0) / k**0.5),
+            (mean, values.std(correction=0)),
+        ],
+        "The spread of the probes is divided by √k: the k - 1 is in the spread.": (
+            mean,
+            values.std() / (k - 1) ** 0.5,
+        ),
+        "The spread of the probes is divided by √k, not by k.": (mean, values.std() / k),
+        "k counts the probes: it is the number of rows, not of columns or entries.": [
+            (mean, values.std() / n**0.5),
+            (mean, values.std() / (k * n) ** 0.5),
+        ],
+        "That is a variance; the standard error is √(variance of zᵀHz / k).": [
+            (mean, values.var() / k),
+            (mean, values.var()),
+        ],
+        "That is a width of an interval; the standard error itself is asked for.": [
+            (mean, side * width) for side in (1, 2) for width in widths
+        ],
+        "These are the ends of an interval, not the mean and its standard error.": [
+            (mean - width, mean + width) for width in (error, *widths)
+        ],
+        "That was divided by n, by zᵀz or by a mean over the entries of z: it estimates the mean "
+        "eigenvalue, not the trace.": [
+            estimate(values / n),
+            (mean / n, products.std() / k**0.5),
+            (mean / n, products.std() / (k * n) ** 0.5),
+        ],
+        "Add up the entries of z · Hz first: zᵀHz is one number for each probe.": [
+            (products.mean(0), products.std(0) / k**0.5),
+            (mean, products.std(0).sum() / k**0.5),
+            (mean, products.std(0).norm() / k**0.5),
+        ],
+        "That is a sum over the probes; the trace is estimated by their mean.": [
+            (values.sum(), values.std() * k**0.5),
+            (values.sum(), error),
+        ],
+        "That is the length of Hz, or its square, not zᵀHz.": [
+            estimate((probes @ H).norm(dim=1)),
+            estimate((probes @ H).norm(dim=1) ** 2),
+        ],
+        "That is the sum of the entries of Hz: z is missing on the left.": estimate(
+            (probes @ H).sum(1)
+        ),
     }
+    hint = "For each of the given probes z · Hz, a number; of these the mean, and the spread (with "
+    hint += "k - 1) divided by √k."
     inputs = {"matvec": lambda v: H @ v, "probes": probes}
-    trial("nine probes", inputs, (mean, error), rivals)
+    trial("nine probes", inputs, want, rivals, hint)
 
 
 @experiment("the larger rate minus the smaller", "largest eigenvalue", "test error")
