@@ -180,6 +180,18 @@ def mixed_loss__one_hot(logits, labels, partners, lam):
     return (other + lam * (own - other)).mean()
 
 
+def mixed_loss__weighted_one_hots(logits, labels, partners, lam):
+    """Each hard label has its weight, and no two are added."""
+    one, logp = F.one_hot(labels, logits.shape[1]), logits.log_softmax(1)
+    own, other = lam[:, None] * one, (1 - lam)[:, None] * one[partners]
+    return -((own * logp).sum() + (other * logp).sum()) / len(labels)
+
+
+def mixed_loss__pairs(logits, labels, partners, lam):
+    weights, both = torch.stack([lam, 1 - lam], 1), torch.stack([labels, labels[partners]], 1)
+    return -(weights * logits.log_softmax(1).gather(1, both)).sum(1).mean()
+
+
 def mixed_loss__vmap(logits, labels, partners, lam):
     losses = torch.func.vmap(F.cross_entropy)
     return (lam * losses(logits, labels) + (1 - lam) * losses(logits, labels[partners])).mean()

@@ -12,6 +12,13 @@ def one_answer_cosine__not_divided(K, p):
     return p**2 + (K - 1) * small**2 - 2 * small
 
 
+def one_answer_cosine__distance(K, p):
+    """That is the distance, 1 - cos"""
+    small = (1 - p) / (K - 1)
+    product = p**2 + (K - 1) * small**2 - 2 * small
+    return 1 - product / (product + 1)
+
+
 def sequence_gram__without_bias(inputs, deltas):
     """The bias is missing"""
     W = torch.einsum("nto,nti->noi", deltas, inputs).flatten(1)
@@ -29,6 +36,25 @@ def sequence_gram__sums_first(inputs, deltas):
     """a product of sums is not a sum of products"""
     a, d = inputs.sum(1), deltas.sum(1)
     return (a @ a.T + 1) * (d @ d.T)
+
+
+def sequence_gram__strung_together(inputs, deltas):
+    """The positions were strung together"""
+    a, d = inputs.flatten(1), deltas.flatten(1)
+    return (a @ a.T + 1) * (d @ d.T)
+
+
+def sequence_gram__a_one_to_the_deltas(inputs, deltas):
+    """so 1 is added to the products of the inputs"""
+    d = torch.cat([deltas, torch.ones_like(deltas[..., :1])], dim=-1)
+    return torch.einsum("itx,jsx,ity,jsy->ij", inputs, inputs, d, d)
+
+
+def sequence_gram__positions_first(inputs, deltas):
+    """that is .view(n, T, n, T)"""
+    n, T, _ = inputs.shape
+    a, d = inputs.flatten(0, 1), deltas.flatten(0, 1)
+    return ((a @ a.T + 1) * (d @ d.T)).view(T, n, T, n).sum((0, 2))
 
 
 def sequence_gram__gradients_formed(inputs, deltas):
@@ -58,6 +84,34 @@ def class_means__diagonal_counted(values, classes, num_classes):
     return one.T @ off @ one / (one.sum(0)[:, None] * one.sum(0))
 
 
+def class_means__within_and_between(values, classes, num_classes):
+    """Each pair of classes has a mean of its own"""
+    same, off = classes[:, None] == classes, ~torch.eye(len(values), dtype=torch.bool)
+    within, between = values[same & off].mean(), values[~same].mean()
+    return torch.where(torch.eye(num_classes, dtype=torch.bool), within, between)
+
+
+def class_means__pairs_in_order(values, classes, num_classes):
+    """Only pairs with i < j were taken"""
+    before = torch.ones_like(values).triu(1)
+    one = torch.nn.functional.one_hot(classes, num_classes).to(values.dtype)
+    return one.T @ (before * values) @ one / (one.T @ before @ one)
+
+
+def class_means__mean_over_nan(values, classes, num_classes):
+    """A mean over a NaN is NaN"""
+    off, every = values.clone().fill_diagonal_(torch.nan), range(num_classes)
+    rows = [[off[classes == a][:, classes == b].mean() for b in every] for a in every]
+    return torch.tensor(rows)
+
+
+def class_means__classes_that_occur(values, classes, num_classes):
+    """has a row and a column"""
+    off, every = values.clone().fill_diagonal_(torch.nan), classes.unique()
+    rows = [[off[classes == a][:, classes == b].nanmean() for b in every] for a in every]
+    return torch.tensor(rows)
+
+
 def class_means__zeroes_its_input(values, classes, num_classes):
     """changed its input `values` in place"""
     values.fill_diagonal_(0)
@@ -82,6 +136,17 @@ def cosines__squared(gram):
     """its root is needed"""
     length = gram.diagonal().clamp_min(1e-300)
     return gram / length[:, None] / length
+
+
+def cosines__of_the_rows(gram):
+    """The rows of `gram` are not the gradients"""
+    return torch.nn.functional.cosine_similarity(gram[:, None], gram[None], dim=-1)
+
+
+def cosines__root_of_the_square(gram):
+    """The sign was lost"""
+    squares = gram.diagonal()
+    return (gram.square() / squares[:, None] / squares).nan_to_num().sqrt()
 
 
 def stiffness_effect__not_a_dict(seeds):

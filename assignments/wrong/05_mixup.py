@@ -25,6 +25,26 @@ def mixed_loss__mean_first(logits, labels, partners, lam):
     return (lam * own + (1 - lam) * other).mean()
 
 
+def mixed_loss__squares(logits, labels, partners, lam):
+    """λ comes in twice"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return (lam**2 * own + (1 - lam) ** 2 * other).mean()
+
+
+def mixed_loss__one_label(logits, labels, partners, lam):
+    """Each example has only one label here"""
+    return F.cross_entropy(logits, torch.where(lam > 0.5, labels, labels[partners]))
+
+
+def mixed_loss__logits_mixed(logits, labels, partners, lam):
+    """The logits were mixed"""
+    z = lam[:, None] * logits + (1 - lam[:, None]) * logits[partners]
+    own = F.cross_entropy(z, labels, reduction="none")
+    other = F.cross_entropy(z, labels[partners], reduction="none")
+    return (lam * own + (1 - lam) * other).mean()
+
+
 def mixed_loss__partners_detached(logits, labels, partners, lam):
     """The partners' loss has no gradient"""
     own = F.cross_entropy(logits, labels, reduction="none")
@@ -45,6 +65,45 @@ def mixed_loss__soft_labels(logits, labels, partners, lam):
     """A soft label was made"""
     one = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return F.cross_entropy(logits, lam[:, None] * one + (1 - lam)[:, None] * one[partners])
+
+
+def mixed_loss__soft_labels_by_hand(logits, labels, partners, lam):
+    """A soft label was made"""
+    each, soft = torch.arange(len(labels)), torch.zeros_like(logits)
+    soft[each, labels] += lam
+    soft[each, labels[partners]] += 1 - lam
+    return -(soft * logits.log_softmax(1)).sum(1).mean()
+
+
+def dirichlet_mixup__own_labels(x, labels, num_classes, alpha, k, generator):
+    """The labels are the examples' own"""
+    shapes = torch.full((k, len(x), 1), alpha, dtype=torch.float64)
+    w = torch._standard_gamma(shapes, generator=generator)
+    who = [torch.arange(len(x))] + [
+        torch.randperm(len(x), generator=generator) for _ in range(k - 1)
+    ]
+    return sum(a * x[i] for a, i in zip(w / w.sum(0), who)), F.one_hot(labels, num_classes)
+
+
+def dirichlet_mixup__inputs_not_permuted(x, labels, num_classes, alpha, k, generator):
+    """The inputs came back as they were"""
+    n, one = len(x), F.one_hot(labels, num_classes).to(x.dtype)
+    shapes = torch.full((k, n, 1), alpha, dtype=torch.float64)
+    w = torch._standard_gamma(shapes, generator=generator)
+    w = w / w.sum(0)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * x for a in w), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__always_three(x, labels, num_classes, alpha, k, generator):
+    """written into the code"""
+    n, one = len(x), F.one_hot(labels, num_classes).to(x.dtype)
+    shapes = torch.full((3, n, 1), alpha, dtype=torch.float64)
+    w = torch._standard_gamma(shapes, generator=generator)
+    w = w / w.sum(0)
+    i, j = (torch.randperm(n, generator=generator) for _ in range(2))
+    mixed = [w[0] * v + w[1] * v[i] + w[2] * v[j] for v in (x, one)]
+    return mixed[0], mixed[1]
 
 
 def dirichlet_mixup__per_class(x, labels, num_classes, alpha, k, generator):
@@ -160,6 +219,27 @@ def shrunk__to_zero(x, targets, alpha):
     """Shrunk towards zero"""
     theta = 0.5 + 4**-alpha / (alpha * beta(alpha, alpha))
     return theta * x, theta * targets
+
+
+def shrunk__means_of_rows(x, targets, alpha):
+    """The mean is that of all rows"""
+    theta = 0.5 + 4**-alpha / (alpha * beta(alpha, alpha))
+    toward = lambda v: theta * v + (1 - theta) * v.mean(1, keepdim=True)
+    return toward(x), toward(targets)
+
+
+def shrunk__uniform_labels(x, targets, alpha):
+    """which is 1/K only if"""
+    theta = 0.5 + 4**-alpha / (alpha * beta(alpha, alpha))
+    smoothed = theta * targets + (1 - theta) / targets.shape[1]
+    return x.mean(0) + theta * (x - x.mean(0)), smoothed
+
+
+def shrunk__brackets(x, targets, alpha):
+    """mind the brackets"""
+    theta = 0.5 + 4**-alpha / alpha * beta(alpha, alpha)
+    toward = lambda v: v.mean(0) + theta * (v - v.mean(0))
+    return toward(x), toward(targets)
 
 
 def mixup_effect__raises(seeds):
