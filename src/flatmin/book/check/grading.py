@@ -7,7 +7,6 @@ come back, and *rivals*: the results of common mistakes, with a hint for each.
 import copy
 import ctypes
 import itertools
-import math
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -132,7 +131,7 @@ def show(value: Any) -> str:
         if value.numel() == 1:
             return f"{value.item():.8g}" if not value.ndim else f"tensor({value.tolist()})"
         few = 16 if value.numel() <= 16 else 4
-        rounded = [f"{x:.6g}" for x in value.flatten()[:few].tolist()]
+        rounded = [f"{x + 0.0:.6g}" for x in value.flatten()[:few].tolist()]  # 0, not -0
         rounded += ["…"] * (value.numel() > few)
         shape = "" if value.ndim == 1 else f", shape {list(value.shape)}"
         return f"[{', '.join(rounded)}]{shape}"
@@ -165,6 +164,8 @@ def difference(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-8) -> s
     if got_ is None:
         kind = "tensor" if want_.ndim else "number"
         return f"a {kind} should have come back, not {type(got).__name__}"
+    if not want_.ndim and got_.numel() == 1:
+        got_ = got_.reshape(())  # an array of one number is a number
     if got_.shape != want_.shape:
         return f"the shape is {list(got_.shape)}, it should be {list(want_.shape)}"
     if got_.is_complex():
@@ -340,6 +341,8 @@ class Trial:
             if any(not difference(got, each, **tolerances) for each in rival):
                 hint = rival_hint
                 break
+        else:
+            hint = hint if got is not None else ""
         differs = where_different(got, want, **tolerances)
         self.fail(
             text[0].upper() + text[1:] + "." * (text[-1] != "?"),
@@ -376,12 +379,12 @@ def names_used(code: Any) -> set[str]:
 
 
 def plain_number(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """An answer whose number may be of any kind: Decimal, Fraction, SymPy's, an array of one."""
+    """An answer whose number may be of any kind: Decimal, Fraction, SymPy's."""
 
     def number(*given: Any) -> Any:
         value = answer(*given)
         if isinstance(value, (np.ndarray, Tensor)):
-            return value.reshape(()) if math.prod(value.shape) == 1 else value
+            return value
         return float(value) if hasattr(value, "__float__") else value
 
     return number
@@ -441,7 +444,8 @@ class Check:
                     "There is no function of this name."
                     if answer is None
                     else f"A function was expected, not {show(answer)}.",
-                    hint=f"Pass the function itself: check.{name}({name}).",
+                    hint=f"Keep the name `{name}`, and pass the function itself: "
+                    f"check.{name}({name}).",
                 )
             trial = Trial(answer, seed, self.seconds, report)
             self.pose(trial)
