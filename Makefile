@@ -4,10 +4,11 @@ VENV   ?= .venv
 PYTHON ?= python3
 # chapters for `make notebooks`, or assignments for `make assignments`, e.g. N=02_flooding
 N      ?=
-# seed of the hidden tests of `make assignments`; submissions and table of `make grade`
+# seed of the hidden tests of `make assignments`; for `make grade`: submissions, table, how many at once
 SEED   ?= 2026
 FROM   ?= submissions
-TO     ?= grades.csv
+TO     ?=
+JOBS   ?= 1
 
 # An unset $CONDA_PREFIX would be /, and make splits names at spaces.
 ifneq ($(words $(VENV)),1)
@@ -124,10 +125,10 @@ new-chapter: $(READY)  ## authors: a skeleton that runs and passes all tests: NA
 	$(BIN)/python tools/new_chapter.py "$$NAME" --title "$$TITLE"
 
 assignments: $(READY)  ## instructors: student notebooks, solutions and autograders (one: N=02_flooding)
-	$(BIN)/python tools/assignments.py build --seed $(SEED) $(N)
+	$(BIN)/python tools/assignments.py build --seed "$(SEED)" $(N)
 
 grade: $(READY)  ## instructors: a folder of submissions into a table: N=02_flooding FROM=folder TO=grades.csv
-	$(BIN)/python tools/assignments.py grade "$(N)" "$(FROM)" -o "$(TO)"
+	$(BIN)/python tools/assignments.py grade "$(N)" "$(FROM)" $(if $(TO),-o "$(TO)") -j $(JOBS)
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	-@$(BIN)/python tools/notebooks.py check

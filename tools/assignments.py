@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import jupytext
 import nbformat
+import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from notebooks import LANGUAGE, ROOT, bootstrap, choose, repository, source
 from otter.generate import main as generate
@@ -46,7 +49,10 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
 def masters(names=()):
-    return choose("assignment", MASTERS, names)
+    """All of them, or those whose names start so; 4 is 04."""
+    return choose(
+        "assignment", MASTERS, [f"0{n}" if re.fullmatch("[0-9]", n) else n for n in names]
+    )
 
 
 def read(path):
@@ -80,11 +86,13 @@ def solution(source):
     return re.sub(r"^[ ]*# (BEGIN|END) SOLUTION\n?", "", source, flags=re.M)
 
 
+NEW_CELL = {"code": new_code_cell, "markdown": new_markdown_cell}
+
+
 def notebook(cells):
     """A notebook of (type, source), without outputs and metadata."""
-    new = {"code": new_code_cell, "markdown": new_markdown_cell}
     return new_notebook(
-        cells=[new[kind](text, id=f"cell-{i}") for i, (kind, text) in enumerate(cells)],
+        cells=[NEW_CELL[kind](text, id=f"cell-{i}") for i, (kind, text) in enumerate(cells)],
         metadata={"kernelspec": KERNEL, "language_info": LANGUAGE},
     )
 
@@ -284,7 +292,8 @@ def submissions(folder):
     Hidden files are left out, and so are the copies that Jupyter and macOS make.  A zip gives each
     notebook in it.  What cannot be graded is here too: its function says why.
     """
-    for here, folders, files in os.walk(folder):
+    unreadable = []
+    for here, folders, files in os.walk(folder, onerror=unreadable.append):
         folders[:] = sorted(name for name in folders if not hidden(name))
         for name in folders:
             path = Path(here, name)
@@ -298,6 +307,8 @@ def submissions(folder):
                 yield from in_zip(label(folder, path), path)
             else:
                 yield label(folder, path), lambda path=path: parse(path.name, contents(path))
+    for error in unreadable:
+        yield label(folder, Path(error.filename)), refuse(f"a folder: {error.strerror}")
 
 
 def hidden(name):
@@ -305,7 +316,9 @@ def hidden(name):
 
 
 def label(folder, path):
-    return path.relative_to(folder).as_posix()
+    """Its path in the folder, which no spreadsheet takes for a formula."""
+    name = path.relative_to(folder).as_posix()
+    return f"./{name}" if name[0] in "=+-@" else name
 
 
 def refuse(reason):
@@ -327,7 +340,7 @@ def contents(path):
 def in_zip(name, path):
     try:
         archive = zipfile.ZipFile(io.BytesIO(contents(path)))
-    except (NotGraded, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a zip can be wrong in many ways
         yield name, refuse(f"a zip that cannot be opened: {error}")
         return
     members = [
@@ -358,10 +371,11 @@ def parse(name, content):
         raise NotGraded("no notebook: its text is not UTF-8") from None
     try:
         if name.lower().endswith(".py"):
-            return jupytext.reads(text, fmt="py")
-        nb = nbformat.reads(text, as_version=4)
-        nbformat.validate(nb)
-        return nb
+            nb = jupytext.reads(text, fmt="py")
+        else:
+            nb = nbformat.reads(text, as_version=4)
+        sources = [(cell.cell_type, cell.source) for cell in nb.cells if cell.cell_type in NEW_CELL]
+        return notebook(sources)  # whatever else in it may be wrong
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotGraded(f"no notebook: {reason[:200]}") from None
@@ -385,10 +399,14 @@ submission, archive, result = sys.argv[1:]
 graded = grade_submission(submission, archive, quiet=True)
 if graded.has_catastrophic_failure():
     raise graded.catastrophic_error
-messages = lambda test: [case.message for case in test.test_case_results if not case.passed]
+said = lambda test: [
+    [case.test_case.hidden, case.message] for case in test.test_case_results if not case.passed
+]
 with open(result, "w", encoding="utf-8") as file:
-    json.dump({name: [test.score, messages(test)] for name, test in graded.results.items()}, file)
+    json.dump({name: [test.score, said(test)] for name, test in graded.results.items()}, file)
 """
+# The grader looks for what a notebook leaves in the directory where it began.
+STAY = "import os as _os; _here = _os.getcwd()", "_os.chdir(_here)"
 
 
 class NoKernel(NotGraded):
@@ -400,7 +418,7 @@ TRIES = 3
 
 
 def grade_one(nb, archive, limit=TIME_LIMIT):
-    """{question: [points, [messages]]} of a notebook, from a process with a time limit.
+    """{question: [points, [(hidden, message)]]} of a notebook, from a process with a time limit.
 
     If its kernel does not start, it is tried again.
     """
@@ -411,53 +429,95 @@ def grade_one(nb, archive, limit=TIME_LIMIT):
 
 
 def grade_once(nb, archive, limit):
-    nb = nbformat.from_dict(
-        {**nb, "metadata": {"kernelspec": KERNEL}}
-    )  # theirs may be unknown here
-    with tempfile.TemporaryDirectory() as work:
-        result = Path(work, "result.json")
+    first, last = map(new_code_cell, STAY)
+    # the name of their kernel may be unknown here
+    nb = new_notebook(cells=[first, *nb.cells, last], metadata={"kernelspec": KERNEL})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        result, errors = Path(work, "result.json"), Path(work, "errors.txt")
         nbformat.write(nb, Path(work, "submission.ipynb"))
-        process = subprocess.Popen(
-            [sys.executable, "-c", GRADE_ONE, "submission.ipynb", archive.resolve(), result],
-            cwd=work,
-            env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-        )
-        try:
-            _, errors = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
-            raise NotGraded(f"stopped after {limit} seconds") from None
+        with errors.open("wb") as stderr:  # no pipe, which what a notebook starts would keep open
+            process = subprocess.Popen(
+                [sys.executable, "-c", GRADE_ONE, "submission.ipynb", archive.resolve(), result],
+                cwd=work,
+                env={
+                    **os.environ,
+                    "TQDM_DISABLE": "1",
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONUTF8": "1",
+                    "PIP_TARGET": work,  # what a notebook installs is gone with it
+                },
+                start_new_session=True,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+            RUNNING.add(process)
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                stop(process)
+                raise NotGraded(f"stopped after {limit} seconds") from None
+            finally:
+                RUNNING.discard(process)
         if not result.exists():
-            last = (errors.strip().splitlines() or [f"ended with code {process.returncode}"])[-1]
+            said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = (said or [f"ended with code {process.returncode}"])[-1]
             if NO_KERNEL.search(last):
                 raise NoKernel(f"its kernel did not start, so grade it again: {last}")
             raise NotGraded(f"the notebook ended the grader: {last}")
         return json.loads(result.read_text(encoding="utf-8"))
 
 
+RUNNING = set()  # processes that grade
+
+
+def stop(process):
+    """End a process and all that it started: a kernel has a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
+
+
 def remarks(results):
-    """What the checks said, each thing once, and never the seed of the hidden tests."""
-    said = {text for _, messages in results.values() for text in messages}
-    found = {text[text.find("✗ check.") :].strip() for text in said if "✗ check." in text}
-    if any("✗ check." not in text for text in said):
-        found.add("A check ended with an error of its own. Ask your instructor.")
-    return [re.sub(r"seed\s*=\s*\d+", "seed=…", text) for text in sorted(found)]
+    """What the checks said, by question.
+
+    Of the hidden tests only the parts and the hint, if they are others, and never the seed.
+    """
+    found = []
+    for name, (_, messages) in results.items():
+        told = set()
+        for hidden, text in sorted(messages):  # the public one first
+            start = text.find("✗ check.")
+            said = text[start:].strip() if start >= 0 else BROKEN.format(name=name)
+            brief = "\n".join(re.findall(r"^(?:✗ check.*| +[✓✗] .*| +hint: .*)$", said, re.M))
+            if (brief or said) not in told:
+                told.add(brief or said)
+                found.append(f"With other inputs:\n{brief}" if hidden and brief else said)
+    return [re.sub(r"seed\s*=\s*\d+", "seed=…", text) for text in found]
+
+
+BROKEN = "check.{name} ended with an error of its own. Ask your instructor."
+
+
+def broken(results):
+    """For the instructor: which checks ended with an error, and which."""
+    return "; ".join(
+        f"check.{name} ended with an error: {text.strip().splitlines()[-1]}"
+        for name, (_, messages) in results.items()
+        for text in dict.fromkeys(text for _, text in messages)
+        if text.strip() and "✗ check." not in text
+    )
 
 
 def check_target(out, folder):
     """Refuse, before anything is graded, a table that could not be written or would do harm."""
-    feedback = out.with_suffix("")
-    if not folder.is_dir():
+    inside = folder.resolve()
+    if not folder.is_dir() or inside == ROOT or inside in ROOT.parents:
         sys.exit(f"FROM must be a folder of submissions, got {folder}")
     if not out.suffix or out.is_dir():
         sys.exit(f"TO must be a file such as grades.csv, got {out}")
-    inside = folder.resolve()
+    feedback = out.with_suffix("")
     for name, path in (("table", out.resolve()), ("folder of feedback", feedback.resolve())):
         if path == inside or inside in path.parents or path in inside.parents:
             sys.exit(
@@ -477,6 +537,22 @@ def check_target(out, folder):
     return feedback
 
 
+def write_feedback(folder, number, name, text, taken):
+    """Write a submission's text, and return where: under its name, or its number in the table."""
+    inside = [part for part in Path(name).parts if part not in ("..", "/")]
+    path = folder / Path(*inside[:-1], f"{inside[-1]}.txt")
+    content = text.encode(errors="replace")
+    try:
+        if str(path).lower() in taken or path.is_dir():
+            raise FileExistsError
+        replace(path, content)
+    except OSError:  # a name that is too long, or that of another's folder
+        path = folder / f"{number}.txt"
+        replace(path, content)
+    taken.add(str(path).lower())
+    return path.relative_to(folder).as_posix()
+
+
 def grade(path, folder, out, archive=None, jobs=1):
     """Grade what lies in a folder into a CSV: a row per submission, a column per question."""
     archive = archive or BUILD / "autograder" / f"{path.stem}.zip"
@@ -493,25 +569,39 @@ def grade(path, folder, out, archive=None, jobs=1):
         try:
             nb = submission[1]()
             check_assignment(nb, path)
-            return grade_one(nb, archive), ""
+            results = grade_one(nb, archive)
+            return {name: results[name] for name in worth if name in results}, broken(results)
         except NotGraded as reason:
-            return {}, f"not graded: {reason}"
+            note = f"not graded: {reason}"
         except Exception as error:
-            return {}, f"not graded: {type(error).__name__}: {error}".splitlines()[0]
+            note = f"not graded: {type(error).__name__}: {error}".splitlines()[0]
+        return {}, note.encode(errors="replace").decode()
 
-    rows = [["submission", "total", "out of", *worth, "note"]]
+    rows = [["submission", "total", "out of", *worth, "note", "feedback"]]
+    taken, often = set(), Counter()
     with ThreadPoolExecutor(jobs) as pool:
-        for (name, _), (results, note) in zip(found, pool.map(graded, found)):
-            earned = [round(results.get(question, [0])[0], 2) for question in worth]
-            total, most = f"{sum(earned):g}", sum(worth.values())
-            rows.append([name, total, most, *(f"{points:g}" for points in earned), note])
-            parts = [f"{total} of {most} points", *remarks(results)] if results else [note]
-            inside = [part for part in Path(name).parts if part not in ("..", "/")]
-            replace(feedback / Path(*inside[:-1], f"{inside[-1]}.txt"), "\n\n".join(parts) + "\n")
-            table = io.StringIO()
-            csv.writer(table).writerows(rows)
-            replace(out, table.getvalue().encode(errors="surrogateescape"))  # any file name
-            print_line(f"  {name}: {note or f'{total} of {most}'}")
+        try:
+            for number, (name, _), (results, note) in zip(
+                itertools.count(1), found, pool.map(graded, found)
+            ):
+                often[name] += 1  # in a zip two can have one name
+                name += f" ({often[name]})" * (often[name] > 1)
+                earned = [round(results.get(question, [0])[0], 2) for question in worth]
+                total, most = f"{sum(earned):g}", sum(worth.values())
+                parts = [f"{total} of {most} points", *remarks(results)] if results else [note]
+                text = "\n\n".join(parts) + "\n"
+                told = write_feedback(feedback, number, name, text, taken)
+                points = (f"{points:g}" for points in earned)
+                rows.append([name, total, most, *points, note, told])
+                table = io.StringIO()
+                csv.writer(table).writerows(rows)
+                replace(out, table.getvalue().encode(errors="surrogateescape"))  # any file name
+                print_line(f"  {name}: {f'{total} of {most}' if results else note}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*RUNNING]:
+                stop(process)
+            sys.exit(f"stopped; {out} has {len(rows) - 1} of {len(found)} submissions")
 
 
 def main():
@@ -525,7 +615,7 @@ def main():
     option = commands.add_parser("grade").add_argument
     option("name", metavar="NAME")
     option("folder", type=Path, metavar="FOLDER")
-    option("-o", "--out", type=Path, default=Path("grades.csv"))
+    option("-o", "--out", type=Path, help="the table; default: grades_NAME.csv")
     option("-j", "--jobs", type=int, default=1, help="submissions to grade at once")
     arguments = parser.parse_args()
     if arguments.command == "build":
@@ -540,8 +630,9 @@ def main():
         path, *others = masters([arguments.name])
         if others:
             parser.error(f"NAME must be that of one assignment, got {arguments.name!r}")
-        grade(path, arguments.folder, arguments.out, jobs=arguments.jobs)
-        print(f"grades: {arguments.out}; messages of the checks: {arguments.out.with_suffix('')}/")
+        out = arguments.out or Path(f"grades_{path.stem}.csv")
+        grade(path, arguments.folder, out, jobs=arguments.jobs)
+        print(f"grades: {out}; messages of the checks: {out.with_suffix('')}/")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 import ast
 import csv
 import io
+import json
 import re
+import warnings
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from notebooks import BOOK, ROOT
 from otter.test_files import ExceptionTestFile
@@ -406,7 +410,7 @@ def graded_at_once(monkeypatch):
 
     def one(nb, archive):
         seen.append(nb)
-        return {"cosines": (3.0, ["✗ check.one\n  seed=2026 told"])}
+        return {"cosines": (3.0, [[False, "Error:\n✗ check.one\n  seed=2026 told"]])}
 
     monkeypatch.setattr(assignments, "grade_one", one)
     return seen
@@ -426,7 +430,7 @@ def test_an_interruption_keeps_what_is_graded(tmp_path, monkeypatch):
         raise assignments.NotGraded("no reason")
 
     monkeypatch.setattr(assignments, "grade_one", one)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="grades.csv has 1 of 2 submissions"):
         assignments.grade(MASTERS[3], folder, out, folder / "ada.IPYNB")
     assert table(out)["ada.IPYNB"]["note"] == "not graded: no reason"
     feedback = (tmp_path / "grades" / "ada.IPYNB.txt").read_text(encoding="utf-8")
@@ -443,6 +447,18 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
         archive.writestr("my work/eve.ipynb", nb)
         archive.writestr("__MACOSX/my work/._eve.ipynb", "x")
         archive.writestr("../../out.ipynb", nb)
+        archive.writestr("out.ipynb", nb)
+    twice = io.BytesIO()
+    with zipfile.ZipFile(twice, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two members of one name
+        archive.writestr("fay.ipynb", nb)
+        archive.writestr("fay.ipynb", "{")
+    strange = json.loads(nb) | {"nbformat_minor": 4, "metadata": {}}  # cells have no id in 4.4
+    for cell in strange["cells"]:
+        cell.pop("outputs", None)
+        cell["more"] = {}
+    of_99 = bytearray(zipped.getvalue())
+    of_99[of_99.index(b"PK\x01\x02") + 6] = 99  # the version of zip that is needed
     good = {
         "a b/ada.ipynb": nb,
         "ada.ipynb": nb,
@@ -452,6 +468,11 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
         "dan.py": "\n\n".join(cell.source for cell in some_answers(path).cells if cell.cell_type == "code"),
         "straße.ipynb": nb,
         "eve.zip": zipped.getvalue(),
+        "fay.zip": twice.getvalue(),
+        "=1+1.ipynb": nb,
+        79 * "漢" + ".ipynb": nb,  # with .txt the name is too long for most file systems
+        "strange.ipynb": json.dumps(strange),
+        "ada.ipynb.txt/gil.ipynb": nb,
     }  # fmt: skip
     bad = {
         "half.ipynb": (nb[:100], "no notebook: "),
@@ -462,6 +483,7 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
         "notes.pdf": (b"%PDF", "no notebook, but a file of the type .pdf"),
         "README": ("x", "no notebook, but a file of the type README"),
         "bad.zip": (b"PK", "a zip that cannot be opened"),
+        "v99.zip": (bytes(of_99), "a zip that cannot be opened"),
     }
     for name, content in [*good.items(), *((name, content) for name, (content, _) in bad.items())]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -476,13 +498,17 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
 
     assignments.grade(path, folder, out, folder / "ada.ipynb")
     rows = table(out)
-    inside = {"eve.zip/my work/eve.ipynb", "eve.zip/../../out.ipynb"}
-    assert {name for name, row in rows.items() if not row["note"]} == good.keys() - {
-        "eve.zip"
+    zips = {"eve.zip", "fay.zip"}
+    inside = {"eve.zip/my work/eve.ipynb", "eve.zip/../../out.ipynb", "eve.zip/out.ipynb"}
+    inside |= {"fay.zip/fay.ipynb", "./=1+1.ipynb"}  # which no spreadsheet computes
+    assert {name for name, row in rows.items() if not row["note"]} == good.keys() - zips - {
+        "=1+1.ipynb"
     } | inside
     assert {row["total"] for row in rows.values() if not row["note"]} == {"3"}
     notes = {name: note for name, (_, note) in bad.items()} | {
         "folder.ipynb": "a folder with the name of a notebook",
+        "ada.ipynb.txt": "a folder with the name of a notebook",
+        "fay.zip/fay.ipynb (2)": "no notebook",
         "gone.ipynb": "a link that leads nowhere",
         "loop": "a link to a folder",
     }
@@ -496,8 +522,11 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
         for file in told.rglob("*.txt")
     }
     assert len(said) == len(rows), "no feedback over another, none outside"
+    assert {row["feedback"] for row in rows.values()} == said.keys()
     assert said["half.ipynb.txt"].startswith("not graded: no notebook")
     assert said["eve.zip/out.ipynb.txt"] == said["ada.ipynb.txt"]
+    for name in (79 * "漢" + ".ipynb", "ada.ipynb.txt/gil.ipynb", "eve.zip/out.ipynb"):
+        assert re.fullmatch(r"\d+\.txt", rows[name]["feedback"])
     assert said["ada.ipynb.txt"] == "3 of 20 points\n\n✗ check.one\n  seed=… told\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "grades of May",
@@ -515,6 +544,7 @@ def test_everything_that_is_handed_in_gets_a_row(tmp_path, graded_at_once):
         ("handed in/grades.csv", "apart from the submissions"),
         ("feedback/x.csv", "there is a file of this name"),
         ("plain/grades.csv", "that can be written to"),
+        ("", "a file such as grades.csv"),
     ],
 )
 def test_a_table_that_would_do_harm_is_refused_before_grading(
@@ -534,26 +564,53 @@ def test_a_table_that_would_do_harm_is_refused_before_grading(
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path, graded_at_once):
-    with pytest.raises(SystemExit, match="FROM must be a folder"):
-        assignments.grade(MASTERS[3], tmp_path / "none", tmp_path / "grades.csv")
+    for folder in (tmp_path / "none", ROOT, ROOT.parent, Path("")):
+        with pytest.raises(SystemExit, match="FROM must be a folder"):
+            assignments.grade(MASTERS[3], folder, tmp_path / "grades.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="nothing was handed in"):
         assignments.grade(MASTERS[3], tmp_path / "empty", tmp_path / "grades.csv", tmp_path)
 
 
-def test_an_error_of_a_check_tells_a_student_no_seed():
-    results = {"one": (0, ["Traceback ...\n  check.one.verify(one, seed=48151)\nKeyError: 3"])}
-    assert assignments.remarks(results) == [
-        "A check ended with an error of its own. Ask your instructor."
-    ]
+def test_feedback_tells_of_hidden_tests_only_parts_and_hints():
+    wrong = "Error:\n✗ check.one\n  ✓ a\n  ✗ b\n      It is {}.\n      hint:   Turn it."
+    public, hidden = wrong.format("5"), wrong.format("6, and seed is 48151")
+    brief = "✗ check.one\n  ✓ a\n  ✗ b\n      hint:   Turn it."
+    results = {"one": (0, [[True, hidden], [False, public], [False, public]])}
+    [said] = assignments.remarks(results)
+    assert said == public[7:], "the hidden test's parts and hint are the same"
+    assert assignments.remarks({"one": (0, [[True, hidden]])}) == [f"With other inputs:\n{brief}"]
+    blank = "✗ check.one\n  ✗ your answer\n      Not answered yet"
+    assert assignments.remarks({"one": (0, [[False, blank], [True, blank]])}) == [blank]
+
+
+def test_an_error_of_a_check_is_told_to_the_instructor(tmp_path, monkeypatch):
+    """And a student learns no seed from it."""
+    folder, out = tmp_path / "handed in", tmp_path / "grades.csv"
+    folder.mkdir()
+    nbformat.write(some_answers(MASTERS[3]), folder / "ada.ipynb")
+    message = "Traceback ...\n  check.cosines.verify(cosines, seed=48151)\nKeyError: 3"
+    results = {"cosines": (0, [[False, message], [True, message]])}
+    monkeypatch.setattr(assignments, "grade_one", lambda nb, archive: results)
+    assignments.grade(MASTERS[3], folder, out, folder / "ada.ipynb")
+    [row] = table(out).values()
+    assert row["note"] == "check.cosines ended with an error: KeyError: 3"
+    assert (tmp_path / "grades" / row["feedback"]).read_text(encoding="utf-8") == (
+        "0 of 20 points\n\ncheck.cosines ended with an error of its own. Ask your instructor.\n"
+    )
+
+
+def descendants():
+    return {each.pid for each in psutil.Process().children(recursive=True)}
 
 
 ENDS = {
-    "endless": ("while True: pass", "stopped after 20 seconds"),
+    "endless": ("import re; re.match(r'(a+)+$', 'a' * 60 + 'b')", "stopped after 15 seconds"),
+    "asleep": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)", "stopped after 15"),
     "exit": ("import os; os._exit(3)", "the notebook ended the grader"),
     "segfault": ("import ctypes; ctypes.string_at(0)", "the notebook ended the grader"),
     "noise": ("import os; os.write(2, b'\\xff\\xfe'); os.write(1, b'\\xff')", ""),
-    "leaves": ("import os, tempfile; os.chdir(tempfile.gettempdir())", None),
+    "leaves": ("import os, tempfile; os.chdir(tempfile.gettempdir())", ""),
 }
 
 
@@ -568,18 +625,20 @@ def test_one_submission_never_ends_the_grading(built, tmp_path, monkeypatch, nam
     nbformat.write(nb, folder / "ada.ipynb")
     (folder / "bob.ipynb").write_text("{", encoding="utf-8")
     one = assignments.grade_one
-    limit = 20 if name == "endless" else 120
+    limit = 15 if name in ("endless", "asleep") else 120
     monkeypatch.setattr(assignments, "grade_one", lambda nb, archive: one(nb, archive, limit))
+    before = descendants()
     assignments.grade(path, folder, out, built / "autograder" / f"{path.stem}.zip", jobs=2)
+    assert descendants() <= before, "its kernel has ended, too"
     ada, bob = table(out).values()
     assert bob["note"].startswith("not graded: no notebook")
     feedback = (tmp_path / "grades" / "ada.ipynb.txt").read_text(encoding="utf-8")
-    if note == "":
+    if note:
+        assert ada["total"] == "0" and note in ada["note"] and note in feedback
+    else:
         assert (ada["total"], ada["cosines"], ada["note"]) == ("3", "3", "")
         assert feedback.startswith("3 of 20 points\n") and feedback.count("✗ check.") == 4
         assert "Not answered yet" in feedback
-    elif note:
-        assert ada["total"] == "0" and note in ada["note"] and note in feedback
 
 
 STARTS_AT_LAST = """
