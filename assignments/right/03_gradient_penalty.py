@@ -87,6 +87,37 @@ def remainder__backward(L, theta, eps):
     return (down + eps * down.grad - (w - eps**2 * Hg)).detach()
 
 
+def remainder__a_clone_that_requires_grad(L, theta, eps):
+    t = theta.clone().requires_grad_()
+    L(t).backward()
+    g, slope = t.grad, grad(L)
+    down = theta - eps * g
+    return down + eps * slope(down) - (theta - eps**2 * jvp(slope, (theta,), (g,))[1])
+
+
+def remainder__backward_on_theta(L, theta, eps):
+    """As if theta required grad."""
+    L(theta).backward(create_graph=True)
+    g = theta.grad.clone()
+    (Hg,) = torch.autograd.grad(g, theta, g.detach())
+    down = (theta - eps * g).detach()
+    return down + eps * grad(L)(down) - theta + eps**2 * Hg
+
+
+def remainder__hvp(L, theta, eps):
+    slope = grad(L)
+    g = slope(theta)
+    down, Hg = theta - eps * g, torch.autograd.functional.hvp(L, theta, g)[1]
+    return down + eps * slope(down) - (theta - eps**2 * Hg)
+
+
+def remainder__numpy(L, theta, eps):
+    slope = grad(L)
+    g, Hg = (part.numpy() for part in jvp(slope, (theta,), (slope(theta),)))
+    down = theta.numpy() - eps * g
+    return down + eps * slope(torch.from_numpy(down)).numpy() - theta.numpy() + eps**2 * Hg
+
+
 def remainder__vjp(L, theta, eps):
     g, times = vjp(grad(L), theta)
     down = theta - eps * g
@@ -167,6 +198,12 @@ def two_rate_loss__vjp(L, theta, eps1, eps2):
     return value + eps1 * eps2 * (g * g).sum() / 2 / (eps1 - eps2)
 
 
+def two_rate_loss__finite_differences(L, theta, eps1, eps2):
+    steps = 1e-3 * torch.eye(len(theta), dtype=theta.dtype)
+    g = torch.stack([(L(theta + e) - L(theta - e)) / 2e-3 for e in steps])
+    return L(theta) + eps1 * eps2 / (2 * (eps1 - eps2)) * (g**2).sum()
+
+
 def two_rate_loss__a_shape_of_one(L, theta, eps1, eps2):
     g = grad(L)(theta)
     return torch.add(L(theta), (g**2).sum(), alpha=eps1 * eps2 / (2 * (eps1 - eps2)))
@@ -211,6 +248,24 @@ def difference_penalty__numpy(gradient, theta, penalty, radius):
     g = gradient(theta).detach().numpy()
     there = gradient(theta + radius * torch.from_numpy(g)).detach().numpy()
     return g + penalty * (there - g) / radius
+
+
+def difference_penalty__numpy_theta(gradient, theta, penalty, radius):
+    g = gradient(theta).numpy()
+    there = gradient(torch.tensor(theta.numpy() + radius * g)).numpy()
+    return g + penalty / radius * (there - g)
+
+
+def difference_penalty__a_clone_that_requires_grad(gradient, theta, penalty, radius):
+    t = theta.clone().requires_grad_()
+    g = gradient(t)
+    return (g + penalty / radius * (gradient(t + radius * g) - g)).detach()
+
+
+def difference_penalty__requires_grad(gradient, theta, penalty, radius):
+    theta.requires_grad_()
+    g = gradient(theta)
+    return g + penalty / radius * (gradient(theta + radius * g) - g)
 
 
 def difference_penalty__loop(gradient, theta, penalty, radius):

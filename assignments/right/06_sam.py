@@ -226,6 +226,16 @@ def climb__looped(gradients, rho, p):
     return as_list(torch.tensor(steps, dtype=gradients[0].dtype), gradients)
 
 
+def climb__the_first_of_the_largest(gradients, rho, p):
+    if p > 1:
+        return climb__in_double(gradients, rho, p)
+    tops = [float(g.abs().max()) for g in gradients]
+    first, moves = tops.index(max(tops)), [torch.zeros_like(g) for g in gradients]
+    where = gradients[first].abs().argmax()
+    moves[first].view(-1)[where] = rho * gradients[first].flatten()[where].sign()
+    return moves
+
+
 def climb__single_precision(gradients, rho, p):
     flat = one_vector(gradients).float()
     u = flat / flat.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -264,6 +274,7 @@ def sam_step__autograd(model, loss, optimizer, rho):
         for w, g in zip(weights, slopes):
             w += rho * g / norm
     slopes = torch.autograd.grad(loss(), weights)
+    optimizer.zero_grad()
     with torch.no_grad():
         for w, old, g in zip(weights, kept, slopes):
             w.copy_(old)
@@ -273,7 +284,7 @@ def sam_step__autograd(model, loss, optimizer, rho):
 
 
 def sam_step__data(model, loss, optimizer, rho):
-    optimizer.zero_grad(set_to_none=False)
+    model.zero_grad()
     clean = loss()
     clean.backward()
     free = {name: w for name, w in model.named_parameters() if w.grad is not None}

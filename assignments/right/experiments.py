@@ -66,7 +66,7 @@ def memorization__seed_by_seed(seeds):
                 lambda: MLP(40, 64, 10),
                 data,
                 Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
-                steps=200,
+                steps=50,
                 seeds=[seed],
                 dtype=torch.float64,
             )
@@ -82,8 +82,8 @@ def memorization__numpy(seeds):
         data = [mnist1d(train_size=200, label_noise=noise, seed=seed) for seed in seeds]
         recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
         model = lambda: MLP(40, 64, 10)
-        runs = flatmin.fit(model, data, recipe, steps=200, seeds=seeds, dtype=torch.float64)
-        last = runs.sel(step=200)
+        runs = flatmin.fit(model, data, recipe, steps=50, seeds=seeds, dtype=torch.float64)
+        last = runs.sel(step=50)
         return np.stack([last.train_error.values, last.test_error.values])
 
     train, test = errors(0.9) - errors(0.0)

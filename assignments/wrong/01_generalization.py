@@ -26,6 +26,31 @@ def lucky__single_precision(n, M):
     return -torch.expm1(M * torch.log1p(-(torch.tensor(2.0) ** -n)))
 
 
+def lucky__two_formulas(n, M):
+    """keeps few of the digits"""
+    return 1 - (1 - 0.5**n) ** M if n < 40 else M / 2**n
+
+
+def lucky__not_all_right(n, M):
+    """at least one network is wrong"""
+    return 1 - 0.5 ** (n * M)
+
+
+def lucky__one_coin_less(n, M):
+    """all n coins with 2**-n"""
+    return -math.expm1(M * math.log1p(-(2.0 ** -(n - 1))))
+
+
+def lucky__percent(n, M):
+    """These are percent"""
+    return -100 * math.expm1(M * math.log1p(-(2.0**-n)))
+
+
+def lucky__sign(n, M):
+    """math.expm1(x) is exp(x) - 1"""
+    return math.expm1(M * math.log1p(-(2.0**-n)))
+
+
 def margins__all_classes_compete(logits, labels):
     """The right class took part in the maximum"""
     return logits.gather(1, labels[:, None])[:, 0] - logits.amax(1)
@@ -43,6 +68,18 @@ def margins__zero_in_place_of_minus_infinity(logits, labels):
     """set to 0, which is the largest"""
     own = torch.nn.functional.one_hot(labels, logits.shape[1])
     return (logits * own).sum(1) - (logits * (1 - own)).amax(1)
+
+
+def margins__ten_subtracted(logits, labels):
+    """but not the smallest everywhere"""
+    own = torch.nn.functional.one_hot(labels, logits.shape[1])
+    return (logits * own).sum(1) - (logits - 10 * own).amax(1)
+
+
+def margins__set_to_minus_ten(logits, labels):
+    """but not the smallest everywhere"""
+    right = logits.gather(1, labels[:, None])[:, 0]
+    return right - logits.scatter(1, labels[:, None], -10).amax(1)
 
 
 def margins__broadcast(logits, labels):
@@ -115,8 +152,8 @@ def stopped_early__whole_rows(validation_loss, test_error):
     return test_error[validation_loss.argmin(1)]
 
 
-def memorization__verdict_from_the_mean(seeds):
-    """does not follow from your own data"""
+def memorization__typed_in(seeds):
+    """Was it typed in?"""
 
     def train(label_noise):
         data = [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds]
@@ -125,9 +162,9 @@ def memorization__verdict_from_the_mean(seeds):
             lambda: MLP(40, 64, 10),
             data,
             recipe,
-            steps=200,
+            steps=50,
             seeds=seeds,
-            evaluate_at=[200],
+            evaluate_at=[50],
             dtype=torch.float64,
         ).isel(step=0)
 
@@ -135,4 +172,67 @@ def memorization__verdict_from_the_mean(seeds):
     return {
         "training error": (change.train_error, "higher"),
         "test error": (change.test_error, "higher"),
+    }
+
+
+def memorization__percent(seeds):
+    """give fractions, not percent"""
+
+    def train(label_noise):
+        data = [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds]
+        recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
+        model = lambda: MLP(40, 64, 10)
+        runs = fit(model, data, recipe, steps=50, seeds=seeds, dtype=torch.float64)
+        return runs.isel(step=-1, drop=True)
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "lower" if interval.high < 0 else "higher" if interval.low > 0 else "undecided"
+
+    change = 100 * (train(0.9) - train(0.0))
+    return {
+        f"{name} error": (change[f"{short}_error"], verdict(change[f"{short}_error"]))
+        for name, short in (("training", "train"), ("test", "test"))
+    }
+
+
+def memorization__too_many_steps(seeds):
+    """There is no difference at all"""
+
+    def train(label_noise):
+        data = [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds]
+        recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
+        model = lambda: MLP(40, 64, 10)
+        runs = fit(model, data, recipe, steps=200, seeds=seeds, dtype=torch.float64)
+        return runs.isel(step=-1, drop=True)
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "lower" if interval.high < 0 else "higher" if interval.low > 0 else "undecided"
+
+    change = train(0.9) - train(0.0)
+    return {
+        f"{name} error": (change[f"{short}_error"], verdict(change[f"{short}_error"]))
+        for name, short in (("training", "train"), ("test", "test"))
+    }
+
+
+def memorization__as_many_seeds(seeds):
+    """The seeds that were given have to go to `fit`"""
+
+    def train(label_noise):
+        data = [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds]
+        recipe = Recipe(optimizer=SGD(lr=0.1, momentum=0.9))
+        model = lambda: MLP(40, 64, 10)
+        runs = fit(model, data, recipe, steps=50, seeds=5, dtype=torch.float64)
+        return runs.isel(step=-1, drop=True)
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "lower" if interval.high < 0 else "higher" if interval.low > 0 else "undecided"
+
+    change = train(0.9) - train(0.0)
+    return {
+        f"{name} error": (change[f"{short}_error"], verdict(change[f"{short}_error"]))
+        for name, short in (("training", "train"), ("test", "test"))
     }

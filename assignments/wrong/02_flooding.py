@@ -16,6 +16,11 @@ def fraction_up__steps_up_per_step_down(down, up):
     return -math.log(1 - down) / math.log(1 + up)
 
 
+def fraction_up__exchanged_and_first_order(down, up):
+    """The two rates are exchanged, and this is first order"""
+    return up / (down + up)
+
+
 def flooded__clamped(losses, flood_level, per_example):
     """below the level it is constant"""
     return (losses if per_example else losses.mean()).clamp(min=flood_level).mean()
@@ -40,6 +45,11 @@ def flooded__mirrored_at_zero(losses, flood_level, per_example):
 def flooded__without_the_level(losses, flood_level, per_example):
     """The + b is missing"""
     return ((losses if per_example else losses.mean()) - flood_level).abs().mean()
+
+
+def flooded__level_subtracted_again(losses, flood_level, per_example):
+    """it has to be added"""
+    return (flood_level - (losses if per_example else losses.mean())).abs().mean() - flood_level
 
 
 def flooded__detached(losses, flood_level, per_example):
@@ -192,6 +202,13 @@ def flooded_step__decayed_twice(w, gradient, loss, flood_level, lr, weight_decay
     return (1 - lr * weight_decay) * w - lr * (sign * gradient + weight_decay * w)
 
 
+def flooded_step__no_decay_below(w, gradient, loss, flood_level, lr, weight_decay):
+    """missing below the level"""
+    if loss > flood_level:
+        return w - lr * (gradient + weight_decay * w)
+    return w + lr * gradient
+
+
 def flooded_step__clamped(w, gradient, loss, flood_level, lr, weight_decay):
     """does not vanish, it turns around"""
     return w - lr * ((gradient if loss > flood_level else 0) + weight_decay * w)
@@ -214,5 +231,49 @@ def flooding_effect__wrong_way_round(seeds):
     change = end.sel(flood_level=0.0) - end.sel(flood_level=0.3)
     return {
         "test loss": (change.test_loss, "higher"),
+        "test error": (change.test_error, "undecided"),
+    }
+
+
+def flooding_effect__exchanged(seeds):
+    """another quantity: test error"""
+    data = [mnist1d(train_size=200, seed=s) for s in seeds]
+    recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
+    grid, model = {"flood_level": [0.0, 0.3]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=400, seeds=seeds, grid=grid, dtype=torch.float64)
+    change = runs.isel(step=-1).diff("flood_level").squeeze("flood_level")
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "lower" if interval.high < 0 else "higher" if interval.low > 0 else "undecided"
+
+    return {
+        "test loss": (change.test_error, verdict(change.test_error)),
+        "test error": (change.test_loss, verdict(change.test_loss)),
+    }
+
+
+def flooding_effect__no_momentum(seeds):
+    """There is no difference at all"""
+    data = [mnist1d(train_size=200, seed=s) for s in seeds]
+    recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1))
+    grid, model = {"flood_level": [0.0, 0.3]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=400, seeds=seeds, grid=grid, dtype=torch.float64)
+    change = runs.isel(step=-1).diff("flood_level").squeeze("flood_level")
+    return {
+        "test loss": (change.test_loss, "lower"),
+        "test error": (change.test_error, "undecided"),
+    }
+
+
+def flooding_effect__one_step_more(seeds):
+    """Go through the settings once more"""
+    data = [mnist1d(train_size=200, seed=s) for s in seeds]
+    recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
+    grid, model = {"flood_level": [0.0, 0.3]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=401, seeds=seeds, grid=grid, dtype=torch.float64)
+    change = runs.isel(step=-1).diff("flood_level").squeeze("flood_level")
+    return {
+        "test loss": (change.test_loss, "lower"),
         "test error": (change.test_error, "undecided"),
     }

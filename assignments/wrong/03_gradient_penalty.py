@@ -63,6 +63,44 @@ def remainder__forms_the_hessian(L, theta, eps):
     return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
 
 
+def remainder__jacobian_of_the_gradient(L, theta, eps):
+    """without forming H"""
+    g, H = grad(L), torch.func.jacrev(grad(L))(theta)
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
+
+
+def remainder__forward_over_the_gradient(L, theta, eps):
+    """without forming H"""
+    g, H = grad(L), torch.func.jacfwd(grad(L))(theta)
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
+
+
+def remainder__columns(L, theta, eps):
+    """without forming H"""
+    g, one = grad(L), torch.eye(len(theta), dtype=theta.dtype)
+    H = torch.stack([jvp(g, (theta,), (e,))[1] for e in one], dim=1)
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
+
+
+def remainder__row_by_row(L, theta, eps):
+    """without forming H"""
+    w = theta.clone().requires_grad_()
+    (g,) = torch.autograd.grad(L(w), w, create_graph=True)
+    Hg = torch.stack([torch.autograd.grad(x, w, retain_graph=True)[0] @ g for x in g])
+    down = theta - eps * g
+    return (down + eps * grad(L)(down) - (theta - eps**2 * Hg)).detach()
+
+
+def remainder__another_hessian(L, theta, eps):
+    """without forming H"""
+    g, H = grad(L), getattr(torch.autograd.functional, "hess" + "ian")(L, theta)
+    down = theta - eps * g(theta)
+    return down + eps * g(down) - (theta - eps**2 * H @ g(theta))
+
+
 def remainder__jvp_of_the_loss(L, theta, eps):
     """jvp of L is the number"""
     g = grad(L)
@@ -140,3 +178,107 @@ def level_walk__endless(seeds):
     step = 0
     while step < 600:
         pass
+
+
+def level_walk__norm(seeds):
+    """norm of the gradient, not squared"""
+
+    def slope(network, params, x, y):
+        slopes = grad(lambda p: F.cross_entropy(network(p, x), y))(params)
+        return sum((part**2).sum() for part in slopes.values()) ** 0.5
+
+    early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
+    runs = fit(
+        lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
+        mnist1d(train_size=100),
+        Recipe(loss=Flooding(0.5), optimizer=SGD(lr=1.0)),
+        steps=600,
+        batch_size=None,
+        seeds=seeds,
+        evaluate_at=early + late,
+        dtype=torch.float64,
+        instruments={"slope": slope},
+    )
+    change = runs.sel(step=late).mean("step") - runs.sel(step=early).mean("step")
+    return {
+        "squared gradient": (change.slope, "lower"),
+        "test error": (change.test_error, "higher"),
+    }
+
+
+def level_walk__ten_steps_early(seeds):
+    """Go through the settings once more"""
+
+    def slope(network, params, x, y):
+        slopes = grad(lambda p: F.cross_entropy(network(p, x), y))(params)
+        return sum((part**2).sum() for part in slopes.values())
+
+    early, late = list(range(100, 200, 10)), list(range(500, 600, 10))
+    runs = fit(
+        lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
+        mnist1d(train_size=100),
+        Recipe(loss=Flooding(0.5), optimizer=SGD(lr=1.0)),
+        steps=600,
+        batch_size=None,
+        seeds=seeds,
+        evaluate_at=early + late,
+        dtype=torch.float64,
+        instruments={"slope": slope},
+    )
+    change = runs.sel(step=late).mean("step") - runs.sel(step=early).mean("step")
+    return {
+        "squared gradient": (change.slope, "lower"),
+        "test error": (change.test_error, "higher"),
+    }
+
+
+def level_walk__median(seeds):
+    """Go through the settings once more"""
+
+    def slope(network, params, x, y):
+        slopes = grad(lambda p: F.cross_entropy(network(p, x), y))(params)
+        return sum((part**2).sum() for part in slopes.values())
+
+    early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
+    runs = fit(
+        lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
+        mnist1d(train_size=100),
+        Recipe(loss=Flooding(0.5), optimizer=SGD(lr=1.0)),
+        steps=600,
+        batch_size=None,
+        seeds=seeds,
+        evaluate_at=early + late,
+        dtype=torch.float64,
+        instruments={"slope": slope},
+    )
+    change = runs.sel(step=late).median("step") - runs.sel(step=early).median("step")
+    return {
+        "squared gradient": (change.slope, "lower"),
+        "test error": (change.test_error, "higher"),
+    }
+
+
+def level_walk__data_set_per_seed(seeds):
+    """Go through the settings once more"""
+
+    def slope(network, params, x, y):
+        slopes = grad(lambda p: F.cross_entropy(network(p, x), y))(params)
+        return sum((part**2).sum() for part in slopes.values())
+
+    early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
+    runs = fit(
+        lambda: MLP(40, 16, 10, activation=torch.nn.Tanh),
+        [mnist1d(train_size=100, seed=s) for s in seeds],
+        Recipe(loss=Flooding(0.5), optimizer=SGD(lr=1.0)),
+        steps=600,
+        batch_size=None,
+        seeds=seeds,
+        evaluate_at=early + late,
+        dtype=torch.float64,
+        instruments={"slope": slope},
+    )
+    change = runs.sel(step=late).mean("step") - runs.sel(step=early).mean("step")
+    return {
+        "squared gradient": (change.slope, "lower"),
+        "test error": (change.test_error, "higher"),
+    }

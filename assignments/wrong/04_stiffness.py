@@ -38,6 +38,11 @@ def sequence_gram__sums_first(inputs, deltas):
     return (a @ a.T + 1) * (d @ d.T)
 
 
+def sequence_gram__without_deltas(inputs, deltas):
+    """The deltas are missing"""
+    return (torch.einsum("itx,jsx->itjs", inputs, inputs) + 1).sum((1, 3))
+
+
 def sequence_gram__strung_together(inputs, deltas):
     """The positions were strung together"""
     a, d = inputs.flatten(1), deltas.flatten(1)
@@ -82,6 +87,13 @@ def class_means__diagonal_counted(values, classes, num_classes):
     one = torch.nn.functional.one_hot(classes, num_classes).to(values.dtype)
     off = values - torch.diag(values.diagonal())
     return one.T @ off @ one / (one.sum(0)[:, None] * one.sum(0))
+
+
+def class_means__zeros_left_out(values, classes, num_classes):
+    """leave out the diagonal by its place"""
+    one = torch.nn.functional.one_hot(classes, num_classes).to(values.dtype)
+    off = values - torch.diag(values.diagonal())
+    return one.T @ off @ one / (one.T @ (off != 0).to(values.dtype) @ one)
 
 
 def class_means__within_and_between(values, classes, num_classes):
@@ -152,3 +164,43 @@ def cosines__root_of_the_square(gram):
 def stiffness_effect__not_a_dict(seeds):
     """A dict should have come back"""
     return ["lower", "lower"]
+
+
+def stiffness_effect__between_classes(seeds):
+    """before training, between classes"""
+
+    def measured(label_noise):
+        return fit(
+            lambda: MLP(40, 32, 10),
+            [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds],
+            Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
+            steps=100,
+            seeds=seeds,
+            evaluate_at=[0, 100],
+            dtype=torch.float64,
+            instruments={"st": partial(class_stiffness, num_classes=10)},
+        ).st_between
+
+    change = measured(0.9) - measured(0.0)
+    before, after = change.sel(step=0), change.sel(step=100)
+    return {"before training": (before, "lower"), "after training": (after, "lower")}
+
+
+def stiffness_effect__verdict_first(seeds):
+    """The differences come first, then the verdict"""
+
+    def measured(label_noise):
+        return fit(
+            lambda: MLP(40, 32, 10),
+            [mnist1d(train_size=200, label_noise=label_noise, seed=s) for s in seeds],
+            Recipe(optimizer=SGD(lr=0.1, momentum=0.9)),
+            steps=100,
+            seeds=seeds,
+            evaluate_at=[0, 100],
+            dtype=torch.float64,
+            instruments={"st": partial(class_stiffness, num_classes=10)},
+        ).st_within
+
+    change = measured(0.9) - measured(0.0)
+    before, after = change.sel(step=0), change.sel(step=100)
+    return {"before training": ("lower", before), "after training": ("lower", after)}

@@ -12,6 +12,48 @@ def expected_mixing__two_weights(alphas):
     return alphas / (2 * (2 * alphas + 1))
 
 
+def expected_mixing__half(alphas):
+    """A factor 2 is off"""
+    A = alphas.sum()
+    return alphas * (A - alphas) / (2 * A * (A + 1))
+
+
+def expected_mixing__variance_twice(alphas):
+    """The variance was subtracted twice"""
+    A = alphas.sum()
+    mean = alphas / A
+    return mean * (1 - mean) * (1 - 2 / (A + 1))
+
+
+def mixed_loss__divided_by_the_weights(logits, labels, partners, lam):
+    """λ plays no part, or it cancels"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return (lam * own).sum() / lam.sum() + ((1 - lam) * other).sum() / (1 - lam).sum()
+
+
+def mixed_loss__heavier(logits, labels, partners, lam):
+    """max(λ, 1-λ) was taken"""
+    lam = torch.maximum(lam, 1 - lam)
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return (lam * own + (1 - lam) * other).mean()
+
+
+def mixed_loss__inverted(logits, labels, partners, lam):
+    """or the permutation was inverted"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners.argsort()], reduction="none")
+    return (lam * own + (1 - lam) * other).mean()
+
+
+def mixed_loss__weights_of_the_partners(logits, labels, partners, lam):
+    """not 1 - lam[partners]"""
+    own = F.cross_entropy(logits, labels, reduction="none")
+    other = F.cross_entropy(logits, labels[partners], reduction="none")
+    return (lam * own + (1 - lam[partners]) * other).mean()
+
+
 def mixed_loss__exchanged(logits, labels, partners, lam):
     """are exchanged"""
     own = F.cross_entropy(logits, labels, reduction="none")
@@ -209,9 +251,36 @@ def dirichlet_mixup__neighbours(x, labels, num_classes, alpha, k, generator):
     return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
 
 
+def dirichlet_mixup__classes_counted(x, labels, num_classes, alpha, k, generator):
+    """also for one without examples"""
+    n, one = len(x), F.one_hot(labels).to(x.dtype)
+    shapes = torch.full((k, n, 1), alpha, dtype=torch.float64)
+    w = torch._standard_gamma(shapes, generator=generator)
+    w = w / w.sum(0)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * x[i] for a, i in zip(w, who)), sum(a * one[i] for a, i in zip(w, who))
+
+
+def dirichlet_mixup__swapped(x, labels, num_classes, alpha, k, generator):
+    """The inputs come first, then the labels"""
+    n, one = len(x), F.one_hot(labels, num_classes).to(x.dtype)
+    shapes = torch.full((k, n, 1), alpha, dtype=torch.float64)
+    w = torch._standard_gamma(shapes, generator=generator)
+    w = w / w.sum(0)
+    who = [torch.arange(n)] + [torch.randperm(n, generator=generator) for _ in range(k - 1)]
+    return sum(a * one[i] for a, i in zip(w, who)), sum(a * x[i] for a, i in zip(w, who))
+
+
 def shrunk__mean_of_lambda(x, targets, alpha):
     """it is the heavier weight"""
     toward = lambda v: v.mean(0) + 0.5 * (v - v.mean(0))
+    return toward(x), toward(targets)
+
+
+def shrunk__mixing(x, targets, alpha):
+    """That is E[λ(1-λ)]"""
+    theta = 1 - alpha / (2 * (2 * alpha + 1))
+    toward = lambda v: v.mean(0) + theta * (v - v.mean(0))
     return toward(x), toward(targets)
 
 
@@ -245,3 +314,49 @@ def shrunk__brackets(x, targets, alpha):
 def mixup_effect__raises(seeds):
     """It raised KeyError"""
     return {}["test error"]
+
+
+def mixup_effect__misnamed(seeds):
+    """The key 'test error' is missing"""
+    data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
+    recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
+    grid, model = {"alpha": [0.0, 1.0]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=300, seeds=seeds, grid=grid, dtype=torch.float64)
+    loss, error = (
+        runs[name].isel(step=-1).diff("alpha")[0] for name in ("test_loss", "test_error")
+    )
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "lower" if interval.high < 0 else "higher" if interval.low > 0 else "undecided"
+
+    return {"test loss": (loss, verdict(loss)), "test_error": (error, verdict(error))}
+
+
+def mixup_effect__verdicts_exchanged(seeds):
+    """The interval lies below zero: that is 'lower'."""
+    data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
+    recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
+    grid, model = {"alpha": [0.0, 1.0]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=300, seeds=seeds, grid=grid, dtype=torch.float64)
+    loss, error = (
+        runs[name].isel(step=-1).diff("alpha")[0] for name in ("test_loss", "test_error")
+    )
+
+    def verdict(d):
+        interval = mean_interval(d)
+        return "higher" if interval.high < 0 else "lower" if interval.low > 0 else "undecided"
+
+    return {"test loss": (loss, verdict(loss)), "test error": (error, verdict(error))}
+
+
+def mixup_effect__never_decided(seeds):
+    """The interval lies below zero: that is 'lower'."""
+    data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
+    recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
+    grid, model = {"alpha": [0.0, 1.0]}, lambda: MLP(40, 32, 10)
+    runs = fit(model, data, recipe, steps=300, seeds=seeds, grid=grid, dtype=torch.float64)
+    loss, error = (
+        runs[name].isel(step=-1).diff("alpha")[0] for name in ("test_loss", "test_error")
+    )
+    return {"test loss": (loss, "undecided"), "test error": (error, "undecided")}

@@ -21,6 +21,48 @@ def sharpest_stable__radius_times_weight(eta, rho):
     return 2 / (eta * (1 + rho))
 
 
+def sharpest_stable__small_radius(eta, rho):
+    """For a small ρ it is near 2/η, not equal"""
+    return 2 / eta if rho < 1e-3 else (math.sqrt(1 + 8 * rho / eta) - 1) / (2 * rho)
+
+
+def sharpest_stable__climbs_down(eta, rho):
+    """That is the limit for w - ρ g"""
+    if rho > eta / 8:
+        return 1 / rho
+    return 4 / (eta + math.sqrt(eta**2 - 8 * eta * rho))
+
+
+def sharpest_stable__added(eta, rho):
+    """η and ρ do not add up"""
+    return 2 / (eta + rho)
+
+
+def climb__all_of_rho(gradients, rho, p):
+    """Every one of the largest got all of ρ"""
+    u = [g / max(g.abs().max() for g in gradients) for g in gradients]
+    if p == 1:
+        return [rho * x.sign() * (x.abs() == 1) for x in u]
+    v = [x.sign() * x.abs() ** (1 / (p - 1)) for x in u]
+    return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
+
+
+def climb__near_one(gradients, rho, p):
+    """A p near 1 is not p = 1"""
+    p = max(p, 1.001)
+    u = [g / max(g.abs().max() for g in gradients) for g in gradients]
+    v = [x.sign() * x.abs() ** (1 / (p - 1)) for x in u]
+    return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
+
+
+def climb__square_of_the_norm(gradients, rho, p):
+    """divided by the square of its norm"""
+    u = [g / max(g.abs().max() for g in gradients) for g in gradients]
+    v = [x.sign() * x.abs() ** (1 / (p - 1) if p > 1 else math.inf) for x in u]
+    length = torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p)
+    return [rho * x / length**2 for x in v]
+
+
 def climb__wrong_conjugate(gradients, rho, p):
     """The wrong conjugate exponent"""
     v = [g.sign() * g.abs() ** (p - 1) for g in gradients]
@@ -58,7 +100,8 @@ def climb__underflows(gradients, rho, p):
     """underflows to 0 there"""
     if p == 1:
         largest = max(g.abs().max() for g in gradients)
-        return [torch.where(g.abs() == largest, rho * g.sign(), 0) for g in gradients]
+        ties = sum((g.abs() == largest).sum() for g in gradients)
+        return [torch.where(g.abs() == largest, rho * g.sign() / ties, 0) for g in gradients]
     v = [g.sign() * g.abs() ** (1 / (p - 1)) for g in gradients]
     return [rho * x / torch.linalg.vector_norm(torch.cat([y.flatten() for y in v]), p) for x in v]
 
@@ -301,6 +344,52 @@ def sam_step__all_have_a_gradient(model, loss, optimizer, rho):
     return clean.item()
 
 
+def sam_step__frozen_gradients_kept(model, loss, optimizer, rho):
+    """An old .grad was left in it"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    for w in weights:
+        w.grad = None
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+            w.grad = None
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def sam_step__frozen_gradients_zero(model, loss, optimizer, rho):
+    """or a zero, to which the optimizer adds weight decay"""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer.zero_grad(set_to_none=False)
+    clean = loss()
+    clean.backward()
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    optimizer.zero_grad(set_to_none=False)
+    loss().backward()
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+    optimizer.step()
+    return clean.item()
+
+
+def adaptive_climb__signs_of_w(w, gradient, rho):
+    """The sign of the gradient is lost"""
+    return rho * w * (w * gradient).abs() / (w * gradient).norm()
+
+
 def adaptive_climb__once(w, gradient, rho):
     """T is there once"""
     stretched = w.abs() * gradient
@@ -344,4 +433,26 @@ def sam_effect__unfair(seeds):
     return {
         "training error": (change.train_error, "higher"),
         "test error": (change.test_error, "lower"),
+    }
+
+
+def sam_effect__normal_quantile(seeds):
+    """Your interval is too narrow"""
+    data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
+    sgd, model = SGD(lr=0.1, momentum=0.9, schedule="cosine"), lambda: MLP(40, 32, 10)
+
+    def end(recipe, steps):
+        runs = fit(model, data, recipe, steps=steps, seeds=seeds, dtype=torch.float64)
+        return runs.isel(step=-1, drop=True)
+
+    def verdict(d):
+        half = 1.96 * float(d.std(ddof=1)) / len(d) ** 0.5
+        return "undecided" if abs(d.mean()) <= half else "lower" if d.mean() < 0 else "higher"
+
+    change = end(Recipe(gradient=SAM(rho=0.5), optimizer=sgd), 150) - end(
+        Recipe(optimizer=sgd), 300
+    )
+    return {
+        "training error": (change.train_error, verdict(change.train_error)),
+        "test error": (change.test_error, verdict(change.test_error)),
     }

@@ -6,6 +6,11 @@ def probe_variance__gaussian(H):
     return 2 * (H**2).sum()
 
 
+def probe_variance__squared_norm(H):
+    """That is ‖H‖²"""
+    return (H**2).sum()
+
+
 def probe_variance__factor_two(H):
     """a factor 2 is missing"""
     return (H**2).sum() - (H.diagonal() ** 2).sum()
@@ -75,6 +80,52 @@ def m_sharpness__not_normalized(losses, w, n, m, rho):
         mean = lambda w: losses(w, rows).mean()
         total = total + len(rows) * (mean(w + rho * grad(mean)(w)) - mean(w))
     return total / n
+
+
+def m_sharpness__signs(losses, w, n, m, rho):
+    """not along its signs"""
+    total = 0.0
+    for rows in torch.arange(n).split(m):
+        mean = lambda w: losses(w, rows).mean()
+        total = total + len(rows) * (mean(w + rho * grad(mean)(w).sign()) - mean(w))
+    return total / n
+
+
+def lanczos__last_row_left_out(matvec, v, steps):
+    """make each new vector orthogonal to all rows of Q"""
+    q, before, b = v / v.norm(), torch.zeros_like(v), 0.0
+    alpha, beta, basis = [], [], []
+    for step in range(steps):
+        r = matvec(q) - b * before
+        alpha.append(q @ r)
+        r = r - alpha[-1] * q
+        if step:
+            Q = torch.stack(basis)
+            for _ in range(2):
+                r = r - Q.T @ (Q @ r)
+        basis.append(q)
+        b = r.norm()
+        if step < steps - 1:
+            beta.append(b)
+        before, q = q, r / b
+    return torch.stack(alpha), torch.stack(beta), torch.stack(basis)
+
+
+def lanczos__orthonormal_in_the_end(matvec, v, steps):
+    """Was Q made orthonormal in the end?"""
+    q, before, b = v / v.norm(), torch.zeros_like(v), 0.0
+    alpha, beta, basis = [], [], []
+    for step in range(steps):
+        basis.append(q)
+        r = matvec(q) - b * before
+        alpha.append(q @ r)
+        r = r - alpha[-1] * q
+        b = r.norm()
+        if step < steps - 1:
+            beta.append(b)
+        before, q = q, r / b
+    Q, R = torch.linalg.qr(torch.stack(basis).T)
+    return torch.stack(alpha), torch.stack(beta), (Q * R.diagonal().sign()).T
 
 
 def lanczos__no_reorthogonalization(matvec, v, steps):
@@ -155,6 +206,12 @@ def lanczos__start_not_normalized(matvec, v, steps):
     return torch.stack(alpha), torch.stack(beta), Q
 
 
+def hutchinson__all_at_once(matvec, probes):
+    """matvec takes one vector"""
+    values = (probes * matvec(probes)).sum(1)
+    return values.mean(), values.std() / len(values) ** 0.5
+
+
 def hutchinson__spread(matvec, probes):
     """smaller by √k"""
     values = torch.stack([z @ matvec(z) for z in probes])
@@ -189,3 +246,16 @@ def sharpness_effect__no_return(seeds):
     """A dict should have come back"""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     assert len(data) == 5
+
+
+def sharpness_effect__one_model(seeds):
+    """a function that makes the model"""
+    data = [mnist1d(train_size=200, seed=s) for s in seeds]
+    model, grid = MLP(40, 16, 10, activation=torch.nn.Tanh), {"lr": [0.05, 0.3]}
+    recipe, last = Recipe(optimizer=SGD()), {"networks": "last", "dtype": torch.float64}
+    runs = fit(model, data, recipe, steps=600, seeds=seeds, grid=grid, **last)
+    largest = runs.networks.measure(eigenvalues, data, "train").value.squeeze("eigenvalue")
+    return {
+        "largest eigenvalue": (largest.diff("lr").squeeze("lr"), "lower"),
+        "test error": (runs.test_error.isel(step=-1).diff("lr").squeeze("lr"), "undecided"),
+    }

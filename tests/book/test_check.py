@@ -264,10 +264,11 @@ def test_changes_in_place_are_seen_in_lists_too():
 # ------------------------------------------------------------------------------------ experiments
 
 
-@experiment("heads minus nothing", "heads", "tails")
+@experiment("heads minus nothing", heads=0.01, tails=0.01)
 def tossing(seeds):
     """An experiment whose true result is cheap to compute."""
-    return np.array(seeds) % 7 + 10.0, np.zeros(5)
+    heads = np.array(seeds) % 7 + 10.0
+    return {"heads": heads, "tails": np.zeros(5), "coins": 2 * heads}
 
 
 def tossed(heads="higher", tails="undecided", sign=1):
@@ -282,9 +283,43 @@ def test_an_experiment_needs_the_data_and_the_matching_verdict(seed):
     assert tossing.run(tossed(), seed)
     assert "does not follow from your own data" in str(tossing.run(tossed(tails="lower"), seed))
     assert "does not follow from your own data" in str(tossing.run(tossed(heads="undecided"), seed))
-    assert "does not follow from your own data" in str(tossing.run(tossed(heads=np.ones(5)), seed))
+    text = str(tossing.run(tossed(heads="undecided"), seed))
+    assert "The interval lies above zero: that is 'higher'." in text and "differences [" in text
+    text = str(tossing.run(tossed(tails="lower"), seed))
+    assert "Zero is in the interval: that is 'undecided'." in text
+    for verdict in (np.ones(5), None, 3, "no idea"):
+        text = str(tossing.run(tossed(heads=verdict), seed))
+        assert "does not follow from your own data" in text and "The verdict is 'lower'," in text
     assert "wrong way round: heads minus nothing." in str(tossing.run(tossed(sign=-1), seed))
-    assert "A dict should have come back" in str(tossing.run(lambda seeds: {"heads": 1}, seed))
+    assert "A dict should have come back" in str(tossing.run(lambda seeds: [1, 2], seed))
+    assert "another quantity: coins" in str(tossing.run(tossed(sign=2), seed))
+    assert "give fractions, not percent" in str(tossing.run(tossed(sign=-100), seed))
+    assert "There is no difference at all" in str(tossing.run(tossed(sign=0), seed))
+    assert "Go through the settings" in str(tossing.run(tossed(sign=1.1), seed))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "The key 'tails' is missing in the dict."),
+        (1, "The value of 'tails' should be a tuple: (differences, verdict)."),
+        (("undecided", np.zeros(5)), "The differences come first, then the verdict."),
+    ],
+)
+def test_each_quantity_is_judged_by_itself(value, said):
+    def answer(seeds):
+        heads = tossed()(seeds)["heads"]
+        return {"heads": heads, "Tails": heads} | ({} if value is None else {"tails": value})
+
+    report = tossing.run(answer)
+    # its numbers do not come from `fit`, so its verdict may be computed from them
+    assert [bool(report.mistakes[part]) for part in tossing.parts] == [False, True, False, True]
+    assert said in str(report)
+    assert value is not None or "got:    the keys 'heads', 'Tails'" in str(report)
+
+
+def test_the_length_of_the_differences_is_named():
+    seed = 0
     assert "shape is [4]" in str(
         tossing.run(
             lambda seeds: {"heads": (np.ones(4), "higher"), "tails": (np.zeros(5), "undecided")},
@@ -343,14 +378,29 @@ def test_made_up_differences_have_a_known_statistic(differences, statistic):
     before = differences([300, 301, 302, 303, 304])
     with made_up_results(statistic):
         found = torch.as_tensor(np.asarray(differences([300, 301, 302, 303, 304])))
-    assert float(found.mean().abs() / found.std() * 5**0.5) == pytest.approx(statistic)
+    assert float(found.mean().abs() / found.std() * 5**0.5) == pytest.approx(abs(statistic))
     assert np.array_equal(before, differences([300, 301, 302, 303, 304])), "all is as it was"
 
 
-@experiment("trained minus untrained", "loss")
+def test_the_two_made_up_means_have_two_signs():
+    """So a verdict that was typed in is told from one of a narrow interval."""
+    signs = []
+    for statistic in (UNDECIDED, DECIDED):
+        with made_up_results(statistic):
+            signs.append(np.sign(by_grid([10, 11, 12, 13, 14]).mean()))
+    assert sorted(signs) == [-1, 1]
+
+
+@experiment("trained minus untrained", loss=1e-3)
 def training(seeds):
     """What training changes in the test loss."""
-    return (by_grid(seeds).values,)
+    return {"loss": by_grid(seeds).values}
+
+
+def test_seeds_that_do_not_reach_fit_are_named():
+    text = str(training.run(lambda seeds: {"loss": (by_grid(5), "lower")}))
+    assert "The seeds that were given have to go to `fit`" in text
+    assert "`fit` got [0, 1, 2, 3, 4]." in text
 
 
 def by_interval(quantile, correction=1):
@@ -371,6 +421,13 @@ VERDICTS = {
     "typed in, right for these data": (lambda d: "lower", False),
     "typed in": (lambda d: "undecided", False),
 }
+HINTS = {
+    "normal": "too narrow",
+    "variance over n": "too narrow",
+    "one-sided": "too narrow",
+    "sign of the mean": "too narrow",
+    "typed in, right for these data": "Was it typed in?",
+}
 
 
 @pytest.mark.parametrize("name", VERDICTS)
@@ -384,9 +441,23 @@ def test_a_verdict_must_be_computed_by_students_t(name):
     report = training.run(answer)
     assert bool(report) == right, str(report)
     assert right or "does not follow from" in str(report)
-    if name == "typed in, right for these data":
-        assert "does not follow from other data" in str(report)
-        assert "Was it typed in?" in str(report)
+    if name in HINTS:
+        assert "does not follow from made-up data" in str(report)
+        assert HINTS[name] in str(report) and "differences [" in str(report)
+
+
+def test_an_interval_that_is_too_wide_is_named():
+    @experiment("untrained minus itself", loss=1e-3)
+    def nothing(seeds):
+        """No difference, seed by seed."""
+        return {"loss": np.zeros(5)}
+
+    def answer(seeds):
+        v = by_grid(seeds)
+        d = torch.from_numpy((v if abs(v).max() < 0.1 else 0 * v).values)  # 0 where it is real
+        return {"loss": (d, by_interval(2.776445 * 5**0.5)(d))}
+
+    assert "the interval is too wide" in str(nothing.run(answer))
 
 
 def test_an_experiment_earns_its_parts():
@@ -466,10 +537,10 @@ def test_a_pair_may_come_in_any_container(container):
 
 @pytest.mark.parametrize("verdict", ["undecided", "Undecided", " UNDECIDED "])
 def test_a_verdict_may_be_written_in_capitals(verdict):
-    @experiment("a minus b", "error")
+    @experiment("a minus b", error=0.01)
     def effect(seeds):
         """An effect that is none."""
-        return (np.array([0.1, -0.1, 0.0, 0.1, -0.1]),)
+        return {"error": np.array([0.1, -0.1, 0.0, 0.1, -0.1])}
 
     differences = [0.1, -0.1, 0.0, 0.1, -0.1]
     assert effect.run(lambda seeds: {"error": (differences, verdict)})

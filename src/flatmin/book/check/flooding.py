@@ -12,7 +12,7 @@ from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, experiment, plain_number, question, train
+from .grading import ERROR, LOSS, Trial, by_name, experiment, plain_number, question, train
 
 
 @question
@@ -21,9 +21,9 @@ def fraction_up(trial: Trial) -> None:
     a, b = trial.number(0.1, 0.3), trial.number(0.35, 0.6)
     walk = lambda down, up: -math.log(1 - down) / (math.log(1 + up) - math.log(1 - down))
     for part, down, up in (
-        ("equal rates", a, a),
         ("larger steps up", a, b),
         ("larger steps down", b, a),
+        ("equal rates", a, a),
     ):
         one_rate = [walk(down, down), walk(up, up), walk((down + up) / 2, (down + up) / 2)]
         fall, rise = -math.log(1 - down), math.log(1 + up)
@@ -31,10 +31,13 @@ def fraction_up(trial: Trial) -> None:
         if up == down:
             short = "One half holds for short steps only: (1 - down) (1 + up) is less than 1."
         rivals = {
-            short: down / (down + up),
+            short: [down / (down + up), 0.5],
             "That is (2.3), with one rate for both directions.": one_rate,
             "That is the fraction of steps down.": 1 - walk(down, up),
             "The two rates are exchanged.": walk(up, down),
+            "The two rates are exchanged, and this is first order: it holds for short steps only.": (
+                up / (down + up)
+            ),
             "That is a ratio of steps up and steps down. What is their fraction of all steps?": [
                 fall / rise,
                 rise / fall,
@@ -96,10 +99,8 @@ def flooded(trial: Trial) -> None:
             "Below the level the loss is mirrored at the level, not at 0: 2b - L, not -L.": (
                 torch.where(x > b, x, -x).mean() if each else -x.mean()
             ),
-            "The + b is missing: above the level the flooded loss is the loss.": [
-                want - b,
-                want - 2 * b,
-            ],
+            "The + b is missing: above the level the flooded loss is the loss.": want - b,
+            "b is subtracted after the fold; it has to be added.": want - 2 * b,
             "The fold is the wrong way round: above the level the flooded loss is the loss, below "
             "it the mirror image 2b - L.": 2 * b - want,
             "The losses' sum was taken, not their mean.": [fold(x).sum(), fold(x.sum())],
@@ -267,7 +268,7 @@ def flooded_step(trial: Trial) -> None:
             "the level, without the weight decay's term.": step(g, decay),
             "This climbs above the level and descends below it.": step(-sign * g, decay),
             "The sign of the whole step is turned around.": step(-sign * g, -decay),
-            "The weight decay is missing.": step(sign * g, 0),
+            f"The weight decay is missing{' below the level' * (sign < 0)}.": step(sign * g, 0),
             "The weight decay has the wrong sign: the weights grow.": step(sign * g, -decay),
             "The weight decay acts twice, as 2λw.": step(sign * g, 2 * decay),
             "The weight decay is not multiplied by the learning rate.": step(sign * g, decay / lr),
@@ -290,11 +291,10 @@ def flooded_step(trial: Trial) -> None:
         trial(part, inputs, step(sign * g, decay), rivals, hint, atol=1e-6)
 
 
-@experiment("flooded minus not flooded", "test loss", "test error")
-def flooding_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
+@experiment("flooded minus not flooded", test_loss=LOSS, test_error=ERROR)
+def flooding_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     """How flooding changes the test loss and the test error."""
     data = [mnist1d(train_size=200, seed=s) for s in seeds]
     recipe = Recipe(loss=Flooding(), optimizer=SGD(lr=0.1, momentum=0.9))
     end = train(seeds, data, recipe, 400, grid={"flood_level": [0.0, 0.3]}).isel(step=0)
-    change = end.sel(flood_level=0.3) - end.sel(flood_level=0.0)
-    return change.test_loss.values, change.test_error.values
+    return by_name(end.sel(flood_level=0.3) - end.sel(flood_level=0.0))

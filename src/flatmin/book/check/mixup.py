@@ -1,5 +1,6 @@
 """Checks of assignment 5: mixup."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,17 @@ from ...batch import Mixup
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, differentiated, experiment, question, train
+from .grading import (
+    ERROR,
+    LOSS,
+    Mistake,
+    Trial,
+    by_name,
+    differentiated,
+    experiment,
+    question,
+    train,
+)
 
 
 @question
@@ -39,6 +50,8 @@ def expected_mixing(trial: Trial) -> None:
                 (k - 1) * each / (k * (k * each + 1)) for each in (alpha, equal)
             ],
             "That is the mean of λ.": mean,
+            "A factor 2 is off.": [want / 2, 2 * want],
+            "The variance was subtracted twice.": want - want / A,
             "A number for each weight is wanted, not their sum or mean.": [want.sum(), want.mean()],
         }
         hint = "One weight of a Dirichlet distribution is Beta(α_j, A - α_j), with A the sum."
@@ -59,7 +72,8 @@ class _SoftLabels(TorchFunctionMode):
             if isinstance(each, Tensor) and each.shape[-1:] == self.soft.shape[-1:]:
                 rows = each.detach().double()[..., None, :]
                 try:
-                    self.seen |= bool(torch.isclose(rows, self.soft, atol=1e-6).all(-1).any())
+                    with warnings.catch_warnings(action="ignore"):  # isclose is slow inside vmap
+                        self.seen |= bool(torch.isclose(rows, self.soft, atol=1e-6).all(-1).any())
                 except RuntimeError:
                     pass  # inside vmap, where no value can be read
         return result
@@ -83,9 +97,8 @@ def mixed_loss(trial: Trial) -> None:
         both = lambda f, values: weighted(lam, rest, f(values, y), f(values, y[partners]))
         z_mixed = weighted(lam[:, None], rest[:, None], z, z[partners])
         each_loss = {
-            "λ and 1 - λ are exchanged: λ is the weight of the example's own label.": [
-                weighted(rest, lam)
-            ],
+            "λ and 1 - λ are exchanged, or max(λ, 1-λ) was taken: λ is the weight of the example's "
+            "own label.": [weighted(rest, lam)],
             "The means over the batch were taken before the weights came in, or every λ met every "
             "loss. With one λ an example take reduction='none' first.": [
                 weighted(lam, rest, *one_by_one)
@@ -97,7 +110,7 @@ def mixed_loss(trial: Trial) -> None:
             ],
             "Each example has only one label here, its partner's or that of the larger weight; "
             "both count.": [theirs, torch.where(lam > 0.5, own, theirs)],
-            "The logits were permuted in place of the labels.": [
+            "The logits were permuted in place of the labels, or the permutation was inverted.": [
                 weighted(lam, rest, own, loss(z[partners], y))
             ],
             "The logits were mixed; they are those of the mixed inputs already.": [
@@ -110,8 +123,14 @@ def mixed_loss(trial: Trial) -> None:
             "λ comes in twice; the weights are λ and 1 - λ, no squares.": [
                 weighted(lam**2, other) for other in (rest**2, 1 - lam**2)
             ],
-            "λ plays no part.": [weighted(1, 1), weighted(0.5, 0.5)],
+            "λ plays no part, or it cancels: divide by n, not by the sum of λ.": [
+                weighted(1, 1),
+                weighted(0.5, 0.5),
+            ],
             "One λ was taken for all examples; each has its own.": [weighted(lam[0], rest[0])],
+            "λ is that of the mixture: the partner's label has 1 - λ, not 1 - lam[partners].": [
+                weighted(lam, rest[partners])
+            ],
             "The weight of the partner's label is 1 - λ.": [
                 weighted(lam, other) for other in (0, 1, lam, -rest)
             ],
@@ -160,12 +179,22 @@ def dirichlet_mixup(trial: Trial) -> None:
     alpha = trial.number(0.2, 0.5)
     one = F.one_hot(y, K).double()
 
-    def draw(number, part, generator=None, k=k):
+    def draw(number, part, generator=None, k=k, K=K):
         inputs = {"x": eye, "labels": y, "num_classes": K, "alpha": alpha, "k": k}
         inputs["generator"] = generator or torch.Generator().manual_seed(number)
         shapes = {"the mixed inputs": [n, n], "the mixed labels": [n, K]}
         changes = ("generator",)
-        return trial.tensors(part, inputs, shapes, changes=changes)
+        try:
+            return trial.tensors(part, inputs, shapes, changes=changes)
+        except Mistake as mistake:
+            if "of shape [" in str(mistake):
+                hint = (
+                    "The inputs come first, then the labels. F.one_hot(labels, num_classes) has a "
+                )
+                mistake.lines["hint"] = (
+                    hint + "column for every class, also for one without examples."
+                )
+            raise
 
     weights, targets = draw(trial.seed, "inputs and labels, mixed with one and the same weights")
     trial.input = "x was the unit matrix, so row i of the mixed x holds the weights of mixture i"
@@ -264,6 +293,7 @@ def dirichlet_mixup(trial: Trial) -> None:
             got=f"{int(used.min())} to {int(used.max())} examples in a mixture",
             hint="Is 3, or another number, written into the code? k is an argument.",
         )
+    draw(trial.seed, "a class without examples", K=K + 1)
 
 
 @question
@@ -280,7 +310,7 @@ def shrunk(trial: Trial) -> None:
     below, above = trial.number(0.2, 0.7), trial.number(1.5, 3.0)
     for part, alpha in (("an α below 1", below), ("an α above 1", above)):
         B = beta_function(alpha, alpha)
-        excess = 4**-alpha / (alpha * B)
+        excess, mixing = 4**-alpha / (alpha * B), alpha / (2 * (2 * alpha + 1))
         theta = 0.5 + excess
         right_x, right_y = both(theta)
         to = lambda point: tuple(toward(point(v), theta, v) for v in (x, one))
@@ -312,6 +342,9 @@ def shrunk(trial: Trial) -> None:
             ),
             "The weight of the data is 1 - ϑ here, it should be ϑ.": both(1 - theta),
             "That is ϑ for α = 1.": both(0.75),
+            "That is E[λ(1-λ)] (5.7), or 1 minus it; ϑ is the mean of the heavier weight (5.9).": [
+                both(c) for c in (mixing, 1 - mixing)
+            ],
             "In ϑ, the 1/2 is missing.": both(excess),
             "In ϑ, 4 has the exponent -α.": [
                 both(0.5 + power / (alpha * B)) for power in (4**alpha, 2**-alpha)
@@ -325,11 +358,10 @@ def shrunk(trial: Trial) -> None:
         trial(part, {"x": x, "targets": one, "alpha": alpha}, both(theta), rivals, hint, atol=1e-6)
 
 
-@experiment("mixup minus none", "test loss", "test error")
-def mixup_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
+@experiment("mixup minus none", test_loss=LOSS, test_error=ERROR)
+def mixup_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     """How mixup changes the test loss and the test error, under label noise."""
     data = [mnist1d(train_size=300, label_noise=0.4, seed=s) for s in seeds]
     recipe = Recipe(batch=Mixup(), optimizer=SGD(lr=0.1, momentum=0.9, schedule="cosine"))
     end = train(seeds, data, recipe, 300, grid={"alpha": [0.0, 1.0]}).isel(step=0)
-    change = end.sel(alpha=1.0) - end.sel(alpha=0.0)
-    return change.test_loss.values, change.test_error.values
+    return by_name(end.sel(alpha=1.0) - end.sel(alpha=0.0))

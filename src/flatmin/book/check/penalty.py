@@ -1,27 +1,53 @@
 """Checks of assignment 3: flooding is a gradient penalty."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import grad, hessian
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...loss import Flooding
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Trial, differentiated, experiment, names_used, question, train
+from .grading import ERROR, Trial, by_name, differentiated, experiment, question, train
 
 
 def _smooth(trial, size=5):
-    """A smooth loss of a vector, its gradient and its Hessian there."""
-    A, B, c = trial.randn(size, size), trial.randn(size, size), trial.randn(size)
+    """A smooth loss, a vector, the loss's gradient and its Hessian there."""
+    A, B, c = trial.randn(5, 5), trial.randn(5, size), trial.randn(5)
 
     def L(theta):
         return 0.5 * ((A @ torch.tanh(B @ theta / size**0.5) - c) ** 2).mean()
 
     theta = trial.randn(size)
-    # of the kind that torch.autograd needs; torch.func takes any
-    return L, theta.clone().requires_grad_(), grad(L)(theta), hessian(L)(theta)
+    return L, theta, grad(L)(theta), hessian(L)(theta)
+
+
+class _Counted(TorchDispatchMode):
+    """An answer, and how many numbers the tensors have that it makes, also inside of vmap."""
+
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.answer, self.numbers = answer, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numbers += sum(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+    def __call__(self, L: Any, theta: Tensor, eps: float) -> Any:
+        """With a theta that does not require grad; with one that does, if autograd asks for it."""
+        with self:
+            try:
+                return self.answer(L, theta, eps)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                return self.answer(L, theta.requires_grad_(), eps)
 
 
 @question
@@ -81,15 +107,13 @@ def effective_objective(trial: Trial) -> None:
 @question
 def remainder(trial: Trial) -> None:
     """What a step down and a step up leave after subtracting the penalty's step."""
-    trial.require(
-        "hessian" not in names_used(trial.answer),
-        "The question asks for it without forming H.",
-        hint="jvp of grad(L) in the direction g gives Hg.",
-    )
-    L, theta, g, H = _smooth(trial)
-    slope = grad(L)
-    for part, eps in (("a long step", 0.4), ("a short step", 0.05)):
-        down = theta - eps * g
+    for part, n, eps in (
+        ("a long step", 5, 0.4),
+        ("a short step", 5, 0.05),
+        ("a long theta", 500, 0.4),
+    ):
+        L, theta, g, H = _smooth(trial, n)
+        slope, down = grad(L), theta - eps * g
         up, first_up = down + eps * slope(down), theta + eps * g
         minus = lambda step: up - (theta - step)
         left = lambda factor: minus(factor * eps**2 * H @ g)
@@ -111,7 +135,7 @@ def remainder(trial: Trial) -> None:
             ),
             "jvp of L is the number ‖g‖². Hg is jvp of grad(L).": minus(eps**2 * g @ g),
             "Hg is half the gradient of ‖g‖², the sum of the squared entries, not of their mean or "
-            "of the root.": [left(0.2), left(0.4), left(1 / g.norm())],
+            "of the root.": [left(1 / n), left(2 / n), left(1 / g.norm())],
             "The step down comes first, then the step up.": (
                 first_up - eps * slope(first_up) - (theta - eps**2 * H @ g)
             ),
@@ -122,8 +146,16 @@ def remainder(trial: Trial) -> None:
             "away.": left(0),
         }
         hint = "θ'' by (3.1) and (3.2), minus θ - ε² H g; Hg by jvp or by differentiating ‖g‖²/2."
-        inputs = {"L": L, "theta": theta, "eps": eps}
-        trial(part, inputs, left(1), rivals, hint, rtol=1e-4, atol=1e-10)
+        counted, inputs = _Counted(trial.answer), {"L": L, "theta": theta, "eps": eps}
+        through = lambda _: counted
+        trial(part, inputs, left(1), rivals, hint, through=through, rtol=1e-4, atol=1e-10)
+    # an answer without H makes a seventh of that, one with H at least eight times as much
+    trial.require(
+        counted.numbers < n * n,
+        "The question asks for it without forming H.",
+        seen=f"tensors of {counted.numbers} numbers in all, and H has {n} × {n}",
+        hint="jvp of grad(L) in the direction g gives Hg.",
+    )
 
 
 @question
@@ -133,7 +165,7 @@ def two_rate_loss(trial: Trial) -> None:
     # with three decimals, so that e1 - e2 is not 1/5 or 1/4, where mistakes coincide
     e1, e2 = round(trial.number(0.4, 0.6) + 0.003, 3), trial.number(0.1, 0.3)
     c, square = e1 * e2 / (2 * (e1 - e2)), g @ g
-    inputs = {"L": L, "theta": theta, "eps1": e1, "eps2": e2}
+    inputs = {"L": L, "theta": theta.clone().requires_grad_(), "eps1": e1, "eps2": e2}
     value, down = L(theta), theta - e1 * g
     g_down, exact = grad(L)(down), g + 2 * c * H @ g
     rivals = {
@@ -188,7 +220,8 @@ def two_rate_loss(trial: Trial) -> None:
 
         return gradient
 
-    trial("its gradient", inputs, exact, rivals, through=through)
+    # finite differences of L are right answers too
+    trial("its gradient", inputs, exact, rivals, through=through, rtol=1e-4, atol=1e-6)
 
 
 @question
@@ -261,8 +294,10 @@ def _slope(network, params, x, y):
     return sum((part**2).sum() for part in grad(loss)(params).values())
 
 
-@experiment("late minus early", "squared gradient", "test error", atol=5e-3)
-def level_walk(seeds: tuple[int, ...]) -> tuple[Any, ...]:
+@experiment(
+    "late minus early", squared_gradient=1e-5, test_error=ERROR / 10
+)  # means over ten steps
+def level_walk(seeds: tuple[int, ...]) -> dict[str, Any]:
     """How a flooded walk along the level changes ‖g‖² and the test error."""
     early, late = list(range(100, 200, 10)), list(range(510, 610, 10))
     runs = train(
@@ -276,5 +311,10 @@ def level_walk(seeds: tuple[int, ...]) -> tuple[Any, ...]:
         evaluate_at=early + late,
         instruments={"slope": _slope},
     )
-    change = runs.sel(step=late).mean("step") - runs.sel(step=early).mean("step")
-    return change.slope.values, change.test_error.values
+    change = lambda v: v.sel(step=late).mean("step") - v.sel(step=early).mean("step")
+    square = change(runs.slope).values
+    return by_name(change(runs)) | {
+        "squared gradient": square,
+        "norm of the gradient, not squared": change(runs.slope**0.5).values,
+        "squared gradient of the summed loss, not of its mean": 100**2 * square,
+    }

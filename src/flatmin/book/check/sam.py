@@ -11,7 +11,7 @@ from ...gradient import SAM, dual_norm_perturbation
 from ...optimizer import SGD
 from ...pipeline import Recipe
 from ..datasets import mnist1d
-from .grading import Mistake, Trial, experiment, plain_number, question, train
+from .grading import ERROR, Mistake, Trial, by_name, experiment, plain_number, question, train
 
 
 @question
@@ -19,14 +19,19 @@ def sharpest_stable(trial: Trial) -> None:
     """The largest curvature at which unnormalized SAM with a given rate does not diverge."""
     for part, eta, rho in (
         ("a rate and a radius", trial.number(0.1, 0.5), trial.number(0.6, 0.9)),
-        ("a small radius", trial.number(0.1, 0.5), 1e-14),
+        ("a small radius", trial.number(0.1, 0.5), 1e-3),
+        ("a small radius", trial.number(0.1, 0.5), 1e-6),
+        ("a tiny radius", trial.number(0.1, 0.5), 1e-14),
         ("no radius: gradient descent", 0.25, 0.0),
     ):
         root = math.sqrt(1 + 8 * rho / eta)
         want, other = 4 / (eta * (1 + root)), (1 + root) / (2 * rho) if rho else math.inf
         from_above = 4 / (eta - rho + math.sqrt((eta - rho) ** 2 + 8 * eta * rho))
+        down = math.sqrt(eta**2 - 8 * eta * rho) if eta > 8 * rho else math.nan
         rivals = {
-            "That is gradient descent's limit, 2/η; SAM's step is longer.": 2 / eta,
+            "For a small ρ it is near 2/η, not equal."
+            if rho < 0.01
+            else "That is gradient descent's limit, 2/η; SAM's step is longer.": 2 / eta,
             "There w jumps to 0 or beyond but does not grow: it diverges where |factor| > 1, which "
             "is at a factor of -1, not 0.": 2 / (eta * (1 + math.sqrt(1 + 4 * rho / eta))),
             "The climb was taken as ρ w. The gradient is h w, so it is ρ h w.": 2
@@ -36,6 +41,11 @@ def sharpest_stable(trial: Trial) -> None:
             / (eta + math.sqrt(eta**2 + 8 * rho)),
             "That is the other root of η h + η ρ h² = 2; h is the positive one.": [other, -other],
             "That is the limit if the step starts from w + ρ g; SAM steps from w.": from_above,
+            "That is the limit for w - ρ g; SAM climbs, to w + ρ g.": [
+                1 / rho if rho else math.inf,
+                4 / (eta + down),
+            ],
+            "η and ρ do not add up: solve η h + η ρ h² = 2.": 2 / (eta + rho),
         }
         hint = "One step multiplies w by 1 - η h (1 + ρ h). Solve |factor| = 1 for h; if ρ is "
         hint += "tiny, a difference of two nearly equal roots loses its digits."
@@ -89,11 +99,14 @@ def climb(trial: Trial) -> None:
                 ]
                 return [to_length(v, length) for length in lengths]
 
+            scaled = [x / flat(power(q - 1)).abs().max() for x in power(q - 1)]
             apart = [x / x.abs().max() for x in power(q - 1)]
             rivals |= {
                 "The root is missing: the denominator is (‖g‖_q^q)^(1/p).": to_length(
                     power(q - 1), norm_q**q
                 ),
+                "It was divided by the square of its norm; the norm itself brings it to the length "
+                "ρ.": [to_length(v, flat(v).norm(p) ** 2) for v in (power(q - 1), scaled)],
                 "It has the right direction, but not the length ρ in the p-norm: the denominator "
                 "is (‖g‖_q^q)^(1/p), with one sum over all tensors.": along(power(q - 1)),
                 "The wrong conjugate exponent: |g| is raised to q - 1, with 1/p + 1/q = 1.": along(
@@ -112,6 +125,18 @@ def climb(trial: Trial) -> None:
         hint = "|g|, not g, is raised to q - 1. Then it gets the sign of g, and the length ρ (6.6)."
         inputs = {"gradients": g, "rho": rho, "p": p}
         trial(f"p = {p:g}", inputs, want, rivals, hints.get(p, hint))
+
+    tied = [x.clone() for x in g]
+    top = 2 * float(flat(g).abs().max())
+    tied[0][0, 0], tied[0][2, 1], tied[1][2] = top, -top, top
+    part, shapes = "p = 1, three of them the largest", {"the first": [3, 2], "the second": [4]}
+    with trial.noting(part):
+        e = flat(trial.tensors(part, {"gradients": tied, "rho": rho, "p": 1.0}, shapes))
+        all_of_it = {"Every one of the largest got all of ρ; together they get ρ.": 3 * rho}
+        hint = "The sum of all |ε| should be ρ. (A p near 1 is not p = 1.)"
+        trial.compare(e.abs().sum(), rho, all_of_it, hint, rtol=1e-6)
+        hint = f"That is ⟨g, ε⟩. {hints[1.0]}"
+        trial.compare(flat(tied) @ e, rho * top, hint=hint, rtol=1e-6)
 
     small = [1e-6 * x.float() for x in g]
     inputs = {"gradients": small, "rho": rho, "p": 1.1}
@@ -271,12 +296,20 @@ def sam_step(trial: Trial) -> None:
     trial.compare((after - before).abs().max(), 0.0, hint=hint, atol=0)
 
     model = make(5)
-    model[0].requires_grad_(False)
+    for v in model[0].requires_grad_(False).parameters():
+        v.grad = trial.randn(*v.shape)
     free = torch.cat([v.requires_grad * torch.ones(v.numel()) for v in model.parameters()])
     slope = grad(loss_of(model)[0])
     hint = "Frozen weights have no gradient: leave those with requires_grad=False out."
-    _, w, after = step("the first layer is frozen", model, lr, hint=hint)
-    want = w - lr * free * slope(w + to_length(free * slope(w)))
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=0.3)
+    _, w, after = step("the first layer is frozen", model, lr, optimizer, hint)
+    trial.require(
+        torch.equal(after[free == 0], w[free == 0]),
+        "A frozen weight moved.",
+        hint="An old .grad was left in it, or a zero, to which the optimizer adds weight decay. "
+        "With None it stays: optimizer.zero_grad() sets that.",
+    )
+    want = w - lr * free * (slope(w + to_length(free * slope(w))) + 0.3 * w)
     trial.compare(after, want, hint=hint)
 
 
@@ -317,7 +350,7 @@ def adaptive_climb(trial: Trial) -> None:
         ],
         "The root is missing: one divides by ‖T g‖, not by its square.": want / (T * g).norm(),
         "Nothing was divided by ‖T g‖.": want * (T * g).norm(),
-        "The sign of the gradient is lost.": want.abs(),
+        "The sign of the gradient is lost.": [want.abs(), want.abs() * w.sign()],
         "That is the way down.": -want,
         "That is the best step if ‖T⁻¹ε‖_∞ ≤ ρ; here it is the 2-norm.": rho * T * g.sign(),
     }
@@ -328,8 +361,8 @@ def adaptive_climb(trial: Trial) -> None:
     trial(part, {"w": c * w, "gradient": g / c, "rho": rho}, c * want)
 
 
-@experiment("SAM minus SGD", "training error", "test error")
-def sam_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
+@experiment("SAM minus SGD", training_error=0.0034, test_error=ERROR)
+def sam_effect(seeds: tuple[int, ...]) -> dict[str, Any]:
     """How SAM changes training and test error, at an equal number of gradients."""
     data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
     sgd = SGD(lr=0.1, momentum=0.9, schedule="cosine")
@@ -338,5 +371,4 @@ def sam_effect(seeds: tuple[int, ...]) -> tuple[Any, ...]:
         recipe = Recipe(optimizer=sgd, **stages)
         return train(seeds, data, recipe, steps).isel(step=0, drop=True)
 
-    change = end(150, gradient=SAM(rho=0.5)) - end(300)
-    return change.train_error.values, change.test_error.values
+    return by_name(end(150, gradient=SAM(rho=0.5)) - end(300))
