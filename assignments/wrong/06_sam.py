@@ -437,7 +437,7 @@ def sam_effect__unfair(seeds):
 
 
 def sam_effect__normal_quantile(seeds):
-    """Your interval is too narrow"""
+    """your interval is too narrow"""
     data = [mnist1d(train_size=300, label_noise=0.3, seed=s) for s in seeds]
     sgd, model = SGD(lr=0.1, momentum=0.9, schedule="cosine"), lambda: MLP(40, 32, 10)
 

@@ -175,7 +175,7 @@ def lanczos__length_before(matvec, v, steps):
 
 
 def lanczos__squared_beta(matvec, v, steps):
-    """its square root or its square is not"""
+    """not its root or square"""
     q, alpha, beta, basis = v / v.norm(), [], [], []
     for step in range(steps):
         basis.append(q)

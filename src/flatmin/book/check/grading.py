@@ -283,7 +283,7 @@ class Trial:
             with time_limit(self.seconds), torch.enable_grad():
                 got = (through(self.answer) if through else self.answer)(*given.values())
         except OutOfTime:
-            hint = "Is there a loop that never ends?"
+            hint = "Is there a loop that never ends, or does it do more than was asked?"
             self.fail(f"It was stopped after {self.seconds:g} seconds.", Hopeless, hint=hint)
         except KeyboardInterrupt:
             raise
@@ -317,7 +317,11 @@ class Trial:
         got = [value if _tensor(value) is None else _tensor(value) for value in got]
         for value, (name, shape) in zip(got, shapes.items()):
             right = isinstance(value, Tensor) and list(value.shape) == shape
-            self.require(right, f"{name} should be a tensor of shape {shape}.", got=show(value))
+            self.require(
+                right,
+                f"{name[0].upper()}{name[1:]} should be a tensor of shape {shape}.",
+                got=show(value),
+            )
             self.require(value.isfinite().all(), f"There is a NaN or an infinity in {name}.")
         return [value.detach().double() for value in got]
 
@@ -514,14 +518,19 @@ def experiment(
             true = truth(tuple(seeds))
             for name, atol in tolerances.items():
                 with trial.noting(numbers[name]):
-                    rivals = _rivals(name, true, atol, order)
-                    hint = SETTINGS
+                    rivals, hint = _rivals(name, true, atol, order), SETTINGS
                     if fitted and fitted != set(seeds):
                         hint = "The seeds that were given have to go to `fit` and to the data. "
                         hint += f"`fit` got {sorted(fitted)}."
                     found, want = _pair(trial, got, name)[0], _tensor(true[name])
                     numeric = _tensor(found)  # shown in few digits
                     found = found if numeric is None else numeric
+                    if numeric is None or numeric.shape != (len(seeds),):
+                        hint = "One number a seed: five. A dimension of length 1 goes away with "
+                        hint += "`.squeeze()`."
+                    elif not numeric.any():
+                        hint = "There is no difference at all. Are both runs the same, or taken at "
+                        hint += "a step where they agree?"
                     trial.compare(found, want, rivals, hint, atol=atol, rtol=0)
 
             trial.begin(verdicts[first])
@@ -559,7 +568,6 @@ def _rivals(name: str, true: Mapping[str, Any], atol: float, order: str) -> dict
     return {
         f"The difference is the wrong way round: {order}.": -want,
         "It is 100 times too large: give fractions, not percent.": [100 * want, -100 * want],
-        "There is no difference at all: are both runs the same?": 0 * want,
         **others,
     }
 
@@ -620,10 +628,13 @@ def _follows(
         hint = "Was it typed in? Here `fit` gave made-up numbers. Compute the verdict from the "
         hint += "ends of the 95 % interval, by Student's t."
     elif made_up and follows == "undecided" and word == ("lower" if low + high < 0 else "higher"):
-        hint = "Your interval is too narrow. By Student's t it reaches 2.776 standard errors to "
-        hint += "either side, with ddof=1. Too little are 1.96, a one-sided interval, ddof=0, one "
-        hint += "standard error and the sign of the mean."
-    if made_up and word == "undecided":
+        hint = "Here it is 'undecided': is there a branch for that? If there is, your interval is "
+        hint += (
+            "too narrow, or not that of the paired differences. By Student's t it reaches 2.776 "
+        )
+        hint += "standard errors to either side, with ddof=1. Too little are 1.96, a one-sided "
+        hint += "interval, ddof=0, one standard error and the sign of the mean."
+    if word == "undecided":
         hint += " If it was computed, the interval is too wide: a standard error is the standard "
         hint += "deviation over √5."
     if word not in where:

@@ -203,7 +203,8 @@ def dirichlet_mixup(trial: Trial) -> None:
     trial.require(moved, "The inputs came back as they were.", hint=hint)
     trial.require((weights > -1e-6).all(), "The weights of a mixture should not be negative.")
     hint = "The k weights of a mixture sum to 1, and are the same for all features: draw from a "
-    hint += "Dirichlet distribution, or divide by the sum of the k."
+    hint += "Dirichlet distribution, or divide by the sum of the k. They stay with their mixture, "
+    hint += "and are not permuted with the partners."
     trial.compare(weights.sum(1), one.sum(1), hint=hint)
     hint = "The mixed labels do not sum to 1. λ was drawn for each class on its own, or comes in "
     hint += "twice? A label is mixed with the weights of its example's mixture."

@@ -306,7 +306,8 @@ def sam_step(trial: Trial) -> None:
     trial.require(
         torch.equal(after[free == 0], w[free == 0]),
         "A frozen weight moved.",
-        hint="An old .grad was left in it, or a zero, to which the optimizer adds weight decay. "
+        hint="An old .grad was left in it, or a zero, to which the optimizer adds weight decay, or it was "
+        "unfrozen. "
         "With None it stays: optimizer.zero_grad() sets that.",
     )
     want = w - lr * free * (slope(w + to_length(free * slope(w))) + 0.3 * w)

@@ -225,7 +225,8 @@ def lanczos(trial: Trial) -> None:
             ),
         }
         hint = (
-            "beta_j is the length of what is left of H q_j; its square root or its square is not."
+            "beta_j is the length of what is left of H q_j, not its root or square; the first "
+            "belongs to q_1 and q_2."
         )
         trial.compare(beta, b, rivals, hint, atol=atol)
         rest = T - torch.diag(alpha) - torch.diag(beta, 1) - torch.diag(beta, -1)
