@@ -303,18 +303,8 @@ def test_a_verdict_that_was_typed_in_is_seen(path):
     assert not report and "Was it typed in?" in str(report)
 
 
-def cheap(name):
-    question, _, mistake = name.partition("__")
-    return question not in EXPERIMENTS or mistake in ("not_a_dict", "raises")
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        pytest.param(path, name, id=name, marks=[] if cheap(name) else pytest.mark.course)
-        for path, name in WRONG
-    ],
-)
+@pytest.mark.course
+@pytest.mark.parametrize(("path", "name"), WRONG, ids=[name for _, name in WRONG])
 def test_a_wrong_answer_loses_its_points_with_a_hint(built, path, name, monkeypatch):
     """And it loses no other points: each check gets only its own function."""
     question, phrase, source = WRONG[path, name]
