@@ -546,8 +546,10 @@ def write_feedback(folder, number, name, text, taken):
         if str(path).lower() in taken or path.is_dir():
             raise FileExistsError
         replace(path, content)
-    except OSError:  # a name that is too long, or that of another's folder
+    except OSError:  # a name that is too long, another's, or that of another's folder
         path = folder / f"{number}.txt"
+        while str(path).lower() in taken or path.is_dir():
+            path = path.with_name(f"_{path.name}")
         replace(path, content)
     taken.add(str(path).lower())
     return path.relative_to(folder).as_posix()

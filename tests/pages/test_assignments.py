@@ -98,6 +98,9 @@ def scores(built, path, env, names):
             for result in test.test_case_results
             if not result.passed
         }
+        for hidden, text in failed:
+            told = "".join(assignments.remarks({name: (0, [[hidden, text]])}))
+            assert not hidden or str(assignments.HIDDEN_SEED) not in told
         graded[name] = round(test.score, 9), "\n".join(text for _, text in sorted(failed))
     return graded
 
@@ -562,6 +565,17 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, graded_at_once):
         assignments.grade(MASTERS[3], tmp_path / "empty", tmp_path / "grades.csv", tmp_path)
 
 
+def test_feedback_by_number_is_not_over_anothers(tmp_path):
+    taken = set()
+    long = 300 * "x"
+    told = [
+        assignments.write_feedback(tmp_path, number, name, name, taken)
+        for number, name in ((1, "2"), (2, long), (3, "_2"), (3, "4/a"), (4, long))
+    ]
+    assert told == ["2.txt", "_2.txt", "3.txt", "4/a.txt", "4.txt"]
+    assert (tmp_path / "2.txt").read_text(encoding="utf-8") == "2"
+
+
 def test_feedback_tells_of_hidden_tests_only_parts_and_hints():
     wrong = "Error:\n✗ check.one\n  ✓ a\n  ✗ b\n      It is {}.\n      hint:   Turn it."
     public, hidden = wrong.format("5"), wrong.format("6, and seed is 48151")
@@ -590,8 +604,11 @@ def test_an_error_of_a_check_is_told_to_the_instructor(tmp_path, monkeypatch):
     )
 
 
-def descendants():
-    return {each.pid for each in psutil.Process().children(recursive=True)}
+def runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 ENDS = {
@@ -611,15 +628,16 @@ def test_one_submission_never_ends_the_grading(built, tmp_path, monkeypatch, nam
     code, note = ENDS[name]
     folder.mkdir()
     nb = some_answers(path)
-    nb.cells.insert(1, nbformat.v4.new_code_cell(code))
+    kernel = tmp_path / "kernel"
+    tell = f"import os; open({str(kernel)!r}, 'w').write(str(os.getpid()))"
+    nb.cells[1:1] = [nbformat.v4.new_code_cell(source) for source in (tell, code)]
     nbformat.write(nb, folder / "ada.ipynb")
     (folder / "bob.ipynb").write_text("{", encoding="utf-8")
     one = assignments.grade_one
     limit = 15 if name in ("endless", "asleep") else 120
     monkeypatch.setattr(assignments, "grade_one", lambda nb, archive: one(nb, archive, limit))
-    before = descendants()
     assignments.grade(path, folder, out, built / "autograder" / f"{path.stem}.zip", jobs=2)
-    assert descendants() <= before, "its kernel has ended, too"
+    assert not runs(int(kernel.read_text(encoding="utf-8"))), "its kernel has ended, too"
     ada, bob = table(out).values()
     assert bob["note"].startswith("not graded: no notebook")
     feedback = (tmp_path / "grades" / "ada.ipynb.txt").read_text(encoding="utf-8")

@@ -520,8 +520,8 @@ def experiment(
                 with trial.noting(numbers[name]):
                     rivals, hint = _rivals(name, true, atol, order), SETTINGS
                     if fitted and fitted != set(seeds):
-                        hint = "The seeds that were given have to go to `fit` and to the data. "
-                        hint += f"`fit` got {sorted(fitted)}."
+                        hint = "The seeds that were given have to go to `fit` and to the data; "
+                        hint += "`fit` got others."
                     found, want = _pair(trial, got, name)[0], _tensor(true[name])
                     numeric = _tensor(found)  # shown in few digits
                     found = found if numeric is None else numeric

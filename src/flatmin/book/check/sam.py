@@ -153,8 +153,8 @@ def climb(trial: Trial) -> None:
 
 
 _ERRORS = {  # in a step of SAM, and what to do
-    "a leaf Variable that requires grad": "The weights are meant to be changed, but no gradient may follow "
-    "it: move them inside `with torch.no_grad():`.",
+    "a leaf Variable that requires grad": "The weights are meant to be changed, but no gradient may "
+    "follow it: move them inside `with torch.no_grad():`.",
     "element 0 of tensors does not require grad": "Inside `with torch.no_grad():` there is no "
     "gradient: only move the weights there, and call loss() and backward() outside.",
     "by an inplace operation": "The first loss belongs to w: call loss() again at w + ε̂.",
