@@ -121,6 +121,22 @@ def climb__zero_over_zero(gradients, rho, p):
     return [rho * x / length for x in v]
 
 
+def _climb(weights, rho):
+    """From w to w + ε̂, by .grad; returns w."""
+    with torch.no_grad():
+        length = torch.cat([w.grad.flatten() for w in weights]).norm()
+        kept = [w.clone() for w in weights]
+        for w in weights:
+            w += rho * w.grad / length
+    return kept
+
+
+def _restore(weights, kept):
+    with torch.no_grad():
+        for w, old in zip(weights, kept):
+            w.copy_(old)
+
+
 def sam_step__not_restored(model, loss, optimizer, rho):
     """The weights were not restored"""
     weights = list(model.parameters())
@@ -163,15 +179,9 @@ def sam_step__gradients_added(model, loss, optimizer, rho):
     optimizer.zero_grad()
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -181,17 +191,11 @@ def sam_step__loss_up_there(model, loss, optimizer, rho):
     weights = list(model.parameters())
     optimizer.zero_grad()
     loss().backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     optimizer.zero_grad()
     worst = loss()
     worst.backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return worst.item()
 
@@ -203,16 +207,10 @@ def sam_step__made_anew(model, loss, optimizer, rho):
     optimizer.zero_grad()
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     optimizer.zero_grad()
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -246,9 +244,7 @@ def sam_step__each_tensor(model, loss, optimizer, rho):
             w += rho * w.grad / w.grad.norm()
     optimizer.zero_grad()
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -258,16 +254,10 @@ def sam_step__stale_gradients(model, loss, optimizer, rho):
     weights = [w for w in model.parameters() if w.requires_grad]
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     optimizer.zero_grad()
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -330,16 +320,10 @@ def sam_step__all_have_a_gradient(model, loss, optimizer, rho):
     optimizer.zero_grad()
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     optimizer.zero_grad()
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -351,16 +335,11 @@ def sam_step__frozen_gradients_kept(model, loss, optimizer, rho):
         w.grad = None
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
-            w.grad = None
+    kept = _climb(weights, rho)
+    for w in weights:
+        w.grad = None
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
@@ -371,16 +350,10 @@ def sam_step__frozen_gradients_zero(model, loss, optimizer, rho):
     optimizer.zero_grad(set_to_none=False)
     clean = loss()
     clean.backward()
-    with torch.no_grad():
-        length = torch.cat([w.grad.flatten() for w in weights]).norm()
-        kept = [w.clone() for w in weights]
-        for w in weights:
-            w += rho * w.grad / length
+    kept = _climb(weights, rho)
     optimizer.zero_grad(set_to_none=False)
     loss().backward()
-    with torch.no_grad():
-        for w, old in zip(weights, kept):
-            w.copy_(old)
+    _restore(weights, kept)
     optimizer.step()
     return clean.item()
 
